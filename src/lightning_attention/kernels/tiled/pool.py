@@ -1,0 +1,46 @@
+"""Reading and writing rows of a pool of states through slots, without looking at the slots on the host."""
+
+import torch
+from torch import Tensor
+
+
+def read(state: Tensor, slots: Tensor | None, fresh: Tensor | None = None) -> Tensor:
+    """[S, H, D, E] -> float32 [N, H, D, E]; zero for padding (a negative slot) and where ``fresh``."""
+    if slots is None:
+        rows, empty = state.float(), fresh
+    else:
+        rows = state.index_select(0, slots.clamp(min=0).long()).float()
+        empty = slots < 0 if fresh is None else fresh | (slots < 0)
+    # Replaced, not multiplied: a row that nobody owns may hold anything, and 0 · inf is NaN.
+    return rows if empty is None else torch.where(empty[:, None, None, None], 0, rows)
+
+
+def write(state: Tensor, slots: Tensor | None, rows: Tensor) -> None:
+    """Write [N, H, D, E] to the rows of ``state`` that the slots name; a negative slot touches nothing."""
+    if slots is None:
+        state.copy_(rows)
+        return
+    if slots.numel() == 0:
+        return
+    # Padding repeats the write of some owned slot, the same bits to the same place, so the number of writes does not
+    # depend on the slots. Where there is no owned slot, row 0 is written back as it is.
+    owned = slots >= 0
+    some = owned.int().argmax()
+    source = torch.where(owned, torch.arange(slots.numel(), device=slots.device), some)
+    target = slots.long()[source].clamp(min=0)
+    values = torch.where(owned.any(), rows.index_select(0, source).to(state.dtype), state[:1])
+    state.index_copy_(0, target, values)
+
+
+def mask_padding(out: Tensor, slots: Tensor | None) -> Tensor:
+    """Zero the outputs [N, …] of padding."""
+    return out if slots is None else torch.where((slots < 0)[:, None, None], 0, out)
+
+
+def mask_padding_tokens(out: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """Zero the outputs [T, …] of the tokens of padding sequences."""
+    if slots is None:
+        return out
+    token = torch.arange(out.shape[0], device=out.device)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return mask_padding(out, slots[sequence.clamp(max=slots.numel() - 1)])

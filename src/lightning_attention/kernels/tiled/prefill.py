@@ -1,0 +1,61 @@
+"""Packed sequences that start from, and leave, their states in a pool."""
+
+import torch
+from torch import Tensor
+
+from lightning_attention.kernels.tiled import pool
+from lightning_attention.kernels.tiled.attention import attention
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor | None,
+    fresh: Tensor | None,
+    scale: float,
+    snapshot_at: Tensor | None,
+    snapshot_slots: Tensor | None,
+) -> Tensor:
+    start = pool.read(state, slots, fresh)
+    out, final = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, True, False)
+    assert final is not None
+    pool.write(state, slots, final)
+    if snapshot_at is not None and snapshot_slots is not None:
+        wanted = snapshot_slots if slots is None else torch.where(slots[:, None] < 0, -1, snapshot_slots)
+        _snapshots(k, v, log_decay, state, start, cu_seqlens, snapshot_at, wanted)
+    return pool.mask_padding_tokens(out[0], slots, cu_seqlens)
+
+
+def _snapshots(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    start: Tensor,
+    cu_seqlens: Tensor,
+    at: Tensor,
+    slots: Tensor,
+) -> None:
+    """Cut every sequence at its P snapshots, take the state of each cut by itself, and join them in order."""
+    lengths = cu_seqlens.diff()
+    slots = torch.where((at >= 0) & (at <= lengths[:, None]), slots, -1)
+    at, order = torch.minimum(at.clamp(min=0), lengths[:, None]).long().sort(1)
+    slots = slots.gather(1, order)
+    N, P = at.shape
+    first = cu_seqlens[:-1, None]
+    cuts = torch.cat([first, first + at], 1).flatten()
+    cuts = torch.cat([cuts, cu_seqlens[-1:]])  # cut P of a sequence, from its last snapshot to its end, is not needed
+    _, own = attention(None, k[None], v[None], log_decay, None, cuts, 1.0, True, False)
+    assert own is not None
+    own = own.view(N, P + 1, *own.shape[1:])
+    rate = start.new_zeros(k.shape[1]) if log_decay is None else log_decay.float()
+    steps = torch.cat([at[:, :1], at.diff(dim=1)], 1)
+    rows = start
+    for p in range(P):
+        decay = (rate * steps[:, p, None]).exp()[..., None, None]
+        rows = torch.addcmul(own[:, p], decay, rows)
+        pool.write(state, slots[:, p], rows)

@@ -1,0 +1,1 @@
+"""What each operation means to a caller."""

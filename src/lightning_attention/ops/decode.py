@@ -1,0 +1,50 @@
+"""One token for each of many sequences, their states in one pool."""
+
+import torch
+from torch import Tensor
+
+from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops.attention import cast_for_autocast
+
+
+def lightning_attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """One step of the recurrence for N sequences: S ← λ S + kᵀ v in place, o = scale · q S.
+
+    Not differentiable. Nothing is read on the host, so a call can be captured in a CUDA graph.
+
+    Args:
+        q: [N, H, D], bfloat16, float16 or float32 (or float64); any strides with a unit last one.
+        k: [N, H, D], of q's dtype.
+        v: [N, H, E], of q's dtype.
+        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        state: [S, H, D, E] float32 or bfloat16, the pool; rows of ``slots`` are updated in place. A bfloat16 row is
+            rounded once, after the step; the output comes from the state before rounding.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: its output
+            is zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i for
+            sequence i, and S = N.
+        scale: factor on the output.
+
+    Returns:
+        [N, H, E] in q's dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype other than the above.
+        ValueError: a shape, stride or device does not fit; on the CPU also a slot past the pool or given twice.
+    """
+    validation.check_qkv(q, k, v, "N")
+    q, k, v = cast_for_autocast(q, k, v)
+    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_log_decay(log_decay, q)
+    validation.check_pool(state, q, v, slots, q.shape[0])
+    return torch.ops.lightning_attention.decode(
+        q, k, v, log_decay, state, slots, scale, backends.choose(None, q.device)
+    )

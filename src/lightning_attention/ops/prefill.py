@@ -1,0 +1,73 @@
+"""A packed batch of prompts, continued chunks and single tokens, their states in one pool."""
+
+import torch
+from torch import Tensor
+
+from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops.attention import cast_for_autocast
+
+
+def lightning_attention_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor | None = None,
+    fresh: Tensor | None = None,
+    scale: float = 1.0,
+    snapshot_at: Tensor | None = None,
+    snapshot_slots: Tensor | None = None,
+) -> Tensor:
+    """``lightning_attention`` over N packed sequences that start from, and leave, their states in a pool.
+
+    Not differentiable. Nothing is read on the host: lengths, slots and the rest may change between replays of a CUDA
+    graph.
+
+    Args:
+        q: [T, H, D], bfloat16, float16 or float32 (or float64); any strides with a unit last one.
+        k: [T, H, D], of q's dtype.
+        v: [T, H, E], of q's dtype.
+        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        state: [S, H, D, E] float32 or bfloat16, the pool; a bfloat16 row is rounded once, at the end of the call.
+        cu_seqlens: [N+1] int32 or int64, 0 = c_0 ≤ … ≤ c_N ≤ T: sequence i is tokens c_i to c_{i+1}, one token or
+            many or none. Tokens past c_N are padding: never read, their output is zero.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
+            zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
+        fresh: [N] bool, True for a sequence that starts from zero, whatever its slot holds; None: none does.
+        scale: factor on the output.
+        snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
+            is written to the slot in ``snapshot_slots``, for prefix caching. Other values write nothing.
+        snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``; negative: none.
+
+    Returns:
+        [T, H, E] in q's dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype other than the above.
+        ValueError: a shape, stride or device does not fit; on the CPU also the numbers in cu_seqlens and the slots.
+    """
+    validation.check_qkv(q, k, v, "T")
+    q, k, v = cast_for_autocast(q, k, v)
+    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_log_decay(log_decay, q)
+    validation.check_cu_seqlens(cu_seqlens, q)
+    N = cu_seqlens.shape[0] - 1
+    validation.check_pool(state, q, v, slots, N)
+    if fresh is not None:
+        validation.check_mask("fresh", fresh, (N,), "[N]", q)
+    if (snapshot_at is None) != (snapshot_slots is None):
+        given, missing = (
+            ("snapshot_at", "snapshot_slots") if snapshot_slots is None else ("snapshot_slots", "snapshot_at")
+        )
+        raise ValueError(f"{given} came without {missing}; snapshots want both")
+    if snapshot_at is not None and snapshot_slots is not None:
+        P = snapshot_at.shape[-1]
+        validation.check_index("snapshot_at", snapshot_at, (N, P), "[N, P]", q)
+        validation.check_index("snapshot_slots", snapshot_slots, (N, P), "[N, P]", q)
+    return torch.ops.lightning_attention.prefill(
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
+        backends.choose(None, q.device),
+    )  # fmt: skip

@@ -1,0 +1,242 @@
+"""The operations as PyTorch sees them: torch.library definitions, fake tensors, autograd.
+
+An operator must return a fixed number of tensors, so what a call did not ask for comes back with no elements.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attention.ops import backends, validation
+
+_library = torch.library.Library("lightning_attention", "DEF")
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+# attention: training and prefill of whole sequences
+
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+    "float scale, bool output_final_state, bool batch_invariant, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
+    "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool batch_invariant, bool need_dlog_decay, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    output_final_state: bool,
+    batch_invariant: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[1])
+    run = backends.module(backend, "attention").attention
+    out, final = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant)
+    return out, _absent(q) if final is None else final
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,  # noqa: ARG001
+    initial_state: Tensor | None,  # noqa: ARG001
+    cu_seqlens: Tensor | None,
+    scale: float,  # noqa: ARG001
+    output_final_state: bool,
+    batch_invariant: bool,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    out = v.new_empty(v.shape)
+    if not output_final_state:
+        return out, _absent(q)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return out, q.new_empty(N, *k.shape[2:], v.shape[3], dtype=validation.state_dtype(q))
+
+
+def _attention_backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    batch_invariant: bool,
+    need_dlog_decay: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    run = backends.module(backend, "attention").attention_backward
+    dq, dk, dv, dlog_decay, dinitial = run(
+        dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
+    )
+    dlog_decay = _absent(q) if not need_dlog_decay or log_decay is None else dlog_decay.to(log_decay.dtype)
+    return dq, dk, dv, dlog_decay, _absent(q) if dinitial is None else dinitial
+
+
+def _attention_backward_fake(
+    dout: Tensor,  # noqa: ARG001
+    dfinal: Tensor | None,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    batch_invariant: bool,  # noqa: ARG001
+    need_dlog_decay: bool,
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    dlog_decay = _absent(q) if not need_dlog_decay or log_decay is None else log_decay.new_empty(log_decay.shape)
+    dinitial = _absent(q) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog_decay, dinitial
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, _, ctx.batch_invariant, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    if dout is None:
+        if dfinal is None:
+            return (None,) * 10
+        dout = torch.zeros_like(v)
+    need_dlog_decay = ctx.needs_input_grad[3]
+    dq, dk, dv, dlog_decay, dinitial = torch.ops.lightning_attention.attention_backward(
+        dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.batch_invariant, need_dlog_decay,
+        ctx.backend,
+    )  # fmt: skip
+    return (
+        dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> None:  # noqa: ARG001
+    raise NotImplementedError("lightning_attention has no second derivative; call backward without create_graph=True")
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lightning_attention::attention", _attention_fake, lib=_library)
+torch.library.register_fake("lightning_attention::attention_backward", _attention_backward_fake, lib=_library)
+torch.library.register_autograd("lightning_attention::attention", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("lightning_attention::attention_backward", _differentiate_twice, lib=_library)
+
+
+# Serving: one pool of states, updated in place
+
+_library.define(
+    "decode(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor? slots, float scale, "
+    "str backend) -> Tensor"
+)
+_library.define(
+    "prefill(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor cu_seqlens, Tensor? slots, "
+    "Tensor? fresh, float scale, Tensor? snapshot_at, Tensor? snapshot_slots, str backend) -> Tensor"
+)
+_library.define(
+    "verify(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor state, Tensor cu_seqlens, Tensor? slots, "
+    "Tensor? parents, float scale, str backend) -> Tensor"
+)
+_library.define(
+    "commit(Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor cu_seqlens, Tensor accepted, "
+    "Tensor? slots, str backend) -> ()"
+)
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    slots: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    validation.check_slot_values("slots", slots, state.shape[0])
+    return backends.module(backend, "decode").decode(q, k, v, log_decay, state, slots, scale)
+
+
+def _prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor | None,
+    fresh: Tensor | None,
+    scale: float,
+    snapshot_at: Tensor | None,
+    snapshot_slots: Tensor | None,
+    backend: str,
+) -> Tensor:
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
+    validation.check_slot_values("slots", slots, state.shape[0])
+    validation.check_slot_values("snapshot_slots", snapshot_slots, state.shape[0])
+    run = backends.module(backend, "prefill").prefill
+    return run(q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots)
+
+
+def _verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor | None,
+    parents: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
+    validation.check_slot_values("slots", slots, state.shape[0])
+    validation.check_parents_values(parents, cu_seqlens)
+    run = backends.module(backend, "speculative").verify
+    return run(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
+
+
+def _commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    accepted: Tensor,
+    slots: Tensor | None,
+    backend: str,
+) -> None:
+    validation.check_cu_seqlens_values(cu_seqlens, k.shape[0])
+    validation.check_slot_values("slots", slots, state.shape[0])
+    backends.module(backend, "speculative").commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
+
+
+def _outputs_fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:  # noqa: ARG001
+    return v.new_empty(v.shape)
+
+
+for _name, _run in (("decode", _decode), ("prefill", _prefill), ("verify", _verify), ("commit", _commit)):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _fake = _outputs_fake if _name != "commit" else lambda *args: None  # noqa: ARG005
+    torch.library.register_fake(f"lightning_attention::{_name}", _fake, lib=_library)

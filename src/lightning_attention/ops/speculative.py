@@ -1,0 +1,94 @@
+"""Speculative decoding: look at drafts without touching the state, then fold in what was accepted."""
+
+import torch
+from torch import Tensor
+
+from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops.attention import cast_for_autocast
+
+
+def lightning_attention_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    slots: Tensor | None = None,
+    parents: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Outputs of draft tokens, each following its ancestors and the state of its sequence; no state is touched.
+
+    A draft at depth d (1 for a child of the state), with ancestors-or-self a at depths d_a, gives
+    ``o = scale · q (λ^d S + Σ_a λ^(d − d_a) k_aᵀ v_a)``. Not differentiable.
+
+    Args:
+        q: [T, H, D], the drafts of N sequences, packed; bfloat16, float16 or float32 (or float64).
+        k: [T, H, D], of q's dtype.
+        v: [T, H, E], of q's dtype.
+        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        state: [S, H, D, E] float32 or bfloat16, the pool; read only.
+        cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
+            zero. None: row i, S = N.
+        parents: [T] int32 or int64, each draft's parent as its place among the drafts of its sequence, an earlier
+            one, or -1 for the state. None: every draft follows the one before it.
+        scale: factor on the output.
+
+    Returns:
+        [T, H, E] in q's dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype other than the above.
+        ValueError: a shape, stride or device does not fit; on the CPU also the numbers in the index tensors.
+    """
+    validation.check_qkv(q, k, v, "T")
+    q, k, v = cast_for_autocast(q, k, v)
+    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_log_decay(log_decay, q)
+    validation.check_cu_seqlens(cu_seqlens, q)
+    validation.check_pool(state, q, v, slots, cu_seqlens.shape[0] - 1)
+    if parents is not None:
+        validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
+    return torch.ops.lightning_attention.verify(
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, backends.choose(None, q.device)
+    )
+
+
+def lightning_attention_commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    accepted: Tensor,
+    slots: Tensor | None = None,
+) -> None:
+    """Fold the accepted drafts into the states, in place, as if they had been decoded one by one.
+
+    Args:
+        k: [T, H, D], the drafts of N sequences, packed, as given to ``lightning_attention_verify``.
+        v: [T, H, E], of k's dtype.
+        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        state: [S, H, D, E] float32 or bfloat16, the pool; a bfloat16 row is rounded once, at the end of the call.
+        cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}.
+        accepted: [T] bool; in a tree, the drafts on one path from the state.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype other than the above.
+        ValueError: a shape, stride or device does not fit; on the CPU also the numbers in the index tensors.
+    """
+    validation.check_kv(k, v, "T")
+    k, v = cast_for_autocast(k, v)
+    validation.check_unit_stride(k=k, v=v)
+    validation.check_log_decay(log_decay, k)
+    validation.check_cu_seqlens(cu_seqlens, k)
+    validation.check_pool(state, k, v, slots, cu_seqlens.shape[0] - 1)
+    validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
+    torch.ops.lightning_attention.commit(
+        k, v, log_decay, state, cu_seqlens, accepted, slots, backends.choose(None, k.device)
+    )

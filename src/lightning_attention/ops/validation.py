@@ -1,0 +1,172 @@
+"""Every check of an argument, once. Errors name the argument, what came and what is wanted."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+
+
+def check_shape(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    if x.shape != wanted:
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning} = {list(wanted)}")
+
+
+def check_dtype(name: str, x: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in wanted:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+        raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; it must be {names}")
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; it must be on {like.device}, where the other inputs are")
+
+
+def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
+    """k [*leading, H, D] and v [*leading, H, E]: one dtype and device."""
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x)
+        _check_rank(name, x, leading)
+    check_dtype("k", k, FLOATS)
+    check_dtype("v", v, (k.dtype,))
+    check_device("v", v, k)
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v has shape {list(v.shape)}; all but the last size must be those of k, {list(k.shape)}")
+    if k.shape[-2] < 1 or k.shape[-1] < 1 or v.shape[-1] < 1:
+        raise ValueError(f"k has shape {list(k.shape)} and v {list(v.shape)}; H, D and E must be at least 1")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, leading: str) -> None:
+    """q like k [*leading, H, D], and v [*leading, H, E]: one dtype and device."""
+    check_tensor("q", q)
+    _check_rank("q", q, leading)
+    check_kv(k, v, leading)
+    if q.shape != k.shape:
+        raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
+    check_dtype("q", q, (k.dtype,))
+    check_device("q", q, k)
+
+
+def _check_rank(name: str, x: Tensor, leading: str) -> None:
+    if x.ndim != len(leading) + 2:
+        wanted = ", ".join([*leading, "H", "E" if name == "v" else "D"])
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be [{wanted}]")
+
+
+def check_unit_stride(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1")
+
+
+def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
+    if log_decay is None:
+        return
+    check_tensor("log_decay", log_decay)
+    H = q.shape[-2]
+    if log_decay.shape != (H,):
+        raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of q")
+    # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.
+    check_dtype("log_decay", log_decay, (state_dtype(q), torch.float32))
+    check_device("log_decay", log_decay, q)
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """Of initial and final states: float32, and float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_sequences: int) -> None:
+    if initial_state is None:
+        return
+    check_tensor("initial_state", initial_state)
+    wanted = (num_sequences, q.shape[-2], q.shape[-1], v.shape[-1])
+    check_shape("initial_state", initial_state, wanted, "[N, H, D, E]")
+    check_dtype("initial_state", initial_state, (state_dtype(q),))
+    check_device("initial_state", initial_state, q)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
+    check_dtype("cu_seqlens", cu_seqlens, INDICES)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [N+1] with N at least 1")
+    check_device("cu_seqlens", cu_seqlens, q)
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    """The numbers themselves, only where reading them costs no synchronisation."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    if cu_seqlens[0] != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens is {_shown(cu_seqlens)}; it must start at 0 and never decrease")
+    if cu_seqlens[-1] > num_tokens:
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}; it must not pass the {num_tokens} tokens of q")
+
+
+def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int) -> None:
+    """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own."""
+    check_tensor("state", state)
+    if state.ndim != 4 or state.shape[1:] != (q.shape[-2], q.shape[-1], v.shape[-1]):
+        wanted = f"[S, H, D, E] = [S, {q.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
+        raise ValueError(f"state has shape {list(state.shape)}; it must be {wanted}")
+    check_dtype("state", state, (torch.float32, torch.bfloat16))
+    check_device("state", state, q)
+    if slots is None:
+        if state.shape[0] != num_sequences:
+            raise ValueError(
+                f"state has {state.shape[0]} rows; without slots it must have one per sequence, {num_sequences}"
+            )
+        return
+    check_index("slots", slots, (num_sequences,), "[N]", q)
+
+
+def check_index(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor) -> None:
+    check_tensor(name, x)
+    check_shape(name, x, wanted, meaning)
+    check_dtype(name, x, INDICES)
+    check_device(name, x, q)
+
+
+def check_mask(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor) -> None:
+    check_tensor(name, x)
+    check_shape(name, x, wanted, meaning)
+    check_dtype(name, x, (torch.bool,))
+    check_device(name, x, q)
+
+
+def check_slot_values(name: str, slots: Tensor | None, num_slots: int) -> None:
+    """The numbers themselves, only where reading them costs no synchronisation."""
+    if slots is None or slots.device.type != "cpu":
+        return
+    if bool((slots >= num_slots).any()):
+        raise ValueError(f"{name} holds {int(slots.max())}; state has {num_slots} rows (negative slots are padding)")
+    owned = slots[slots >= 0]
+    if owned.unique().numel() != owned.numel():
+        raise ValueError(f"{name} is {_shown(slots)}; a slot must not be given twice in one call")
+
+
+def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
+    """The numbers themselves, only where reading them costs no synchronisation."""
+    if parents is None or parents.device.type != "cpu":
+        return
+    T = int(cu_seqlens[-1])
+    token = torch.arange(T)
+    own = token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+    wrong = (parents[:T] < -1) | (parents[:T] >= own)
+    if bool(wrong.any()):
+        at = int(wrong.int().argmax())
+        raise ValueError(
+            f"parents[{at}] is {int(parents[at])}; draft {int(own[at])} of its sequence wants an earlier draft or -1"
+        )
+
+
+def _shown(x: Tensor) -> str:
+    values = x.flatten()[:9].tolist()
+    return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
