@@ -1,0 +1,120 @@
+"""The cache of TransNormerLLM: one state per layer, of a size that does not depend on the context."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
+
+
+class _RecurrentState(LinearAttentionLayer):
+    """One layer's state, [N, H, D, E] float32, and whether it holds anything yet."""
+
+    # generate() would otherwise compile the decode step unasked, and ask for masks of kinds this model does not have.
+    is_compileable = False
+
+    @property
+    def state(self) -> Tensor | None:
+        return self.recurrent_states[0] if self.has_previous_state[0] else None
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Keep ``recurrent_states``, at the address of the state before it where that can be."""
+        held = self.recurrent_states[state_idx]
+        # CUDA graphs and compiled decode steps want the address to stay; autograd wants the old values to stay.
+        if held is None or held.shape != recurrent_states.shape or recurrent_states.requires_grad or held.requires_grad:
+            self.recurrent_states[state_idx] = held = recurrent_states
+        else:
+            held.copy_(recurrent_states)
+        self.device, self.dtype = held.device, held.dtype
+        self.is_recurrent_states_initialized[state_idx] = True
+        # transformers sets this from the convolution state alone, which this model does not have.
+        self.has_previous_state[state_idx] = True
+        return held
+
+    def replace(self, state: Tensor) -> None:
+        """Hold another batch: a state with other rows."""
+        self.recurrent_states[0] = state
+
+
+class TransnormerCache(Cache):
+    """Everything TransNormerLLM remembers of a batch: a state per layer and the next position of every sequence.
+
+    Its size is layers · N · H · D · E float32 numbers, whatever the number of tokens read. Passing it to the model
+    continues every sequence by any number of tokens; ``copy.deepcopy`` makes an independent copy. It cannot be
+    cropped: a recurrent state does not say which token brought what.
+
+    Args:
+        config: the model's configuration.
+
+    Attributes:
+        positions: [N] int64, the number of real tokens each sequence has read, which is the next token's position;
+            None while the cache is empty. Padding is not counted.
+    """
+
+    layers: list[_RecurrentState]
+
+    def __init__(self, config: TransnormerConfig) -> None:
+        super().__init__(layers=[_RecurrentState() for _ in range(config.decoder_layers)])
+        self.positions: Tensor | None = None
+        self._columns = 0
+
+    def state(self, layer_idx: int) -> Tensor | None:
+        """The state of one layer, [N, H, D, E] float32, or None before the first token."""
+        return self.layers[layer_idx].state
+
+    def advance(self, columns: int, lengths: Tensor) -> None:
+        """Count a forward pass over ``columns`` token columns, of which ``lengths``, [N], were real tokens."""
+        self._columns += columns
+        self.positions = lengths.long() if self.positions is None else self.positions + lengths
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (every layer has read the same)
+        """Token columns read so far, padding included: what ``generate`` cuts from the front of its input."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+        """The length and offset of a mask over past and present."""
+        return self._columns + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything; the memory is kept."""
+        super().reset()
+        self.positions = None
+        self._columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, in the given order."""
+        self._map_rows(lambda rows: rows.index_select(0, indices.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, copies next to each other."""
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a recurrent state cannot be rolled back.
+
+        Raises:
+            RuntimeError: always, unless there is nothing to remove.
+        """
+        if tokens_to_remove:
+            raise RuntimeError(
+                f"tokens_to_remove is {tokens_to_remove}; a recurrent state cannot give tokens back. "
+                "Keep a copy.deepcopy of the cache from before them"
+            )
+
+    def _map_rows(self, fn: Any) -> None:
+        for layer in self.layers:
+            if layer.state is not None:
+                layer.replace(fn(layer.state))
+        if self.positions is not None:
+            self.positions = fn(self.positions)
+
+
+def is_stepping(cache: TransnormerCache | None, length: int) -> bool:
+    """Whether a pass of ``length`` columns can update the states in place: one token, something read, no gradients."""
+    return length == 1 and cache is not None and cache.positions is not None and not torch.is_grad_enabled()

@@ -1,0 +1,115 @@
+"""Configuration of TransNormerLLM, with the field names of the released checkpoints."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Layers, width, heads, glu_dim, no_scale_embedding. 385M, 1B and 7B as released; the papers name a 3B without its
+# sizes, so these are the releases' proportions: heads of 128 and a glu_dim of 2.7 widths.
+_SIZES = {
+    "385M": (24, 1024, 8, 2816, False),
+    "1B": (16, 2048, 16, 5632, False),
+    "3B": (32, 2560, 20, 6912, False),
+    "7B": (30, 4096, 32, 11008, True),
+}
+
+
+class TransnormerConfig(PreTrainedConfig):
+    """What a TransNormerLLM is made of; the defaults are the released 385M.
+
+    Args:
+        vocab_size: number of tokens.
+        decoder_embed_dim: width of the residual stream.
+        decoder_layers: number of blocks.
+        decoder_attention_heads: H, per block.
+        hidden_dim: width of q, k, v and u, all heads together; None for ``decoder_embed_dim``.
+        glu_dim: width inside the SGLU.
+        no_scale_embedding: leave the embeddings as they are; otherwise they are scaled by sqrt(decoder_embed_dim).
+        linear_use_lrpe_list: one 0 or 1 per block, 1 where queries and keys get LRPE; None for the first block only.
+        linear_act_fun: activation of q and k; "swish" and "silu" are one.
+        norm_type: "simplermsnorm", the only one released.
+        bias: whether projections have biases; no release has them.
+        init_std: standard deviation of the initial weights.
+        use_cache: whether generation returns and reads a :class:`TransnormerCache`.
+        add_bos_token: what a tokenizer should do; the model does not read it.
+        pad_token_id, bos_token_id, eos_token_id: special tokens; the embedding of ``pad_token_id`` stays zero.
+        tie_word_embeddings: use the embedding matrix as the output head; no release does.
+
+    Raises:
+        ValueError: a size does not divide, a list has the wrong length, or a choice is not one of those above.
+    """
+
+    model_type = "transnormer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+    attribute_map = {  # noqa: RUF012 (and a plain dict)
+        "hidden_size": "decoder_embed_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_attention_heads",
+        "intermediate_size": "glu_dim",
+        "initializer_range": "init_std",
+    }
+
+    vocab_size: int = 64000
+    decoder_embed_dim: int = 1024
+    decoder_layers: int = 24
+    decoder_attention_heads: int = 8
+    hidden_dim: int | None = None
+    glu_dim: int = 2816
+    no_scale_embedding: bool = False
+    linear_use_lrpe_list: list[int] | None = None
+    linear_act_fun: str = "swish"
+    norm_type: str = "simplermsnorm"
+    bias: bool = False
+    init_std: float = 0.02
+    use_cache: bool = True
+    add_bos_token: bool = False
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_dim is None:
+            self.hidden_dim = self.decoder_embed_dim
+        # The released configurations write an empty list for "the first block only".
+        if not self.linear_use_lrpe_list:
+            self.linear_use_lrpe_list = [1] + [0] * (self.decoder_layers - 1)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.hidden_dim % self.decoder_attention_heads:
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim}; it must be a multiple of decoder_attention_heads, "
+                f"{self.decoder_attention_heads}"
+            )
+        if len(self.linear_use_lrpe_list) != self.decoder_layers:
+            raise ValueError(
+                f"linear_use_lrpe_list has {len(self.linear_use_lrpe_list)} entries; it must have one per block, "
+                f"{self.decoder_layers}"
+            )
+        if self.linear_act_fun not in ("swish", "silu"):
+            raise ValueError(f"linear_act_fun is {self.linear_act_fun!r}; it must be 'swish' or 'silu'")
+        if self.norm_type != "simplermsnorm":
+            raise ValueError(f"norm_type is {self.norm_type!r}; it must be 'simplermsnorm'")
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "TransnormerConfig":
+        """The configuration of a named size: "385M", "1B", "3B" or "7B", with any field overridden.
+
+        Raises:
+            ValueError: ``name`` is none of these.
+        """
+        if name not in _SIZES:
+            raise ValueError(f"name is {name!r}; it must be one of {', '.join(_SIZES)}")
+        layers, width, heads, glu_dim, no_scale_embedding = _SIZES[name]
+        return cls(
+            **{
+                "decoder_layers": layers,
+                "decoder_embed_dim": width,
+                "decoder_attention_heads": heads,
+                "glu_dim": glu_dim,
+                "no_scale_embedding": no_scale_embedding,
+                **overrides,
+            }
+        )

@@ -1,0 +1,150 @@
+"""Gated linear attention: the token mixer of TransNormerLLM."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_attention.nn.lrpe import LRPE
+from lightning_attention.nn.srmsnorm import SRMSNorm
+from lightning_attention.ops.attention import lightning_attention
+from lightning_attention.ops.decode import lightning_attention_decode
+
+
+class GatedLinearAttention(nn.Module):
+    """q, k, v, u = split(x W_qkvu); q, k = silu; out = W_out (u ⊙ SRMSNorm(lightning_attention(q, k, v))).
+
+    The norm runs over all heads concatenated. One recurrent state, [B, H, D, E] float32, carries everything the
+    layer has read: :meth:`forward` takes and returns it for any number of tokens, so training, prefill and a
+    continuation in pieces are one path; :meth:`step` reads one token per sequence and updates the state in place.
+    E is ``head_dim``; D is ``head_dim``, or twice that with LRPE.
+
+    Args:
+        embed_dim: width of the input and the output.
+        num_heads: H.
+        log_decay: [H] float32, natural logarithm of each head's decay, from :mod:`lightning_attention.decay`. Kept
+            in float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004.
+        hidden_dim: H · head_dim; None for ``embed_dim``.
+        lrpe: whether queries and keys get :class:`LRPE`.
+        bias: whether the projections have biases; no release has them.
+
+    Raises:
+        ValueError: ``hidden_dim`` is not a multiple of ``num_heads``, or ``log_decay`` is not [H] float32.
+    """
+
+    log_decay: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        log_decay: Tensor,
+        *,
+        hidden_dim: int | None = None,
+        lrpe: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        hidden_dim = embed_dim if hidden_dim is None else hidden_dim
+        if hidden_dim % num_heads:
+            raise ValueError(f"hidden_dim is {hidden_dim}; it must be a multiple of num_heads, {num_heads}")
+        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32:
+            raise ValueError(
+                f"log_decay is {list(log_decay.shape)} {log_decay.dtype}; it must be [{num_heads}] torch.float32"
+            )
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.head_dim = hidden_dim // num_heads
+        self.qkvu_proj = nn.Linear(embed_dim, 4 * hidden_dim, bias=bias)
+        self.out_proj = nn.Linear(hidden_dim, embed_dim, bias=bias)
+        self.norm = SRMSNorm()
+        self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
+        self.register_buffer("log_decay", log_decay, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix any number of tokens, from any state.
+
+        Args:
+            x: [B, T, embed_dim].
+            state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
+            positions: [T] or [B, T] integers, absolute positions for LRPE; None for 0..T−1. A layer without LRPE
+                does not look at them.
+            cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x. None: N = B.
+            output_state: whether to return the state after x.
+
+        Returns:
+            The output, like x, and the new state, [N, H, D, E] float32, or None.
+        """
+        qk, v, u = self._project(x)
+        q, k = qk.unbind(2)
+        if self.lrpe is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)
+            q, k = self.lrpe(q, k, positions)
+        mixed, state = lightning_attention(
+            q,
+            k,
+            v,
+            self.log_decay,
+            initial_state=state,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+        return self._gate(mixed, u), state
+
+    def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """Mix one token per sequence and update the state in place; no gradients.
+
+        Equal to :meth:`forward` on [B, 1, embed_dim], without a new state being allocated.
+
+        Args:
+            x: [B, embed_dim].
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            positions: [B] integers, each token's absolute position; required where the layer has LRPE.
+            slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
+                left alone and its attention output is zero. None: row i is sequence i's.
+
+        Returns:
+            The output, [B, embed_dim].
+
+        Raises:
+            ValueError: the layer has LRPE and ``positions`` is None.
+        """
+        qk, v, u = self._project(x.unsqueeze(1))
+        q, k = qk.unbind(2)
+        if self.lrpe is not None:
+            if positions is None:
+                raise ValueError(f"positions is None; a layer with LRPE needs the position of each token, [{len(x)}]")
+            q, k = self.lrpe(q, k, positions.unsqueeze(1))
+        mixed = lightning_attention_decode(q.squeeze(1), k.squeeze(1), v.squeeze(1), self.log_decay, state, slots=slots)
+        return self._gate(mixed.unsqueeze(1), u).squeeze(1)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Activated q and k as [B, T, 2, H, d], v as [B, T, H, d], u as [B, T, hidden_dim]; v and u are views."""
+        # One split and one activation for q and k: the backward is then one concatenation, not four padded sums.
+        qk, v, u = self.qkvu_proj(x).split([2 * self.hidden_dim, self.hidden_dim, self.hidden_dim], -1)
+        qk = F.silu(qk).unflatten(-1, (2, self.num_heads, self.head_dim))
+        return qk, v.unflatten(-1, (self.num_heads, self.head_dim)), u
+
+    def _gate(self, mixed: Tensor, u: Tensor) -> Tensor:
+        return self.out_proj(u * self.norm(mixed.flatten(-2)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedLinearAttention":
+        log_decay = self.log_decay
+        super()._apply(fn, recurse)
+        # .to(bfloat16) and .half() cast every buffer; this one follows the device only.
+        if self.log_decay.dtype != torch.float32 and not self.log_decay.is_meta:
+            self.log_decay = log_decay.to(self.log_decay.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,58 @@
+"""LRPE: linearised relative positional encoding with learnable frequencies."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LRPE(nn.Module):
+    """x → [x cos(θt), x sin(θt)], t the absolute position (arXiv 2307.09270, the cosine form of TransNormerLLM).
+
+    The product of an encoded query and key is Σ_i q_i k_i cos(θ_i (t − s)): it depends on the distance alone, and
+    stays linear in the key, which is what linear attention needs. Queries and keys become twice as wide.
+
+    Args:
+        num_heads: H.
+        head_dim: d. ``theta`` is a learnable [H, 1, d] parameter that starts at 10000^(−2i/(H·d)), i = 0..H·d−1,
+            so the first heads turn fast and the last ones slowly.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.theta = nn.Parameter(self.initial_theta())
+
+    def initial_theta(self) -> Tensor:
+        """The frequencies a new layer starts from, [H, 1, d] float32."""
+        width = self.num_heads * self.head_dim
+        # Exponents in float32, as the releases compute them: θ of 1e-4 at t = 1e5 shows the difference.
+        exponents = (-2.0 / width) * torch.arange(width, dtype=torch.float32)
+        return (10000.0**exponents).reshape(self.num_heads, 1, self.head_dim)
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode queries and keys.
+
+        Args:
+            q: [B, T, H, d].
+            k: [B, T, H, d].
+            positions: [T], or [B, T] where the rows differ; integers, the absolute position of every token.
+
+        Returns:
+            The encoded q and k, [B, T, H, 2d], in their own dtype. Angles, sines and cosines are float32.
+
+        Raises:
+            ValueError: ``positions`` is neither [T] nor [B, T], or the heads do not fit ``theta``.
+        """
+        if q.shape != k.shape or q.shape[2:] != (self.num_heads, self.head_dim):
+            raise ValueError(
+                f"q is {list(q.shape)} and k is {list(k.shape)}; both must be [B, T, {self.num_heads}, {self.head_dim}]"
+            )
+        batch, length = q.shape[:2]
+        if positions.shape not in {(length,), (batch, length)}:
+            raise ValueError(f"positions is {list(positions.shape)}; it must be [{length}] or [{batch}, {length}]")
+        angles = positions.to(torch.float32)[..., None, None] * self.theta.float().squeeze(1)
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
