@@ -109,13 +109,15 @@ def _attention_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
-    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, _, ctx.batch_invariant, ctx.backend = inputs
+    q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.has_final, ctx.batch_invariant, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    if not ctx.has_final:
+        dfinal = None  # the absent tensor's
     if dout is None:
         if dfinal is None:
             return (None,) * 10
@@ -131,7 +133,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tupl
     )  # fmt: skip
 
 
-def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> None:  # noqa: ARG001
+def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError("lightning_attention has no second derivative; call backward without create_graph=True")
 
 

@@ -29,7 +29,7 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
-    """k [*leading, H, D] and v [*leading, H, E]: one dtype and device."""
+    """Check k [*leading, H, D] and v [*leading, H, E]: one dtype and device."""
     for name, x in (("k", k), ("v", v)):
         check_tensor(name, x)
         _check_rank(name, x, leading)
@@ -43,7 +43,7 @@ def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, leading: str) -> None:
-    """q like k [*leading, H, D], and v [*leading, H, E]: one dtype and device."""
+    """Check q and k [*leading, H, D] and v [*leading, H, E]: one dtype and device."""
     check_tensor("q", q)
     _check_rank("q", q, leading)
     check_kv(k, v, leading)

@@ -52,7 +52,7 @@ class Decay:
 
 
 def _carried(carry: Tensor | None, initial: Tensor | None, decay: Decay, layout: Layout, piece: Piece) -> Tensor | None:
-    """What the state before the piece, and initial states of sequences that begin in it, leave at each block's start."""
+    """What the state before the piece, and initial states of sequences that begin in it, leave at each block start."""
     if carry is None and initial is None:
         return None
     block = torch.arange(piece.size, device=piece.index.device)
