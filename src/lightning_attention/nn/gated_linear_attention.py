@@ -30,7 +30,8 @@ class GatedLinearAttention(nn.Module):
         bias: whether the projections have biases; no release has them.
 
     Raises:
-        ValueError: ``hidden_dim`` is not a multiple of ``num_heads``, or ``log_decay`` is not [H] float32.
+        ValueError: ``hidden_dim`` is not a multiple of ``num_heads``, or ``log_decay`` is not [H] float32 with values
+            (it is on the meta device).
     """
 
     log_decay: Tensor
@@ -49,9 +50,10 @@ class GatedLinearAttention(nn.Module):
         hidden_dim = embed_dim if hidden_dim is None else hidden_dim
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim is {hidden_dim}; it must be a multiple of num_heads, {num_heads}")
-        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32:
+        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
             raise ValueError(
-                f"log_decay is {list(log_decay.shape)} {log_decay.dtype}; it must be [{num_heads}] torch.float32"
+                f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
+                f"[{num_heads}] torch.float32 with values"
             )
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
@@ -60,7 +62,9 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_dim, embed_dim, bias=bias)
         self.norm = SRMSNorm()
         self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
-        self.register_buffer("log_decay", log_decay, persistent=False)
+        # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
+        self._log_decay_values: list[float] = log_decay.tolist()
+        self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
 
     def forward(
         self,
@@ -138,12 +142,16 @@ class GatedLinearAttention(nn.Module):
     def _gate(self, mixed: Tensor, u: Tensor) -> Tensor:
         return self.out_proj(u * self.norm(mixed.flatten(-2)))
 
+    def reset_buffers(self) -> None:
+        """Give ``log_decay`` its values again, on the device it is on; for buffers that were moved without them."""
+        self.log_decay = torch.tensor(self._log_decay_values, dtype=torch.float32, device=self.log_decay.device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedLinearAttention":
-        log_decay = self.log_decay
+        was_meta = self.log_decay.is_meta
         super()._apply(fn, recurse)
-        # .to(bfloat16) and .half() cast every buffer; this one follows the device only.
-        if self.log_decay.dtype != torch.float32 and not self.log_decay.is_meta:
-            self.log_decay = log_decay.to(self.log_decay.device)
+        # .to(bfloat16) and .half() cast every buffer, .to_empty() leaves any numbers in them.
+        if self.log_decay.dtype != torch.float32 or was_meta:
+            self.reset_buffers()
         return self
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
 """The cache of TransNormerLLM: one state per layer, of a size that does not depend on the context."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
@@ -19,7 +19,7 @@ class _RecurrentState(LinearAttentionLayer):
     def state(self) -> Tensor | None:
         return self.recurrent_states[0] if self.has_previous_state[0] else None
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
         """Keep ``recurrent_states``, at the address of the state before it where that can be."""
         held = self.recurrent_states[state_idx]
         # CUDA graphs and compiled decode steps want the address to stay; autograd wants the old values to stay.
@@ -67,7 +67,10 @@ class TransnormerCache(Cache):
     def advance(self, columns: int, lengths: Tensor) -> None:
         """Count a forward pass over ``columns`` token columns, of which ``lengths``, [N], were real tokens."""
         self._columns += columns
-        self.positions = lengths.long() if self.positions is None else self.positions + lengths
+        if self.positions is None:
+            self.positions = lengths
+        else:
+            self.positions += lengths  # in place: a captured decode step counts on
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (every layer has read the same)
         """Token columns read so far, padding included: what ``generate`` cuts from the front of its input."""
@@ -107,14 +110,9 @@ class TransnormerCache(Cache):
                 "Keep a copy.deepcopy of the cache from before them"
             )
 
-    def _map_rows(self, fn: Any) -> None:
+    def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             if layer.state is not None:
                 layer.replace(fn(layer.state))
         if self.positions is not None:
             self.positions = fn(self.positions)
-
-
-def is_stepping(cache: TransnormerCache | None, length: int) -> bool:
-    """Whether a pass of ``length`` columns can update the states in place: one token, something read, no gradients."""
-    return length == 1 and cache is not None and cache.positions is not None and not torch.is_grad_enabled()

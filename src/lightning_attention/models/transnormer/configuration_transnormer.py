@@ -1,5 +1,6 @@
 """Configuration of TransNormerLLM, with the field names of the released checkpoints."""
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,7 +26,8 @@ class TransnormerConfig(PreTrainedConfig):
         hidden_dim: width of q, k, v and u, all heads together; None for ``decoder_embed_dim``.
         glu_dim: width inside the SGLU.
         no_scale_embedding: leave the embeddings as they are; otherwise they are scaled by sqrt(decoder_embed_dim).
-        linear_use_lrpe_list: one 0 or 1 per block, 1 where queries and keys get LRPE; None for the first block only.
+        linear_use_lrpe_list: one 0 or 1 per block, 1 where queries and keys get LRPE; empty for the first block only,
+            as every release has it.
         linear_act_fun: activation of q and k; "swish" and "silu" are one.
         norm_type: "simplermsnorm", the only one released.
         bias: whether projections have biases; no release has them.
@@ -56,7 +58,7 @@ class TransnormerConfig(PreTrainedConfig):
     hidden_dim: int | None = None
     glu_dim: int = 2816
     no_scale_embedding: bool = False
-    linear_use_lrpe_list: list[int] | None = None
+    linear_use_lrpe_list: list[int] = field(default_factory=list)
     linear_act_fun: str = "swish"
     norm_type: str = "simplermsnorm"
     bias: bool = False
@@ -71,14 +73,13 @@ class TransnormerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_dim is None:
             self.hidden_dim = self.decoder_embed_dim
-        # The released configurations write an empty list for "the first block only".
         if not self.linear_use_lrpe_list:
             self.linear_use_lrpe_list = [1] + [0] * (self.decoder_layers - 1)
         self._check()
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        if self.hidden_dim % self.decoder_attention_heads:
+        if (self.hidden_dim or 0) % self.decoder_attention_heads:
             raise ValueError(
                 f"hidden_dim is {self.hidden_dim}; it must be a multiple of decoder_attention_heads, "
                 f"{self.decoder_attention_heads}"

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from lightning_attention import decay
-from lightning_attention.models.transnormer.cache import TransnormerCache, is_stepping
+from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.packing import Packing, document_starts, packed_positions
+from lightning_attention.models.transnormer.layout import document_starts, lay_out
 from lightning_attention.nn import LRPE, SGLU, GatedLinearAttention, SRMSNorm
 
 
@@ -41,10 +41,12 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.token_norm = SRMSNorm()
+        with torch.device("cpu"):  # values, also where the model is built on the meta device
+            log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
         self.token_mixer = GatedLinearAttention(
             config.decoder_embed_dim,
             config.decoder_attention_heads,
-            decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers),
+            log_decay,
             hidden_dim=config.hidden_dim,
             lrpe=bool(config.linear_use_lrpe_list[layer_idx]),
             bias=config.bias,
@@ -60,11 +62,16 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         past_key_values: TransnormerCache | None = None,
         cu_seqlens: Tensor | None = None,
         slots: Tensor | None = None,
+        step: bool = False,
     ) -> Tensor:
-        """One block over [B, T, width]; the other arguments are those of :class:`GatedLinearAttention`."""
+        """One block over [B, T, width]; the other arguments are those of :class:`GatedLinearAttention`.
+
+        With ``step`` the layer's state is updated in place, by one token per row.
+        """
         x = self.token_norm(hidden_states)
         state = None if past_key_values is None else past_key_values.state(self.layer_idx)
-        if is_stepping(past_key_values, x.shape[1]) and cu_seqlens is None:
+        if step:
+            assert state is not None  # a step comes after something
             mixed = self.token_mixer.step(x.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
         else:
             mixed, state = self.token_mixer(
@@ -95,12 +102,9 @@ class TransnormerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LRPE):
             init.copy_(module.theta, module.initial_theta())
-        elif isinstance(module, TransnormerDecoderLayer):
-            # Not a weight, but as empty as one after loading on the meta device: it is in no checkpoint.
-            log_decay = decay.transnormer(
-                self.config.decoder_attention_heads, module.layer_idx, self.config.decoder_layers
-            )
-            init.copy_(module.token_mixer.log_decay, log_decay)
+        elif isinstance(module, GatedLinearAttention):
+            # In no checkpoint, and empty after loading by way of the meta device.
+            module.reset_buffers()
 
 
 class TransnormerModel(TransnormerPreTrainedModel):
@@ -132,7 +136,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
-        **kwargs: Any,  # noqa: ARG002 (transformers hands every model what any model may take)
+        **_: Any,
     ) -> BaseModelOutputWithPast:
         """Read a batch, from nothing or from where a cache stands.
 
@@ -148,6 +152,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
             output_hidden_states: whether to return the hidden states before every block and after the last norm.
             cu_seqlens: [N+1] integers on the inputs' device: B is 1 and N documents are packed; each starts from
                 nothing, or from its row of ``past_key_values``. Without ``attention_mask``.
+            **_: what transformers hands to every model; not used.
 
         Returns:
             ``last_hidden_state`` [B, T, width], ``past_key_values``, and ``hidden_states`` where asked for.
@@ -172,44 +177,44 @@ class TransnormerModel(TransnormerPreTrainedModel):
         batch, length = hidden_states.shape[:2]
         if cu_seqlens is not None and (batch != 1 or attention_mask is not None):
             raise ValueError(
-                f"cu_seqlens is given with a batch of {batch} and attention_mask="
-                f"{'None' if attention_mask is None else list(attention_mask.shape)}; "
-                "packed documents are a batch of 1 without a mask"
+                f"cu_seqlens is given with {batch} rows and {'no' if attention_mask is None else 'an'} attention_mask; "
+                "packed documents are one row, without a mask"
             )
+        if position_ids is not None and position_ids.shape not in {(1, length), (batch, length)}:
+            raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
         if use_cache and past_key_values is None:
             past_key_values = TransnormerCache(self.config)
-        mask = _local_mask(attention_mask, batch, length)
         offsets = None if past_key_values is None else past_key_values.positions
-        positions = _positions(position_ids, hidden_states, mask, cu_seqlens, offsets)
+        # One token after others, nothing to differentiate: the states are updated in place. The numbers are the same
+        # either way.
+        step = length == 1 and offsets is not None and cu_seqlens is None and not torch.is_grad_enabled()
+        layout = lay_out(
+            batch,
+            length,
+            hidden_states.device,
+            mask=_local_mask(attention_mask, batch, length),
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            offsets=offsets,
+            step=step,
+        )
 
-        packing, slots = None, None
-        if is_stepping(past_key_values, length) and cu_seqlens is None:
-            positions = positions.expand(batch, 1).squeeze(1)
-            if mask is not None:
-                slots = torch.arange(batch, device=mask.device).masked_fill(~mask[:, 0], -1)
-        elif mask is not None:
-            packing = Packing.from_mask(mask)
-            hidden_states = packing.pack(hidden_states)
-            positions = packing.pack(positions.expand(batch, length)).squeeze(0)
-            cu_seqlens = packing.cu_seqlens
-
+        hidden_states = layout.pack(hidden_states)
         history: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                history.append(hidden_states)
+                history.append(layout.unpack(hidden_states, batch))
             hidden_states = layer(
                 hidden_states,
-                positions=positions,
+                positions=layout.positions,
                 past_key_values=past_key_values,
-                cu_seqlens=cu_seqlens,
-                slots=slots,
+                cu_seqlens=layout.cu_seqlens,
+                slots=layout.slots,
+                step=step,
             )
-        hidden_states = self.norm(hidden_states)
-        if packing is not None:
-            hidden_states = packing.unpack(hidden_states, batch)
-            history = [packing.unpack(h, batch) for h in history]
+        hidden_states = layout.unpack(self.norm(hidden_states), batch)
         if past_key_values is not None:
-            past_key_values.advance(length, _lengths(hidden_states, mask, packing, cu_seqlens))
+            past_key_values.advance(length, layout.lengths)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -250,12 +255,10 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits and, with ``labels``, their loss.
 
-        Args:
-            labels: [B, T] token ids, -100 where there is nothing to learn; shifted inside, so the inputs themselves
-                will do. With ``cu_seqlens`` no document is asked to predict the next one's first token.
-            logits_to_keep: compute the logits of the last that many tokens only (0: all), or of these columns.
-
-        The other arguments, and what is raised, are those of :class:`TransnormerModel`.
+        ``labels``, [B, T] token ids, may be the inputs themselves: they are shifted inside, and -100 is nothing to
+        learn. With ``cu_seqlens`` no document is asked for the next one's first token. ``logits_to_keep`` computes
+        the logits of the last that many tokens only (0: all), or of the columns it lists; not with ``labels``. The
+        other arguments, and what is raised, are those of :class:`TransnormerModel`.
 
         Returns:
             ``loss`` (mean negative log-likelihood, nats per token), ``logits`` [B, T, vocab_size],
@@ -290,9 +293,17 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give ``generate`` its cache before the prompt is read, so that the prompt can be read in pieces."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TransnormerCache(self.config)
+
 
 def _local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """This call's columns of a mask, [B, T] bool, or None where nothing is padding."""
+    """The last T columns of a mask, [B, T] bool, or None where nothing is padding."""
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
@@ -302,37 +313,3 @@ def _local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tenso
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.all():
         return None
     return mask
-
-
-def _positions(
-    position_ids: Tensor | None,
-    hidden_states: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    offsets: Tensor | None,
-) -> Tensor:
-    """The position of every token, [T] or [B, T]: given, or counted over the real tokens of each sequence."""
-    batch, length = hidden_states.shape[:2]
-    if position_ids is not None:
-        if position_ids.shape not in {(1, length), (batch, length)}:
-            raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
-        return position_ids[0] if position_ids.shape[0] == 1 else position_ids
-    if cu_seqlens is not None:
-        return packed_positions(cu_seqlens, length, offsets)
-    if mask is None:
-        counted = torch.arange(length, device=hidden_states.device)
-    else:
-        counted = (mask.cumsum(1) - 1).clamp_min(0)
-    return counted if offsets is None else counted + offsets.unsqueeze(1)
-
-
-def _lengths(hidden_states: Tensor, mask: Tensor | None, packing: Packing | None, cu_seqlens: Tensor | None) -> Tensor:
-    """How many real tokens each sequence of this call had, [N] int64."""
-    if packing is not None:
-        return packing.lengths
-    if mask is not None:
-        return mask.sum(1)
-    if cu_seqlens is not None:
-        return cu_seqlens.diff().long()
-    batch, length = hidden_states.shape[:2]
-    return torch.full((batch,), length, dtype=torch.int64, device=hidden_states.device)

@@ -1,0 +1,103 @@
+"""How the tokens of one forward pass lie in memory: rows, packed documents, or a padded batch made into these."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of a [B, T] pass stands in its sequence, and where the N sequences begin and end.
+
+    A padded batch is packed: the real tokens of row 0, of row 1, ... come first, and all padding last, past the end
+    of the last sequence. So no state decays over padding and none reads it, wherever in a row it is, and every shape
+    stays B·T: nothing waits for the device.
+
+    Attributes:
+        positions: [T] or [B, T] integers, each token's position, in the packed order where there is one; [B] for a
+            step.
+        lengths: [N] int64, the real tokens each sequence has in this pass.
+        cu_seqlens: [N+1] integers, boundaries of packed sequences; None where every row is a sequence.
+        order: [B·T] int64, which token of the flattened batch each packed token is; None where nothing moved.
+        slots: [B] int64, for a step over a batch with padding: the row itself, or −1 for padding.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor | None = None
+    order: Tensor | None = None
+    slots: Tensor | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] → [1, B·T, ...] where the batch is packed; otherwise x."""
+        return x if self.order is None else x.flatten(0, 1).index_select(0, self.order).unsqueeze(0)
+
+    def unpack(self, x: Tensor, batch: int) -> Tensor:
+        """What :meth:`pack` did, undone; what comes for padding means nothing."""
+        if self.order is None:
+            return x
+        return torch.empty_like(x[0]).index_copy_(0, self.order.to(x.device), x[0]).unflatten(0, (batch, -1))
+
+
+def lay_out(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    offsets: Tensor | None = None,
+    step: bool = False,
+) -> Layout:
+    """The layout of a pass over [batch, length] tokens.
+
+    Args:
+        batch: B.
+        length: T.
+        device: where the tokens are.
+        mask: [B, T] bool, false for padding; None where there is none.
+        position_ids: [B, T] or [1, T], the positions; None to count the real tokens of each sequence.
+        cu_seqlens: [N+1] boundaries of packed documents; then B is 1 and ``mask`` is None.
+        offsets: [N] int64, the real tokens each sequence read before; None for none.
+        step: whether the pass is one token per row, for :meth:`GatedLinearAttention.step`.
+    """
+    if cu_seqlens is not None:
+        positions = _packed_positions(cu_seqlens, length, offsets) if position_ids is None else position_ids[0]
+        return Layout(positions, cu_seqlens.diff().long(), cu_seqlens)
+    if mask is None:
+        positions = torch.arange(length, device=device)
+        lengths = torch.full((batch,), length, device=device)
+    else:
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        lengths = mask.sum(1)
+    if position_ids is not None:
+        positions = position_ids.expand(batch, length)
+    elif offsets is not None:
+        positions = positions + offsets.unsqueeze(1)
+    if step:
+        slots = None if mask is None else torch.arange(batch, device=device).masked_fill(~mask.squeeze(1), -1)
+        return Layout(positions.squeeze(1), lengths, slots=slots)
+    if mask is None:
+        return Layout(positions, lengths)
+    order = (~mask).flatten().to(torch.uint8).argsort(stable=True)
+    positions = positions.expand(batch, length).flatten().index_select(0, order)
+    return Layout(positions, lengths, F.pad(lengths.cumsum(0), (1, 0)), order)
+
+
+def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Which of ``length`` packed tokens begin a document, or the padding after the last one, [length] bool."""
+    # One longer than the tokens: an empty document at the end starts where they stop.
+    starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return starts.index_fill_(0, cu_seqlens.long(), True)[:length]
+
+
+def _packed_positions(cu_seqlens: Tensor, length: int, offsets: Tensor | None) -> Tensor:
+    index = torch.arange(length, device=cu_seqlens.device)
+    # A token belongs to the last document that starts at or before it; tokens past the end go with the last one.
+    ends = cu_seqlens[1:-1].contiguous()
+    document = torch.searchsorted(ends, index.to(ends.dtype), right=True)
+    starts = cu_seqlens[:-1] if offsets is None else cu_seqlens[:-1] - offsets
+    return index - starts[document]
