@@ -1,0 +1,18 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Tests run side by side, one process per core: threads of their own would only fight over the cores.
+torch.set_num_threads(1)
+
+# Derandomised: a run says the same thing twice. HYPOTHESIS_PROFILE=explore searches anew, ten times as long.
+settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("explore", deadline=None, max_examples=250)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

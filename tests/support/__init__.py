@@ -1,0 +1,18 @@
+"""What tests share: a float64 oracle that owes nothing to the package, problems to solve, and error budgets."""
+
+from tests.support.numerics import budget, budget_used, relative_error
+from tests.support.problem import Problem, cumulative, make_problem, problems
+from tests.support.solve import Solution, solve_exactly, solve_with
+
+__all__ = [
+    "Problem",
+    "Solution",
+    "budget",
+    "budget_used",
+    "cumulative",
+    "make_problem",
+    "problems",
+    "relative_error",
+    "solve_exactly",
+    "solve_with",
+]
