@@ -89,8 +89,8 @@ class PackedLayout:
         self.B, self.block = 1, block
         self.cu_seqlens = cu_seqlens.long()
         self.lengths = self.cu_seqlens.diff()
-        # A sequence of L tokens takes at most (L + C − 1) / C blocks.
-        self.num_blocks = (self.T + self.N * (block - 1)) // block
+        # A sequence of L tokens takes at most (L + C − 1) / C blocks, and no more than L.
+        self.num_blocks = min(self.T, (self.T + self.N * (block - 1)) // block)
         self.ends = (-(-self.lengths // block)).cumsum(0)
         self.device = x.device
 

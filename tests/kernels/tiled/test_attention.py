@@ -1,0 +1,145 @@
+"""The tiled algorithm against the float64 recurrence: outputs, final states, and every gradient."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_attention.kernels.tiled import attention as tiled
+from lightning_attention.kernels.tiled.attention import BLOCK, PIECE
+from tests.support import (
+    Problem,
+    budget,
+    cumulative,
+    make_problem,
+    problems,
+    relative_error,
+    solve_exactly,
+    solve_with,
+)
+
+# One piece of blocks is 2048 tokens: a token less, as many, one more, and more than two.
+EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 1000, 2047, 2048, 2049, 4500]
+assert BLOCK * PIECE == 2048
+
+
+@settings(max_examples=100)
+@given(problems(), st.sampled_from([1, 2, PIECE]))
+def test_any_sizes(problem: Problem, piece: int):
+    with patch.object(tiled, "PIECE", piece):  # shorter pieces, so that short sequences meet their edges
+        got = solve_with(problem, "tiled")
+    assert not got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accuracy_over_a_thousand_tokens(dtype: torch.dtype):
+    problem = make_problem(T=1000, H=2, D=64, dtype=dtype)
+    expected, got = solve_exactly(problem), solve_with(problem, "tiled")
+    for name in ("output", "final_state"):
+        assert relative_error(getattr(got, name), getattr(expected, name)) <= budget(dtype), name
+    for name in ("q", "k", "v", "log_decay", "initial_state"):
+        assert relative_error(getattr(got, name), getattr(expected, name)) <= budget(dtype, gradient=True), name
+
+
+MISTAKES: dict[str, Callable[[Problem], Problem]] = {
+    "keys a token late": lambda p: replace(p, k=p.k.roll(1, 1)),
+    "the first token decayed once more": lambda p: replace(p, initial_state=p.initial_state * 0.99),
+    "decay off by a thousandth": lambda p: replace(p, log_decay=p.log_decay * 1.001),
+    "a block forgotten": lambda p: replace(p, k=torch.cat([p.k[:, :64] * 0, p.k[:, 64:]], 1)),
+    "heads swapped": lambda p: replace(p, log_decay=p.log_decay.flip(0)),
+    "scale off by a hundredth": lambda p: replace(p, scale=p.scale * 1.01),
+    "a sequence cut a token early": lambda p: replace(p, cu_seqlens=p.cu_seqlens - torch.tensor([0, 1, 0])),
+    "states in half precision": lambda p: replace(p, initial_state=p.initial_state.bfloat16().float()),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_budgets_notice(mistake: str):
+    problem = make_problem(lengths=[70, 130], H=3, D=32, E=16)
+    got = solve_with(MISTAKES[mistake](problem), "tiled")
+    expected, magnitude = solve_exactly(problem), solve_exactly(problem.absolute())
+    assert got.misses(expected, magnitude)
+    assert not solve_with(problem, "tiled").misses(expected, magnitude)
+
+
+@pytest.mark.parametrize("T", EDGES)
+@pytest.mark.parametrize("kind", ["strong", "mixed"])
+def test_strong_decay_at_the_edges_of_blocks_and_pieces(T: int, kind: str):
+    problem = make_problem(T=T, H=5, D=4, E=3, kind=kind)
+    expected, got = solve_with(problem, "reference"), solve_with(problem, "tiled")
+    assert not got.misses(expected, solve_with(problem.absolute(), "tiled"))
+
+
+@pytest.mark.parametrize("lengths", [[2048, 1], [5] * 40, [0, 0, 2100, 0, 7]])
+def test_packed_sequences_across_pieces(lengths: list[int]):
+    problem = make_problem(lengths=lengths, padding=3, H=2, D=4, E=3, kind="mixed")
+    expected, got = solve_with(problem, "reference"), solve_with(problem, "tiled")
+    assert not got.misses(expected, solve_with(problem.absolute(), "tiled"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_tokens_past_the_last_sequence_are_never_read(backend: str, bad: float):
+    clean = make_problem(lengths=[70, 0, 60], padding=40, H=2, D=8)
+
+    def poison(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :130], torch.full_like(x[:, 130:], bad)], 1)
+
+    poisoned = replace(clean, **{name: poison(getattr(clean, name)) for name in ("q", "k", "v", "dout")})
+    expected, got = solve_with(clean, backend), solve_with(poisoned, backend)
+    for name in ("output", "final_state", "q", "k", "v", "log_decay", "initial_state"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    for name in ("output", "q", "k", "v"):
+        assert not getattr(got, name)[:, 130:].any(), name
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("lengths", [None, [0], [0, 0, 0]])
+def test_no_tokens(backend: str, lengths: list[int] | None):
+    problem = make_problem(B=2, T=0, lengths=lengths, D=4, E=3)
+    got = solve_with(problem, backend)
+    assert got.output.numel() == got.q.numel() == 0
+    assert torch.equal(got.final_state, problem.initial_state)
+    assert torch.equal(got.initial_state, problem.dfinal)
+    assert not got.log_decay.any()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_only_padding(backend: str):
+    problem = make_problem(lengths=[0, 0], padding=70, D=4, E=3)
+    got = solve_with(problem, backend)
+    assert not got.output.any()
+    assert not got.k.any()
+    assert torch.equal(got.final_state, problem.initial_state)
+
+
+def test_results_are_not_the_arguments():
+    """Autograd forbids an output that is an input, and a caller may write to either."""
+    problem = make_problem(T=0)
+    start = problem.initial_state.clone()
+    got = solve_with(replace(problem, initial_state=start), "tiled")
+    got.final_state.zero_()
+    assert torch.equal(start, problem.initial_state)
+
+
+def test_no_decay_is_a_decay_of_zero():
+    without, zero = make_problem(T=200, kind="none"), make_problem(T=200, kind="zero")
+    for name in ("output", "final_state", "q", "k", "v", "initial_state"):
+        assert torch.equal(getattr(solve_with(without, "tiled"), name), getattr(solve_with(zero, "tiled"), name)), name
+
+
+def test_cu_seqlens_of_either_type_and_of_equal_lengths_is_a_batch():
+    dense = make_problem(B=3, T=100)
+    expected = solve_with(dense, "tiled")
+    for index_dtype in (torch.int32, torch.int64):
+        flat = {name: getattr(dense, name).flatten(0, 1)[None] for name in ("q", "k", "v", "dout")}
+        packed = replace(dense, cu_seqlens=cumulative([100] * 3, index_dtype), **flat)
+        got = solve_with(packed, "tiled")
+        assert relative_error(got.output.view_as(expected.output), expected.output) < 1e-6
+        assert relative_error(got.k.view_as(expected.k), expected.k) < 1e-6
+        assert relative_error(got.final_state, expected.final_state) < 1e-6
