@@ -1,0 +1,49 @@
+"""The command `lightning-attention` and its subcommands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import lightning_attention
+from lightning_attention.cli.bench import bench
+from lightning_attention.cli.check import check
+from lightning_attention.cli.generate import generate
+from lightning_attention.cli.train import train
+from lightning_attention.training.config import InputError
+
+app = typer.Typer(
+    help="Linear attention that trains and serves at constant speed per token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (check, bench, train, generate):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lightning-attention {lightning_attention.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; exit status 2 and one line on stderr when what the user gave cannot be used."""
+    try:
+        app(args=args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

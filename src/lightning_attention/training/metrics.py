@@ -1,0 +1,42 @@
+"""The record of a run: one JSON object per line, and a curve without doubles or gaps after a resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning_attention.training.checkpoint import atomic_text
+
+
+class MetricsLog:
+    """Appends to a JSONL file. Every line has a `step`, and either a training `loss` or a `val_loss`."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there."""
+        kept = [] if resume_step is None else [line for line in read_metrics(path) if line["step"] <= resume_step]
+        atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line; it is in the file when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines. A last line that a killed process left unfinished is skipped."""
+    if not path.exists():
+        return []
+    return list(_parse(path.read_text(encoding="utf-8").splitlines(keepends=True)))
+
+
+def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        if line.endswith("\n"):
+            yield json.loads(line)

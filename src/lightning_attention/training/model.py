@@ -1,0 +1,77 @@
+"""The model and the optimizer that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
+from lightning_attention.training.config import InputError, TrainConfig
+from lightning_attention.training.tokenizer import END_ID, PAD_ID
+
+
+def new_model(config: TrainConfig, vocab_size: int) -> TransnormerForCausalLM:
+    """A model with fresh weights from torch's current random state, in float32."""
+    return TransnormerForCausalLM(
+        TransnormerConfig(
+            vocab_size=vocab_size,
+            decoder_embed_dim=config.width,
+            decoder_layers=config.layers,
+            decoder_attention_heads=config.heads,
+            glu_dim=config.glu_dim or default_glu_dim(config.width),
+            pad_token_id=PAD_ID,
+            bos_token_id=END_ID,
+            eos_token_id=END_ID,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    )
+
+
+def default_glu_dim(width: int) -> int:
+    """2.75 widths, as in the released 385M and 1B, to a multiple of 32."""
+    return 32 * round(2.75 * width / 32) or 32
+
+
+def load_model(folder: Path) -> TransnormerForCausalLM:
+    """The model in a Hugging Face folder, in float32 on the CPU. Raises InputError when it cannot be read."""
+    try:
+        with _no_progress_bar():
+            model: TransnormerForCausalLM = TransnormerForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot load the model in {folder}: {reason}") from error
+    return model
+
+
+def save_model(model: TransnormerForCausalLM, folder: Path) -> None:
+    """Write the weights and the configuration as a Hugging Face folder."""
+    with _no_progress_bar():
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing its own bars over the trainer's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def new_optimizer(config: TrainConfig, model: TransnormerForCausalLM) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone: decaying LRPE's frequencies would move what positions mean."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
