@@ -6,13 +6,17 @@ of a piece is carried by a Python loop. The pieces keep the working set in cache
 sequence worked on as one piece took twice as long per token at T = 65536 as at T = 4096.
 """
 
+from typing import TypeVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_attention.kernels.tiled.layout import Layout, Piece, layout_of
 
 BLOCK = 64  # C
 PIECE = 32  # blocks
+LINE = 16  # numbers: 64 bytes of float32
 
 
 class Decay:
@@ -113,6 +117,20 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+_Padded = TypeVar("_Padded", Tensor, Tensor | None)
+
+
+def _whole_lines(x: _Padded, dims: int = 1) -> _Padded:
+    """Pad the last sizes, D or E or both, to whole cache lines.
+
+    The bits of a matrix product depend on how its operands are aligned and shared among threads, and an odd D×E state
+    is aligned by its place in the batch: with MKL a tenth of the odd sizes gave other bits in another batch.
+    """
+    if x is None:
+        return x
+    return F.pad(x, [n for size in x.shape[: -dims - 1 : -1] for n in (0, -size % LINE)])
+
+
 def attention(
     q: Tensor | None,
     k: Tensor,
@@ -127,6 +145,10 @@ def attention(
     """Outputs [B, T, H, E] and final states [N, H, D, E]; q None computes the states alone, with empty outputs."""
     dtype = _accumulator(v.dtype)
     H, D, E = k.shape[2], k.shape[3], v.shape[3]
+    if batch_invariant and (D % LINE or E % LINE):
+        q, k, v, initial_state = _whole_lines(q), _whole_lines(k), _whole_lines(v), _whole_lines(initial_state, 2)
+        out, final = attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, True)
+        return out[..., :E].contiguous(), None if final is None else final[..., :D, :E].contiguous()
     layout = layout_of(k, cu_seqlens, BLOCK)
     decay = Decay(log_decay, H, dtype, k.device)
     out = v.new_empty(0) if q is None else layout.empty(v)
@@ -181,6 +203,14 @@ def attention_backward(
     """Gradients of q, k, v, log_decay [H] and initial_state [N, H, D, E] (None where there is none)."""
     dtype = _accumulator(v.dtype)
     H, D, E = k.shape[2], k.shape[3], v.shape[3]
+    if batch_invariant and (D % LINE or E % LINE):
+        q, k, v, dout = (_whole_lines(x) for x in (q, k, v, dout))
+        dfinal, initial_state = _whole_lines(dfinal, 2), _whole_lines(initial_state, 2)
+        dq, dk, dv, dlog, dinitial = attention_backward(
+            dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, True, need_dlog_decay
+        )
+        dinitial = None if dinitial is None else dinitial[..., :D, :E].contiguous()
+        return dq[..., :D].contiguous(), dk[..., :D].contiguous(), dv[..., :E].contiguous(), dlog, dinitial
     layout = layout_of(k, cu_seqlens, BLOCK)
     decay = Decay(log_decay, H, dtype, k.device)
     dq, dk, dv = layout.empty(q), layout.empty(k), layout.empty(v)
