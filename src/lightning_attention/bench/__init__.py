@@ -1,0 +1,1 @@
+"""What ``lightning-attention check`` and ``lightning-attention bench`` measure, record and draw."""

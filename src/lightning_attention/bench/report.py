@@ -1,0 +1,135 @@
+"""The JSON file of a benchmark: the machine it ran on, the command, and one flat record a measurement."""
+
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_attention.bench.peers import Implementation
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, with a CPU's thread count: its times mean nothing without it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def slug(device: torch.device) -> str:
+    """The device's name for a file: ``cpu``, ``nvidia-h200``."""
+    return "cpu" if device.type == "cpu" else device_name(device).lower().replace(" ", "-")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+def _answer(*command: str) -> str | None:
+    """What a command prints, or None where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The git commit of this source, with ``+`` where tracked files differ from it.
+
+    Where the source is not a checkout, GIT_COMMIT in the environment says which commit it was copied from.
+    """
+    here = Path(__file__).parent
+    git = ("git", "-C", str(here))
+    if _answer(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # someone else's repository, or none
+        return os.environ.get("GIT_COMMIT")
+    head = _answer(*git, "rev-parse", "HEAD")
+    changed = _answer(*git, "status", "--porcelain", "--untracked-files=no", ".")
+    return head if head is None or changed is None else f"{head}+"
+
+
+def driver() -> str | None:
+    """The GPU driver's version, as its own tool gives it."""
+    return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+
+
+def environment(device: torch.device, implementations: Iterable[Implementation] = ()) -> dict[str, Any]:
+    """Device, versions, command, commit and date: what someone needs to get the same figures."""
+    import lightning_attention
+
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["lightning-attention", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": driver() if device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "lightning_attention": lightning_attention.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": package_version("triton"),
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "peers": {i.name: i.version() for i in implementations if i.package not in ("torch", "lightning-attention")},
+    }
+
+
+class Report:
+    """A benchmark's results, written to ``path`` after every record, so that a run cut short leaves what it has."""
+
+    def __init__(self, path: Path, environment: dict[str, Any]) -> None:
+        self.path = path
+        self.environment = environment
+        self.records: list[dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def add(self, suite: str, **record: Any) -> dict[str, Any]:
+        """Keep a record; floats keep six digits, more than a timer has."""
+        entry = {"suite": suite} | {key: _rounded(value) for key, value in record.items()}
+        self.records.append(entry)
+        self._write()
+        return entry
+
+    def find(self, suite: str, **wanted: Any) -> list[dict[str, Any]]:
+        """The suite's records that have all the wanted values."""
+        return [r for r in self.records if r["suite"] == suite and all(r.get(k) == v for k, v in wanted.items())]
+
+    def _write(self) -> None:
+        content = {"environment": self.environment, "records": self.records}
+        temporary = self.path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # JSON knows neither nan nor inf
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return value

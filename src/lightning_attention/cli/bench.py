@@ -1,0 +1,102 @@
+"""``lightning-attention bench``: time and memory, as a table, a JSON file and a figure."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Operation(str, Enum):
+    """What there is to measure."""
+
+    op = "op"
+
+
+#: The GPU suites that ``h200`` stands for, in the order they run: what matters most comes first.
+H200 = ("shapes", "host", "packed", "constancy")
+SUITES = ("lengths", "h200", *H200)
+
+
+def _names(text: str, option: str, known: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is not among {', '.join(known)}", param_hint=option)
+    return names
+
+
+def bench(
+    operation: Annotated[Operation, typer.Argument(help="What to measure: op is attention over sequences.")] = (
+        Operation.op
+    ),
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="lengths: time and memory per token against T, on any device. h200: all of the following, for a GPU "
+            "with 80 GB or more. shapes: training shapes, against the memory floor and float64. host: CPU time of a "
+            "call. packed: batches of mixed lengths. constancy: T from 2,048 to 1,048,576 at equal B·T. "
+            "Several with commas."
+        ),
+    ] = "lengths",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="What to compare with, with commas: sdpa (PyTorch's softmax attention), fla, lightning_attn."
+        ),
+    ] = "sdpa",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="lengths: fewer and shorter, under 40 s on two cores.")
+    ] = False,
+    backend: Annotated[str | None, typer.Option(help="triton, tiled or reference; by device if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("runs/bench"),
+) -> None:
+    """Measure speed and memory on this machine, beside softmax attention and other libraries.
+
+    Prints tables, and writes a JSON file (device, versions, command, every figure) and a PNG of the time per token
+    against the sequence length. The JSON file is written as it goes: a run cut short leaves what it has.
+    """
+    from functools import partial
+
+    import torch
+    from rich.console import Console
+
+    from lightning_attention.bench import op, plot, suites, tables
+    from lightning_attention.bench.peers import PEERS, ours
+    from lightning_attention.bench.peers import peers as peers_named
+    from lightning_attention.bench.report import Report, environment, slug
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    parts = [p for name in _names(suite, "--suite", SUITES) for p in (H200 if name == "h200" else (name,))]
+    if place.type != "cuda" and parts != ["lengths"]:
+        raise typer.BadParameter(f"{suite} needs a GPU, and the device is {place}", param_hint="--suite")
+    implementations = [ours(backend), *peers_named(_names(peers, "--peers", PEERS), place)]
+
+    stem = f"{operation.value}-{{}}-{slug(place)}"
+    report = Report(out / (stem.format(suite.replace(",", "-")) + ".json"), environment(place, implementations))
+    say = partial(print, flush=True)
+    runs = {
+        "lengths": lambda: op.lengths(report, implementations, op.SWEEPS[place.type, quick], place, "lengths", say),
+        "shapes": lambda: suites.shapes(report, implementations, place, say),
+        "host": lambda: suites.host(report, implementations, place, say),
+        "packed": lambda: suites.packed(report, place, say, backend=backend),
+        "constancy": lambda: suites.constancy(report, implementations, place, say),
+    }
+    for part in parts:
+        runs[part]()
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    for part in parts:
+        records = report.find(part)
+        for table in tables.of_suite(part, records, report):
+            console.print(table)
+        if part in ("lengths", "constancy"):
+            for line in tables.constant(records):
+                console.print(line, highlight=False)
+            figure = out / (stem.format(part) + ".png")
+            plot.time_per_token(records, report.environment, figure)
+            console.print(f"figure   {figure}", highlight=False, soft_wrap=True)
+    console.print(f"results  {report.path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,64 @@
+import json
+from dataclasses import replace
+
+import matplotlib.image
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from lightning_attention.bench import op
+from lightning_attention.bench.op import BOTH, FORWARD
+from lightning_attention.cli.bench import bench
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The command, with lengths that take no time."""
+    tiny = replace(op.SWEEPS["cpu", True], lengths=(64, 128), H=2, D=16, seconds=0.01)
+    monkeypatch.setitem(op.SWEEPS, ("cpu", True), tiny)
+    app = typer.Typer()
+    app.command()(bench)
+    return lambda *arguments: CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+
+
+def test_a_quick_run_leaves_tables_numbers_and_a_figure(run, tmp_path):
+    result = run("--quick", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "forward, per token" in result.stdout
+    assert "forward+backward, per token" in result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["op-lengths-cpu.json", "op-lengths-cpu.png"]
+
+    content = json.loads((tmp_path / "op-lengths-cpu.json").read_text())
+    assert content["environment"]["torch"] == torch.__version__
+    found = [(r["T"], r["pass"], r["implementation"]) for r in content["records"]]
+    assert found == [(T, p, i) for T in (64, 128) for p in (FORWARD, BOTH) for i in ("lightning_attention", "sdpa")]
+    assert all(r["ms"] > 0 and r["bytes_per_token"] > 0 for r in content["records"])
+
+    pixels = matplotlib.image.imread(tmp_path / "op-lengths-cpu.png")
+    assert pixels.shape[1] > 1500
+    assert len(set(map(tuple, pixels[::8, ::8, :3].reshape(-1, 3).tolist()))) > 10
+
+
+def test_a_missing_peer_does_not_stop_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fla", None)
+    result = run("op", "--quick", "--peers", "fla", "--backend", "tiled", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "ModuleNotFoundError" in result.stdout
+    assert "failed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--suite", "h200"), "needs a GPU"),
+        (("--suite", "speed"), "'speed' is not among lengths, h200"),
+        (("--peers", "sdpa,flash"), "'flash' is not among fla, lightning_attn, sdpa"),
+        (("train",), "'train' is not"),
+    ],
+)
+def test_bad_arguments_say_what_is_wanted(run, arguments, message, tmp_path):
+    result = run(*arguments, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
