@@ -27,5 +27,8 @@ format: $(STAMP)  ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(STAMP)  ## time and memory against softmax attention on this machine, into runs/bench (four minutes)
+	$(BIN)/lightning-attention bench
+
 clean:  ## remove the environment and every output
 	rm -rf $(VENV) demo runs dist

@@ -47,6 +47,15 @@ def test_on_a_gpu_sdpa_stands_for_each_fast_backend():
     assert [p.name for p in peers(["sdpa"], torch.device("cuda"))] == ["sdpa_cudnn", "sdpa_flash"]
 
 
+def test_an_sdpa_backend_is_the_one_that_runs(problem):
+    """PyTorch has its flash backend on a CPU too, and refuses cuDNN there: the choice is not silently another's."""
+    cudnn, flash = peers(["sdpa"], torch.device("cuda"))
+    q, k, v, _ = (x.transpose(1, 2) for x in problem.tensors)
+    torch.testing.assert_close(problem.call(flash, FORWARD)(), scaled_dot_product_attention(q, k, v, is_causal=True))
+    with pytest.raises(RuntimeError, match="kernel"):
+        problem.call(cudnn, FORWARD)()
+
+
 @pytest.mark.parametrize("name", ["fla", "lightning_attn"])
 def test_the_peers_signatures_give_the_same_function(name, problem, cpu, monkeypatch):
     """Both packages need a GPU; stand-ins with their documented signatures show that the arguments mean the same."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_attention.bench import suites
+from lightning_attention.bench import suites, tables
 from lightning_attention.bench.op import BACKWARD, BOTH, FORWARD, Shape
 from lightning_attention.bench.peers import OURS, ours, peers
 
@@ -33,6 +33,8 @@ def test_shapes_gives_floor_memory_and_errors(report, cpu, slow_copy):
     both = report.find("shapes", implementation=OURS, **{"pass": BOTH})[0]
     assert both["memory_ratio"] == pytest.approx((both["peak_bytes"] + 4 * unit) / (8 * unit), rel=1e-4)
     assert both["memory_ratio"] > 1
+    (table,) = tables.of_suite("shapes", records, report)
+    assert table.row_count == 1
     assert len(said) == 6
 
 
@@ -59,6 +61,8 @@ def test_packed_measures_every_packing_beside_the_dense_shapes(report, cpu):
     assert [(r["H"], r["packing"], r["pass"]) for r in report.find("packed")] == [
         (H, name, pass_) for H in (2, 1) for name in names for pass_ in (FORWARD, BOTH)
     ]
+    (table,) = tables.of_suite("packed", report.find("packed"), report)
+    assert table.row_count == 10
     assert {r["packing"]: r["sequences"] for r in report.find("packed")} == dict(
         zip(names, (1, 16, 16, 65, 32), strict=True)
     )
@@ -69,6 +73,8 @@ def test_host_gives_microseconds_or_why_not(report, cpu, monkeypatch):
     suites.host(report, [ours(), *peers(["fla"], cpu)], cpu, len)
     assert all(1 < r["us"] < 1e6 for r in report.find("host", implementation=OURS))
     assert all("ModuleNotFoundError" in r["error"] for r in report.find("host", implementation="fla"))
+    (table,) = tables.of_suite("host", report.find("host"), report)
+    assert table.row_count == 2
 
 
 def test_constancy_keeps_tokens_and_heads(report, cpu, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import lightning_attention
 from lightning_attention.bench import op
 from lightning_attention.bench.op import BOTH, FORWARD
 from lightning_attention.cli.bench import bench
@@ -19,7 +20,7 @@ def run(monkeypatch):
     monkeypatch.setitem(op.SWEEPS, ("cpu", True), tiny)
     app = typer.Typer()
     app.command()(bench)
-    return lambda *arguments: CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    return lambda *arguments: CliRunner().invoke(app, ["--device", "cpu", *arguments])
 
 
 def test_a_quick_run_leaves_tables_numbers_and_a_figure(run, tmp_path):
@@ -48,6 +49,19 @@ def test_a_missing_peer_does_not_stop_the_run(run, tmp_path, monkeypatch):
     assert "failed" in result.stdout
 
 
+def test_a_failure_of_our_own_is_told_by_the_exit_status(run, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(lightning_attention, "lightning_attention", broken)
+    result = run("--quick", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "our own call failed" in result.stdout
+    content = json.loads((tmp_path / "op-lengths-cpu.json").read_text())
+    assert sum(r.get("error") == "RuntimeError: no kernel image" for r in content["records"]) == 2
+    assert sum(r["implementation"] == "sdpa" and "ms" in r for r in content["records"]) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -55,9 +69,12 @@ def test_a_missing_peer_does_not_stop_the_run(run, tmp_path, monkeypatch):
         (("--suite", "speed"), "'speed' is not among lengths, h200"),
         (("--peers", "sdpa,flash"), "'flash' is not among fla, lightning_attn, sdpa"),
         (("train",), "'train' is not"),
+        (("--device", "cuda"), "PyTorch sees no GPU here"),
+        (("--device", "gpu"), "'gpu' is not"),
     ],
 )
-def test_bad_arguments_say_what_is_wanted(run, arguments, message, tmp_path):
+def test_bad_arguments_say_what_is_wanted(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run(*arguments, "--out", str(tmp_path))
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())

@@ -120,6 +120,10 @@ class Report:
         """The suite's records that have all the wanted values."""
         return [r for r in self.records if r["suite"] == suite and all(r.get(k) == v for k, v in wanted.items())]
 
+    def find_errors(self, implementation: str) -> list[dict[str, Any]]:
+        """The records of an implementation's failed calls."""
+        return [r for r in self.records if r.get("implementation") == implementation and "error" in r]
+
     def _write(self) -> None:
         content = {"environment": self.environment, "records": self.records}
         temporary = self.path.with_suffix(".json.tmp")

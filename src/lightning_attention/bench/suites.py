@@ -94,8 +94,8 @@ def _line(result: dict[str, Any]) -> str:
 
 def constancy(report: Report, implementations: list[Implementation], device: torch.device, say: Say) -> None:
     """Time per token from T = 2,048 to 1,048,576 at B·T = 1,048,576, H = 16, D = 128."""
-    tokens = 1 << 20
-    sweep = replace(SWEEPS["cuda", False], lengths=tuple(2048 << i for i in range(10)), tokens=tokens)
+    lengths_ = tuple(2048 << i for i in range(10))
+    sweep = replace(SWEEPS["cuda", False], lengths=lengths_, tokens=1 << 20, limit_s=0.5, seconds=0.3)
     lengths(report, implementations, sweep, device, "constancy", say)
 
 

@@ -13,6 +13,13 @@ class Operation(str, Enum):
     op = "op"
 
 
+class Device(str, Enum):
+    """Where to measure."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 #: The GPU suites that ``h200`` stands for, in the order they run: what matters most comes first.
 H200 = ("shapes", "host", "packed", "constancy")
 SUITES = ("lengths", "h200", *H200)
@@ -49,25 +56,31 @@ def bench(
         bool, typer.Option("--quick", help="lengths: fewer and shorter, under 40 s on two cores.")
     ] = False,
     backend: Annotated[str | None, typer.Option(help="triton, tiled or reference; by device if not given.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one if not given.")] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="A GPU (cuda, ROCm too) where there is one, if not given.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("runs/bench"),
 ) -> None:
     """Measure speed and memory on this machine, beside softmax attention and other libraries.
 
     Prints tables, and writes a JSON file (device, versions, command, every figure) and a PNG of the time per token
-    against the sequence length. The JSON file is written as it goes: a run cut short leaves what it has.
+    against the sequence length. The JSON file is written as it goes: a run cut short leaves what it has. A peer that
+    is missing or fails is shown as such; a failure of our own makes the exit status 1.
     """
     from functools import partial
 
     import torch
     from rich.console import Console
+    from rich.markup import escape
 
     from lightning_attention.bench import op, plot, suites, tables
     from lightning_attention.bench.peers import PEERS, ours
     from lightning_attention.bench.peers import peers as peers_named
     from lightning_attention.bench.report import Report, environment, slug
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no GPU here", param_hint="--device")
+    place = torch.device(device.value if device else "cuda" if torch.cuda.is_available() else "cpu")
     parts = [p for name in _names(suite, "--suite", SUITES) for p in (H200 if name == "h200" else (name,))]
     if place.type != "cuda" and parts != ["lengths"]:
         raise typer.BadParameter(f"{suite} needs a GPU, and the device is {place}", param_hint="--suite")
@@ -93,10 +106,15 @@ def bench(
         records = report.find(part)
         for table in tables.of_suite(part, records, report):
             console.print(table)
-        if part in ("lengths", "constancy"):
+        if part in ("lengths", "constancy") and any("ms" in r for r in records):
             for line in tables.constant(records):
                 console.print(line, highlight=False)
             figure = out / (stem.format(part) + ".png")
             plot.time_per_token(records, report.environment, figure)
             console.print(f"figure   {figure}", highlight=False, soft_wrap=True)
     console.print(f"results  {report.path}", highlight=False, soft_wrap=True)
+    failures = report.find_errors(implementations[0].name)
+    for failure in failures:
+        console.print(f"[red]our own call failed:[/red] {escape(str(failure))}", highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
