@@ -38,7 +38,7 @@ class LRPE(nn.Module):
             positions: [T], or [B, T] where the rows differ; integers, the absolute position of every token.
 
         Returns:
-            The encoded q and k, [B, T, H, 2d], in their own dtype. Angles, sines and cosines are float32.
+            The encoded q and k, [B, T, H, 2d], in their own dtype. Angles are at least float32.
 
         Raises:
             ValueError: ``positions`` is neither [T] nor [B, T], or the heads do not fit ``theta``.
@@ -50,7 +50,8 @@ class LRPE(nn.Module):
         batch, length = q.shape[:2]
         if positions.shape not in {(length,), (batch, length)}:
             raise ValueError(f"positions is {list(positions.shape)}; it must be [{length}] or [{batch}, {length}]")
-        angles = positions.to(torch.float32)[..., None, None] * self.theta.float().squeeze(1)
+        theta = self.theta.squeeze(1).to(torch.promote_types(self.theta.dtype, torch.float32))
+        angles = positions.to(theta.dtype)[..., None, None] * theta
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
         return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
 

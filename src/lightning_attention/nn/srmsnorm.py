@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class SRMSNorm(nn.Module):
     """x · rsqrt(mean(x²) + eps) over the last dimension (TransNormerLLM, arXiv 2307.14995, Eq. 10).
 
-    The mean and the root are computed in float32 whatever the input's dtype; the output has the input's dtype.
+    The mean and the root are computed in float32 at least; the output has the input's dtype.
 
     Args:
         eps: added to the mean square; 1e-6 in every release.

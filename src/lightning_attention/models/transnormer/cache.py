@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
@@ -24,7 +25,8 @@ class _RecurrentState(LinearAttentionLayer):
         held = self.recurrent_states[state_idx]
         # CUDA graphs and compiled decode steps want the address to stay; autograd wants the old values to stay.
         if held is None or held.shape != recurrent_states.shape or recurrent_states.requires_grad or held.requires_grad:
-            self.recurrent_states[state_idx] = held = recurrent_states
+            # Memory of its own: what a backend returns may be part of something larger.
+            self.recurrent_states[state_idx] = held = recurrent_states.clone(memory_format=torch.contiguous_format)
         else:
             held.copy_(recurrent_states)
         self.device, self.dtype = held.device, held.dtype

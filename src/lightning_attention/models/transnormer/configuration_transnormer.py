@@ -37,8 +37,12 @@ class TransnormerConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: special tokens; the embedding of ``pad_token_id`` stays zero.
         tie_word_embeddings: use the embedding matrix as the output head; no release does.
 
+    transformers' names ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size`` and
+    ``initializer_range`` mean the fields of the same sense.
+
     Raises:
-        ValueError: a size does not divide, a list has the wrong length, or a choice is not one of those above.
+        ValueError: a size is not positive or does not divide, a list has the wrong length, or a choice is not one of
+            those above.
     """
 
     model_type = "transnormer"
@@ -71,6 +75,8 @@ class TransnormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
         if self.hidden_dim is None:
             self.hidden_dim = self.decoder_embed_dim
         if not self.linear_use_lrpe_list:
@@ -79,6 +85,9 @@ class TransnormerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
+        for name in ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.hidden_dim or 0) % self.decoder_attention_heads:
             raise ValueError(
                 f"hidden_dim is {self.hidden_dim}; it must be a multiple of decoder_attention_heads, "

@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
+from tests.support.numerics import relative_error
+
+
+@pytest.fixture
+def cache(model: TransnormerForCausalLM, ids: Tensor) -> TransnormerCache:
+    with torch.no_grad():
+        return model(ids, use_cache=True).past_key_values
+
+
+def memory(cache: TransnormerCache) -> int:
+    tensors = [cache.positions] + [t for layer in cache.layers for t in layer.recurrent_states.values()]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@torch.no_grad()
+def test_size_does_not_depend_on_the_context(model: TransnormerForCausalLM, cache: TransnormerCache) -> None:
+    # [3 rows, 2 heads, 48 or 24, 24] float32, LRPE on two of three layers; positions are 3 int64.
+    assert memory(cache) == 4 * 3 * 2 * 24 * (48 + 24 + 48) + 3 * 8
+    for length in (1, 500, 2):
+        model(torch.randint(3, 97, (3, length)), past_key_values=cache)
+        assert memory(cache) == 4 * 3 * 2 * 24 * (48 + 24 + 48) + 3 * 8
+    assert cache.get_seq_length() == 593
+    assert cache.get_mask_sizes(5, 0) == (598, 0)
+
+
+@torch.no_grad()
+def test_states_stay_where_they_are(model: TransnormerForCausalLM, cache: TransnormerCache) -> None:
+    addresses = [cache.state(layer).data_ptr() for layer in range(3)] + [cache.positions.data_ptr()]
+    for length in (1, 20, 1):
+        model(torch.randint(3, 97, (3, length)), past_key_values=cache)
+    assert [cache.state(layer).data_ptr() for layer in range(3)] + [cache.positions.data_ptr()] == addresses
+
+
+@torch.no_grad()
+def test_a_copy_is_a_copy(model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor) -> None:
+    kept = copy.deepcopy(cache)
+    first = model(ids[:, :1], past_key_values=cache).logits
+    model(ids[:, :30], past_key_values=cache)
+    assert kept.positions.tolist() == [90] * 3
+    assert kept.get_seq_length() == 90
+    assert torch.equal(model(ids[:, :1], past_key_values=kept).logits, first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([2, 2, 0]), [2, 2, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_rows_move_with_their_positions(
+    model: TransnormerForCausalLM, ids: Tensor, method: str, argument: Tensor | int, rows: list[int]
+) -> None:
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    mask[1, :7] = 0
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    kept = copy.deepcopy(cache)
+    expected = model(ids[:, :2], past_key_values=kept).logits[rows]
+    getattr(cache, method)(argument)
+    assert cache.positions.tolist() == [[50, 83, 90][row] for row in rows]
+    assert relative_error(model(ids[rows, :2], past_key_values=cache).logits, expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_reset_forgets_and_an_empty_cache_is_nothing(
+    model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor
+) -> None:
+    expected = model(ids).logits
+    address = cache.state(0).data_ptr()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.state(0) is None
+    assert not cache.has_previous_state()
+    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert cache.state(0).data_ptr() == address
+    assert torch.equal(model(ids, past_key_values=TransnormerCache(model.config)).logits, expected)
+
+
+def test_cannot_be_cropped(cache: TransnormerCache) -> None:
+    assert not cache.is_croppable
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="tokens_to_remove is -2; a recurrent state cannot give tokens back"):
+        cache.crop(-2)
