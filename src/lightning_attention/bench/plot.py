@@ -71,7 +71,8 @@ def time_per_token(records: list[Record], environment: dict[str, Any], path: Pat
     figure.subplots_adjust(left=0.065, right=0.985, top=0.8, bottom=0.19, wspace=0.05)
     figure.suptitle("Time per token against sequence length", x=0.065, y=0.97, ha="left", fontsize=16,
                     fontweight="bold", color=INK)  # fmt: skip
-    figure.text(0.065, 0.885, EXPLANATION, fontsize=10.5, color=FAINT)
+    if any(r["implementation"].startswith("sdpa") for r in records):
+        figure.text(0.065, 0.885, EXPLANATION, fontsize=10.5, color=FAINT)
     figure.text(0.065, 0.025, _caption(records, environment), fontsize=9, color=FAINT, va="bottom", linespacing=1.5)
 
     lengths = sorted({r["T"] for r in records})
