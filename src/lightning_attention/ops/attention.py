@@ -19,12 +19,20 @@ class LightningOutput(NamedTuple):
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in autocast's dtype where it is on, as for scaled_dot_product_attention; float64 stays."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    """q, k and v in autocast's dtype where it is on, as for scaled_dot_product_attention; float64 stays.
+
+    Before any check: under autocast q, k and v may come in several dtypes.
+    """
+    return tuple(_cast_for_autocast(x) for x in tensors)
+
+
+def _cast_for_autocast(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def lightning_attention(
@@ -65,7 +73,12 @@ def lightning_attention(
         cu_seqlens: [N+1] int32 or int64 on q's device, 0 = c_0 ≤ c_1 ≤ … ≤ c_N ≤ T: then B is 1, and sequence i is
             tokens c_i to c_{i+1} (possibly none). Tokens past c_N are padding: never read, their output is zero.
             None: every row of the batch is a sequence, and N = B.
-        group: process group whose ranks hold consecutive slices of each sequence, this rank's being T tokens.
+        group: process group whose ranks, in order, hold consecutive slices of each sequence, this rank's being T
+            tokens (T may differ, and be 0; with cu_seqlens, sequence i's slice is c_i to c_{i+1}, and N is the same on
+            every rank). initial_state is the state before, and final_state the one after, the whole sequence, on every
+            rank. The function differentiated is the sum of the ranks' losses: q, k and v get their gradients, and
+            log_decay and initial_state get this rank's share, whose sum over the ranks is the gradient. Every rank
+            must run the backward pass. docs/distributed.md says what travels.
         batch_invariant: make the bits of a sequence's results independent of what else is in the batch.
         backend: "triton", "tiled" or "reference"; None chooses by device.
 
@@ -74,13 +87,13 @@ def lightning_attention(
         inputs) or None. Both are differentiable.
 
     Raises:
-        TypeError: an argument is not a tensor, or has a dtype other than the above.
+        TypeError: an argument is not a tensor, or has a dtype other than the above; group is not a process group.
         ValueError: a shape, stride, device or backend does not fit, or cu_seqlens, on the CPU, is not as above.
     """
-    validation.check_qkv(q, k, v, "BT")
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_qkv(q, k, v, "BT")
     validation.check_log_decay(log_decay, q)
+    validation.check_scale(scale)
     num_sequences = q.shape[0]
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens, q)
@@ -90,7 +103,12 @@ def lightning_attention(
     validation.check_initial_state(initial_state, q, v, num_sequences)
     chosen = backends.choose(backend, q.device)
     if group is not None:
-        raise NotImplementedError("group: sequence parallelism is not there yet")
+        from lightning_attention.distributed.sequence_parallel import SequenceParallel
+
+        out, final = SequenceParallel.apply(
+            q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen, group
+        )
+        return LightningOutput(out, final)
     out, final = torch.ops.lightning_attention.attention(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen
     )
