@@ -40,10 +40,11 @@ def lightning_attention_decode(
         TypeError: an argument is not a tensor, or has a dtype other than the above.
         ValueError: a shape, stride or device does not fit; on the CPU also a slot past the pool or given twice.
     """
-    validation.check_qkv(q, k, v, "N")
+    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_qkv(q, k, v, "N")
     validation.check_log_decay(log_decay, q)
+    validation.check_scale(scale)
     validation.check_pool(state, q, v, slots, q.shape[0])
     return torch.ops.lightning_attention.decode(
         q, k, v, log_decay, state, slots, scale, backends.choose(None, q.device)

@@ -49,10 +49,11 @@ def lightning_attention_prefill(
         TypeError: an argument is not a tensor, or has a dtype other than the above.
         ValueError: a shape, stride or device does not fit; on the CPU also the numbers in cu_seqlens and the slots.
     """
-    validation.check_qkv(q, k, v, "T")
+    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_qkv(q, k, v, "T")
     validation.check_log_decay(log_decay, q)
+    validation.check_scale(scale)
     validation.check_cu_seqlens(cu_seqlens, q)
     N = cu_seqlens.shape[0] - 1
     validation.check_pool(state, q, v, slots, N)

@@ -3,6 +3,8 @@
 An operator must return a fixed number of tensors, so what a call did not ask for comes back with no elements.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +17,20 @@ _library = torch.library.Library("lightning_attention", "DEF")
 
 def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
+
+
+def _implement(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    @wraps(run)
+    def without_autocast(*args: Any) -> Any:
+        # The facade has cast q, k and v. Autocast is still on in here, where it would round states and decays as well.
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lightning_attention::{name}", fake, lib=_library)
 
 
 # attention: training and prefill of whole sequences
@@ -137,10 +153,8 @@ def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError("lightning_attention has no second derivative; call backward without create_graph=True")
 
 
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lightning_attention::attention", _attention_fake, lib=_library)
-torch.library.register_fake("lightning_attention::attention_backward", _attention_backward_fake, lib=_library)
+_implement("attention", _attention, _attention_fake)
+_implement("attention_backward", _attention_backward, _attention_backward_fake)
 torch.library.register_autograd("lightning_attention::attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("lightning_attention::attention_backward", _differentiate_twice, lib=_library)
 
@@ -175,7 +189,7 @@ def _decode(
     scale: float,
     backend: str,
 ) -> Tensor:
-    validation.check_slot_values("slots", slots, state.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
     return backends.module(backend, "decode").decode(q, k, v, log_decay, state, slots, scale)
 
 
@@ -194,8 +208,7 @@ def _prefill(
     backend: str,
 ) -> Tensor:
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
-    validation.check_slot_values("slots", slots, state.shape[0])
-    validation.check_slot_values("snapshot_slots", snapshot_slots, state.shape[0])
+    validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     run = backends.module(backend, "prefill").prefill
     return run(q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots)
 
@@ -213,7 +226,7 @@ def _verify(
     backend: str,
 ) -> Tensor:
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
-    validation.check_slot_values("slots", slots, state.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
     run = backends.module(backend, "speculative").verify
     return run(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
@@ -230,7 +243,7 @@ def _commit(
     backend: str,
 ) -> None:
     validation.check_cu_seqlens_values(cu_seqlens, k.shape[0])
-    validation.check_slot_values("slots", slots, state.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
     backends.module(backend, "speculative").commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
 
 
@@ -238,7 +251,7 @@ def _outputs_fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:  # n
     return v.new_empty(v.shape)
 
 
-for _name, _run in (("decode", _decode), ("prefill", _prefill), ("verify", _verify), ("commit", _commit)):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _fake = _outputs_fake if _name != "commit" else lambda *args: None  # noqa: ARG005
-    torch.library.register_fake(f"lightning_attention::{_name}", _fake, lib=_library)
+_implement("decode", _decode, _outputs_fake)
+_implement("prefill", _prefill, _outputs_fake)
+_implement("verify", _verify, _outputs_fake)
+_implement("commit", _commit, lambda *args: None)  # noqa: ARG005

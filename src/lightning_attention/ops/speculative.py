@@ -44,10 +44,11 @@ def lightning_attention_verify(
         TypeError: an argument is not a tensor, or has a dtype other than the above.
         ValueError: a shape, stride or device does not fit; on the CPU also the numbers in the index tensors.
     """
-    validation.check_qkv(q, k, v, "T")
+    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_unit_stride(q=q, k=k, v=v)
+    validation.check_qkv(q, k, v, "T")
     validation.check_log_decay(log_decay, q)
+    validation.check_scale(scale)
     validation.check_cu_seqlens(cu_seqlens, q)
     validation.check_pool(state, q, v, slots, cu_seqlens.shape[0] - 1)
     if parents is not None:
@@ -82,9 +83,9 @@ def lightning_attention_commit(
         TypeError: an argument is not a tensor, or has a dtype other than the above.
         ValueError: a shape, stride or device does not fit; on the CPU also the numbers in the index tensors.
     """
-    validation.check_kv(k, v, "T")
+    validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
     k, v = cast_for_autocast(k, v)
-    validation.check_unit_stride(k=k, v=v)
+    validation.check_kv(k, v, "T")
     validation.check_log_decay(log_decay, k)
     validation.check_cu_seqlens(cu_seqlens, k)
     validation.check_pool(state, k, v, slots, cu_seqlens.shape[0] - 1)

@@ -29,10 +29,9 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
-    """Check k [*leading, H, D] and v [*leading, H, E]: one dtype and device."""
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(name, x)
-        _check_rank(name, x, leading)
+    """Check k [*leading, H, D] and v [*leading, H, E]: one dtype and device, and a unit last stride."""
+    _check_rank("k", k, leading)
+    _check_rank("v", v, leading)
     check_dtype("k", k, FLOATS)
     check_dtype("v", v, (k.dtype,))
     check_device("v", v, k)
@@ -43,8 +42,7 @@ def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, leading: str) -> None:
-    """Check q and k [*leading, H, D] and v [*leading, H, E]: one dtype and device."""
-    check_tensor("q", q)
+    """Check q and k [*leading, H, D] and v [*leading, H, E]: one dtype and device, and a unit last stride."""
     _check_rank("q", q, leading)
     check_kv(k, v, leading)
     if q.shape != k.shape:
@@ -54,15 +52,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, leading: str) -> None:
 
 
 def _check_rank(name: str, x: Tensor, leading: str) -> None:
+    check_tensor(name, x)
     if x.ndim != len(leading) + 2:
         wanted = ", ".join([*leading, "H", "E" if name == "v" else "D"])
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be [{wanted}]")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1")
 
 
-def check_unit_stride(**tensors: Tensor) -> None:
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """For operations without a derivative: autograd would record their insides, and keep every state of the pool."""
+    if not torch.is_grad_enabled():
+        return
     for name, x in tensors.items():
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1")
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(f"{name} requires grad; this operation has no derivative, call it under torch.no_grad()")
+
+
+def check_scale(scale: float) -> None:
+    if not isinstance(scale, (float, int)):
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a float")
 
 
 def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
@@ -73,7 +82,8 @@ def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
     if log_decay.shape != (H,):
         raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of q")
     # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.
-    check_dtype("log_decay", log_decay, (state_dtype(q), torch.float32))
+    wanted = (torch.float32,) if q.dtype != torch.float64 else (torch.float32, torch.float64)
+    check_dtype("log_decay", log_decay, wanted)
     check_device("log_decay", log_decay, q)
 
 
@@ -141,8 +151,21 @@ def check_mask(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: T
     check_device(name, x, q)
 
 
-def check_slot_values(name: str, slots: Tensor | None, num_slots: int) -> None:
+def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tensor | None = None) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
+    _check_distinct("slots", slots, num_slots)
+    _check_distinct("snapshot_slots", snapshot_slots, num_slots)
+    if snapshot_slots is None or snapshot_slots.device.type != "cpu":
+        return
+    owned = torch.arange(num_slots) if slots is None else slots
+    shared = snapshot_slots[torch.isin(snapshot_slots, owned) & (snapshot_slots >= 0)]
+    if shared.numel():
+        raise ValueError(
+            f"snapshot_slots holds {int(shared[0])}, the row of a sequence of the call; it must be another"
+        )
+
+
+def _check_distinct(name: str, slots: Tensor | None, num_slots: int) -> None:
     if slots is None or slots.device.type != "cpu":
         return
     if bool((slots >= num_slots).any()):
