@@ -37,7 +37,7 @@ def _tree(
     scale: float,
 ) -> Tensor:
     """Walk every draft up to its root at once, one ancestor a step."""
-    T, H = k.shape[:2]
+    (T, H), dtype = k.shape[:2], v.dtype
     q, k, v = (x.float() for x in (q, k, v))
     rate = q.new_zeros(H) if log_decay is None else log_decay.float()
     token = torch.arange(T, device=q.device)
@@ -61,7 +61,7 @@ def _tree(
     # q S of each sequence by an outer loop would read the lengths; [T, H, D, E] at once would not be linear in memory.
     from_state = torch.stack([(q[:, h, None] @ _rows(start, sequence, h)).squeeze(1) for h in range(H)], 1)
     out += (rate * depth[:, None]).exp()[..., None] * from_state
-    return torch.where(inside[:, None, None], scale * out, 0).to(v.dtype)
+    return torch.where(inside[:, None, None], scale * out, 0).to(dtype)
 
 
 def _rows(start: Tensor, sequence: Tensor, head: int) -> Tensor:
