@@ -59,15 +59,7 @@ def lightning_attention_prefill(
     validation.check_pool(state, q, v, slots, N)
     if fresh is not None:
         validation.check_mask("fresh", fresh, (N,), "[N]", q)
-    if (snapshot_at is None) != (snapshot_slots is None):
-        given, missing = (
-            ("snapshot_at", "snapshot_slots") if snapshot_slots is None else ("snapshot_slots", "snapshot_at")
-        )
-        raise ValueError(f"{given} came without {missing}; snapshots want both")
-    if snapshot_at is not None and snapshot_slots is not None:
-        P = snapshot_at.shape[-1]
-        validation.check_index("snapshot_at", snapshot_at, (N, P), "[N, P]", q)
-        validation.check_index("snapshot_slots", snapshot_slots, (N, P), "[N, P]", q)
+    validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     return torch.ops.lightning_attention.prefill(
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
         backends.choose(None, q.device),

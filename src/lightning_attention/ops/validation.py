@@ -151,6 +151,19 @@ def check_mask(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: T
     check_device(name, x, q)
 
 
+def check_snapshots(snapshot_at: Tensor | None, snapshot_slots: Tensor | None, num_sequences: int, q: Tensor) -> None:
+    if snapshot_at is None and snapshot_slots is None:
+        return
+    if snapshot_slots is None:
+        raise ValueError("snapshot_at came without snapshot_slots; snapshots want both")
+    if snapshot_at is None:
+        raise ValueError("snapshot_slots came without snapshot_at; snapshots want both")
+    check_tensor("snapshot_at", snapshot_at)
+    wanted = (num_sequences, snapshot_at.shape[-1] if snapshot_at.ndim else 0)
+    check_index("snapshot_at", snapshot_at, wanted, "[N, P]", q)
+    check_index("snapshot_slots", snapshot_slots, wanted, "[N, P]", q)
+
+
 def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tensor | None = None) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
     _check_distinct("slots", slots, num_slots)
