@@ -76,6 +76,16 @@ def test_pieces_then_steps_equal_the_whole(lrpe: bool, grad: bool) -> None:
     assert relative_error(state, final) <= 1e-5
 
 
+def test_gradients_reach_the_pieces_before() -> None:
+    layer, x, weight = make(), torch.randn(1, 60, EMBED, requires_grad=True), torch.randn(1, 30, EMBED)
+    (whole,) = torch.autograd.grad((recurrence(layer, x)[0][:, 30:] * weight).sum(), x)
+    _, state = layer(x[:, :30], output_state=True)
+    out, _ = layer(x[:, 30:], state, positions=torch.arange(30, 60))
+    (pieces,) = torch.autograd.grad((out * weight).sum(), x)
+    assert relative_error(pieces[:, :30], whole[:, :30]) <= 2e-5
+    assert relative_error(pieces[:, 30:], whole[:, 30:]) <= 2e-5
+
+
 def test_forgetting_the_state_or_the_position_is_noticed() -> None:
     layer, x = make(), torch.randn(1, 40, EMBED)
     whole, _ = layer(x)

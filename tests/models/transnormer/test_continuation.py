@@ -49,6 +49,19 @@ def test_gradients_flow_through_the_cache(model: TransnormerForCausalLM, ids: Te
         assert relative_error(p.grad, expected[name]) <= 2e-5, name
 
 
+def test_a_prompt_may_be_read_without_gradients_and_the_rest_with(model: TransnormerForCausalLM, ids: Tensor) -> None:
+    weight = torch.randn(3, 50, 97)
+    with torch.no_grad():
+        prompt = model(ids[:, :40], use_cache=True).past_key_values
+    once = model(ids[:, 40:], past_key_values=copy.deepcopy(prompt)).logits
+    expected = torch.autograd.grad((once * weight).sum(), model.model.layers[0].token_mixer.qkvu_proj.weight)[0]
+    pieces = [model(piece, past_key_values=prompt).logits for piece in ids[:, 40:].split([20, 30], dim=1)]
+    actual = torch.autograd.grad(
+        (torch.cat(pieces, 1) * weight).sum(), model.model.layers[0].token_mixer.qkvu_proj.weight
+    )[0]
+    assert relative_error(actual, expected) <= 2e-5
+
+
 def test_without_the_cache_a_continuation_is_another_text(model: TransnormerForCausalLM, ids: Tensor) -> None:
     assert relative_error(model(ids[:, 50:]).logits, model(ids).logits[:, 50:]) > 0.05
 

@@ -91,8 +91,6 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransnormerDecoderLayer"]  # noqa: RUF012 (transformers reads plain lists)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Rounding θ to bfloat16 would turn the phase at t = 1000 by up to 1.8 radians.
-    _keep_in_fp32_modules_strict = ["theta"]  # noqa: RUF012
     _is_stateful = True
 
     @torch.no_grad()
