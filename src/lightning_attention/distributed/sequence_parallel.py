@@ -50,7 +50,8 @@ def _slice_state(
     # q None computes the states alone; the reference has no such shortcut.
     q = k if backend == "reference" else None
     run = backends.module(backend, "attention").attention
-    _, state = run(q, k, v, log_decay, None, cu_seqlens, 1.0, True, batch_invariant)
+    with torch.autocast(k.device.type, enabled=False):  # it would round decays and states
+        _, state = run(q, k, v, log_decay, None, cu_seqlens, 1.0, True, batch_invariant)
     return state.flip(0) if reverse and cu_seqlens is not None else state
 
 
@@ -77,7 +78,7 @@ def _powers(log_decay: Tensor | None, lengths: Tensor, H: int) -> Tensor:
 
 
 class SequenceParallel(torch.autograd.Function):
-    """``lightning_attention`` with a group: its arguments, checked, to its output and final state (or None)."""
+    """``lightning_attention`` with a group, its arguments checked; a final state not asked for has no elements."""
 
     @staticmethod
     def forward(
@@ -93,7 +94,7 @@ class SequenceParallel(torch.autograd.Function):
         batch_invariant: bool,
         backend: str,
         group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 f"group is a {type(group).__name__}; it must be a torch.distributed ProcessGroup that this process is "
@@ -114,12 +115,13 @@ class SequenceParallel(torch.autograd.Function):
             q, k, v, log_decay, start, cu_seqlens, scale, False, batch_invariant, backend
         )
         ctx.save_for_backward(q, k, v, log_decay, start, cu_seqlens, powers)
-        ctx.scale, ctx.batch_invariant, ctx.backend, ctx.group = scale, batch_invariant, backend, group
-        return out, state if output_final_state else None
+        ctx.scale, ctx.has_final, ctx.batch_invariant = scale, output_final_state, batch_invariant
+        ctx.backend, ctx.group = backend, group
+        return out, state if output_final_state else state.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, start, cu_seqlens, powers = ctx.saved_tensors
         rank, size = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
         # Reversed, the state's weights are λ^t where the outputs saw λ^(t+1).
@@ -129,9 +131,9 @@ class SequenceParallel(torch.autograd.Function):
         grad = grad * ctx.scale
         if log_decay is not None:
             grad = grad * log_decay.to(grad.dtype).exp()[:, None, None]
-        # dfinal is zeros where this rank's loss left the final state out, and None only where no rank asked for it.
-        gathered = _all_gather(grad[None] if dfinal is None else torch.stack([grad, dfinal]), ctx.group)
-        dend = torch.zeros_like(grad) if dfinal is None else torch.stack([x[1] for x in gathered]).sum(0)
+        # dfinal is zeros where this rank's loss left the final state out, but what travels is the same on every rank.
+        gathered = _all_gather(torch.stack([grad, dfinal] if ctx.has_final else [grad]), ctx.group)
+        dend = torch.stack([x[1] for x in gathered]).sum(0) if ctx.has_final else torch.zeros_like(grad)
         for r in range(size - 1, rank, -1):
             dend = torch.addcmul(gathered[r][0], powers[r], dend)
         need_dlog_decay = ctx.needs_input_grad[3]

@@ -101,15 +101,15 @@ def lightning_attention(
             raise ValueError(f"q has shape {list(q.shape)}; with cu_seqlens the batch B must be 1")
         num_sequences = cu_seqlens.shape[0] - 1
     validation.check_initial_state(initial_state, q, v, num_sequences)
-    chosen = backends.choose(backend, q.device)
+    chosen = backends.choose(backend, q.device, "attention")
     if group is not None:
         from lightning_attention.distributed.sequence_parallel import SequenceParallel
 
         out, final = SequenceParallel.apply(
             q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen, group
         )
-        return LightningOutput(out, final)
-    out, final = torch.ops.lightning_attention.attention(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen
-    )
+    else:
+        out, final = torch.ops.lightning_attention.attention(
+            q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen
+        )
     return LightningOutput(out, final if output_final_state else None)
