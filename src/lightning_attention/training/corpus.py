@@ -41,9 +41,7 @@ class SpooledCorpus:
         offset = int(self.total_bytes * (1 - fraction))
         self._file.seek(offset)
         following = self._file.read(4)
-        if len(following) == 4:
-            offset += next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
-        return offset
+        return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[str, bool]]:
         """The text of bytes start..end in pieces of about 1 MB, each with whether a document ends with it."""
@@ -63,11 +61,7 @@ class SpooledCorpus:
 def _last_break(raw: bytes) -> int:
     """Where to cut: after the last line end, so that tokens are those of the whole text; else after a character."""
     cut = raw.rfind(b"\n") + 1
-    if cut == 0:
-        cut = len(raw) - 1
-        while raw[cut] & 0xC0 == 0x80:
-            cut -= 1
-    return cut
+    return cut or len(raw.decode("utf-8", errors="ignore").encode())  # only an unfinished last character is ignored
 
 
 def spool(config: TrainConfig, file: IO[bytes], stdin: BinaryIO | None = None) -> SpooledCorpus:

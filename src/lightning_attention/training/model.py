@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,10 +41,15 @@ def default_glu_dim(width: int) -> int:
 def load_model(folder: Path) -> TransnormerForCausalLM:
     """The model in a Hugging Face folder, in float32 on the CPU. Raises InputError when it cannot be read."""
     try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if found != TransnormerConfig.model_type:
+            raise InputError(f"{folder} holds a {found}; this needs a {TransnormerConfig.model_type}")
         with _no_progress_bar():
             model: TransnormerForCausalLM = TransnormerForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
+    except InputError:
+        raise
     except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot load the model in {folder}: {reason}") from error

@@ -25,7 +25,7 @@ from lightning_attention.training.tokenizer import as_pretrained
 
 
 class DivergedError(Exception):
-    """The loss is not a finite number any more."""
+    """The loss or its gradient is not a finite number any more."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Trainer:
         self.val_bits_per_byte: float | None = None
         self._eval_seconds = 0.0
         self._step_seconds: list[float] = []  # since the last logged step; while planning, since the start
+        self._latest: tuple[Tensor, ...] = (torch.zeros(()), torch.zeros(()))  # loss and gradient norm
         self._shown: tuple[float | None, float | None] = (None, None)
         if state:
             self._restore(state)
@@ -104,7 +105,7 @@ class Trainer:
             report: called after every step.
 
         Raises:
-            DivergedError: the loss became infinite or NaN; the newest checkpoint is from before that.
+            DivergedError: the loss or the gradient became infinite or NaN; the newest checkpoint is from before that.
         """
         self._started = time.perf_counter() - self.seconds
         self._metrics = MetricsLog(self._metrics_path, self.step if self.resumed_from else None)
@@ -160,14 +161,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
+        self._latest = (loss, norm)
         logged = self._complete() or self._due(self.config.log_every)
         if logged or self.planned_steps is None:
-            nats = float(loss)  # waits for the device, so that the clock below has seen all of the work
-            if not math.isfinite(nats):
-                raise DivergedError(f"the loss is {nats} at step {self.step}; try a lower lr than {self.config.lr:g}")
+            self._check_finite()  # waits for the device, so that the clock below has seen all of the work
         self._step_seconds.append(time.perf_counter() - began)
         if logged:
-            self._log_training(nats, float(norm), rate, self.data.bits_per_byte(nats * tokens.numel(), tokens))
+            self._log_training(float(loss), float(norm), rate, tokens)
+
+    def _check_finite(self) -> None:
+        """Raise DivergedError when the latest loss or gradient is not finite: the weights are lost then."""
+        for name, value in zip(("loss", "gradient norm"), self._latest, strict=True):
+            if not math.isfinite(value):
+                lr = self.config.lr
+                raise DivergedError(f"the {name} is {float(value)} at step {self.step}; try a lower lr than {lr:g}")
 
     def _loss(self, batch: Tensor) -> Tensor:
         """Mean negative log-likelihood, in nats per token, of windows [b, t]."""
@@ -176,7 +183,8 @@ class Trainer:
             loss: Tensor = self._forward(input_ids=batch, labels=batch, use_cache=False).loss
         return loss
 
-    def _log_training(self, nats: float, norm: float, rate: float, bits_per_byte: float) -> None:
+    def _log_training(self, nats: float, norm: float, rate: float, tokens: Tensor) -> None:
+        bits_per_byte = self.data.bits_per_byte(nats * tokens.numel(), tokens)
         recent = self._step_seconds[-self.config.log_every :]
         speed = self.config.tokens_per_step * len(recent) / sum(recent)
         self._shown = (bits_per_byte, speed)
@@ -222,12 +230,12 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint of this step, unless there is one, and drop the oldest."""
         target = checkpoint.checkpoint_path(self._checkpoints, self.step)
-        if target.exists():
-            return
-        with checkpoint.atomic_folder(target) as folder:
-            save_model(self.model, folder)
-            self._tokenizer.save_pretrained(folder)
-            checkpoint.save_state(folder, self._state())
+        if not target.exists():
+            self._check_finite()
+            with checkpoint.atomic_folder(target) as folder:
+                save_model(self.model, folder)
+                self._tokenizer.save_pretrained(folder)
+                checkpoint.save_state(folder, self._state())
         checkpoint.prune(self._checkpoints, self.config.keep)
 
     def _state(self) -> dict[str, Any]:

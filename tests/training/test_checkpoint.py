@@ -1,0 +1,111 @@
+import os
+
+import pytest
+import torch
+
+from lightning_attention.training import checkpoint
+from lightning_attention.training.config import InputError
+
+
+def fill(folder, content="x"):
+    (folder / "a.txt").write_text(content)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.txt").write_text(content)
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with checkpoint.atomic_folder(target) as unfinished:
+        fill(unfinished)
+        assert not target.exists()
+    assert (target / "sub" / "b.txt").read_text() == "x"
+    assert os.listdir(target.parent) == ["folder"]
+
+
+def test_nothing_appears_when_the_block_raises(tmp_path):
+    def fail():
+        with checkpoint.atomic_folder(tmp_path / "folder") as unfinished:
+            fill(unfinished)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_every_file_is_synced_before_the_name_is_given_and_the_name_after(tmp_path, monkeypatch):
+    events = []
+
+    def sync(path):
+        events.append(("sync", path.name.removesuffix(checkpoint.UNFINISHED)))
+
+    def rename(old, new):
+        events.append(("rename", new.name))
+        os.replace(old, new)
+
+    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(checkpoint.os, "rename", rename)
+    with checkpoint.atomic_folder(tmp_path / "folder") as unfinished:
+        fill(unfinished)
+    renamed = events.index(("rename", "folder"))
+    assert {name for _, name in events[:renamed]} == {"a.txt", "sub", "b.txt", "folder"}
+    assert events[renamed + 1 :] == [("sync", tmp_path.name)]
+
+
+def test_an_existing_folder_is_not_replaced(tmp_path):
+    fill(tmp_path)
+
+    def again():
+        with checkpoint.atomic_folder(tmp_path):
+            pass
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        again()
+    assert (tmp_path / "a.txt").exists()
+
+
+def test_only_whole_checkpoints_count_and_the_oldest_go(tmp_path):
+    for step in (5, 100, 20):
+        fill_path = checkpoint.checkpoint_path(tmp_path, step)
+        fill_path.mkdir()
+        fill(fill_path)
+    (tmp_path / ("step_00000200" + checkpoint.UNFINISHED)).mkdir()
+    (tmp_path / "step_7").mkdir()
+    (tmp_path / "step_00000300").write_text("a file")
+    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["step_00000005", "step_00000020", "step_00000100"]
+    checkpoint.prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == names[1:]
+    checkpoint.clear_leftovers(tmp_path)
+    assert not list(tmp_path.glob("*" + checkpoint.UNFINISHED))
+    assert (tmp_path / "step_7").exists()
+
+
+def test_state_round_trip_and_damage(tmp_path):
+    state = {"step": 3, "none": None, "weights": torch.randn(100), "nested": {"list": [1, 2.5, "x"]}}
+    checkpoint.save_state(tmp_path, state)
+    loaded = checkpoint.load_state(tmp_path)
+    assert torch.equal(loaded.pop("weights"), state.pop("weights"))
+    assert loaded == state
+    file = tmp_path / checkpoint.STATE_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"trainer_state.pt is damaged .*; delete "):
+        checkpoint.load_state(tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match="is not a training checkpoint"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_find_model(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        folder = checkpoint.checkpoint_path(run / "checkpoints", step)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    assert checkpoint.find_model(run).name == "step_00000002"
+    assert checkpoint.find_model(run / "checkpoints").name == "step_00000002"
+    assert checkpoint.find_model(run / "checkpoints" / "step_00000001").name == "step_00000001"
+    with pytest.raises(InputError, match="no such folder"):
+        checkpoint.find_model(tmp_path / "missing")
+    with pytest.raises(InputError, match="holds no model"):
+        checkpoint.find_model(tmp_path)

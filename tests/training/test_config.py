@@ -1,0 +1,92 @@
+from dataclasses import fields
+
+import pytest
+
+from lightning_attention.training.config import InputError, TrainConfig, make_config, read_toml, resumed_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"layers": 0}, "layers must be at least 1; got 0"),
+        ({"width": 100, "heads": 3}, r"width must be a multiple of heads \(3\); got 100"),
+        ({"corpus": "web"}, "corpus must be one of pydoc, stdlib; got 'web'"),
+        ({"precision": "fp8"}, "precision must be one of auto, bf16, float32"),
+        ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
+        ({"vocab_size": 257}, "vocab_size must be at least 258"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"final_lr": 1.5}, "final_lr must be between 0 and 1"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
+        ({"clip": -1.0}, "clip must be 0 or more"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"keep": 0}, "keep must be at least 1"),
+        ({"max_minutes": 0}, "max_minutes must be above 0"),
+        ({"max_minutes": 1, "steps": 5}, "steps must be left out when max_minutes is given"),
+        ({"max_minutes": 1, "warmup_steps": 4}, "warmup_steps must be at least 5 when max_minutes is given"),
+        ({"seq_len": "12"}, "seq_len must be of type int; got '12'"),
+        ({"seq_len": True}, "seq_len must be of type int; got True"),
+        ({"seq_len": None}, "seq_len must be of type int; got None"),
+        ({"compile": 1}, "compile must be of type bool; got 1"),
+        ({"inputs": "a.txt"}, "inputs must be a list of strings; got 'a.txt'"),
+        ({"seqlen": 12}, "unknown setting 'seqlen'; did you mean seq_len?"),
+        ({"seq-len": 12}, "unknown setting 'seq-len'; did you mean seq_len?"),
+        ({"zzz": 12}, "unknown setting 'zzz'; the settings are inputs, "),
+    ],
+)
+def test_refuses_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        make_config(settings)
+
+
+def test_every_setting_has_a_group_and_help():
+    for setting in fields(TrainConfig):
+        assert setting.metadata["group"] in ("Data", "Model", "Optimisation", "Run")
+        assert setting.metadata["help"].endswith((".", "]", "..."))
+
+
+def test_integers_stand_for_floats():
+    config = make_config({"lr": 1, "max_minutes": 2})
+    assert (config.lr, config.max_minutes) == (1.0, 2.0)
+    assert isinstance(config.lr, float)
+
+
+def test_toml_round_trip(tmp_path):
+    config = make_config({"inputs": ['a "quoted" name.txt', "b\\c"], "lr": 1e-4, "compile": True, "max_minutes": 1.5})
+    path = tmp_path / "config.toml"
+    path.write_text(config.as_toml())
+    assert make_config(read_toml(str(path))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seq_len = ", "is not valid TOML"),
+        ("learning_rate = 1", "unknown setting 'learning_rate'"),
+        ("[data]\nseq_len = 5", "unknown setting 'data'"),
+        ("lr = 'high'", "lr must be of type float; got 'high'"),
+    ],
+)
+def test_refuses_bad_toml_and_names_the_file(tmp_path, text, message):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_toml(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_toml():
+    with pytest.raises(InputError, match=r"cannot read the configuration nowhere.toml: No such file"):
+        read_toml("nowhere.toml")
+
+
+def test_resume_keeps_what_is_computed_and_changes_the_rest():
+    stored = make_config({"lr": 0.5, "keep": 3}).as_dict()
+    assert resumed_config(stored, {}) == make_config(stored)
+    assert resumed_config(stored, {"lr": 0.5, "keep": 1, "steps": 9}).keep == 1
+    with pytest.raises(InputError, match=r"lr is 0.5 in the checkpoint and 0.1 now"):
+        resumed_config(stored, {"lr": 0.1})
+    with pytest.raises(InputError, match="steps cannot be set"):
+        resumed_config(make_config({"max_minutes": 1}).as_dict(), {"steps": 9})

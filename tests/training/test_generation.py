@@ -1,0 +1,135 @@
+import gc
+import itertools
+
+import pytest
+import torch
+
+from lightning_attention.training import generation
+from lightning_attention.training.config import InputError
+from lightning_attention.training.generation import Generator, sample
+from lightning_attention.training.tokenizer import END_ID, PAD_ID
+from tests.training.tiny import tiny_settings, train
+
+PROMPTS = ["the state of", "", "attention naïve 漢字 " * 5, "a"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    trainer, outcome = train(tiny_settings(tmp_path_factory.mktemp("run"), steps=30, eval_every=0, save_every=0))
+    return trainer, outcome.checkpoint
+
+
+@pytest.fixture(scope="module")
+def generator(trained):
+    return Generator.load(trained[1], torch.device("cpu"))
+
+
+def texts(generator, prompts, **settings):
+    steps = list(generator.stream(prompts, **{"max_tokens": 40, "ignore_eos": True, **settings}))
+    return ["".join(pieces) for pieces in zip(*steps, strict=True)]
+
+
+def test_greedy_text_is_what_the_model_says_token_by_token(trained, generator):
+    trainer, _ = trained
+    tokenizer = trainer.data.tokenizer
+    for prompt, text in zip(PROMPTS, texts(generator, PROMPTS, temperature=0), strict=True):
+        ids = tokenizer.encode(prompt).ids or [END_ID]
+        start = len(ids)
+        for _ in range(40):
+            with torch.no_grad():
+                logits = trainer.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits[PAD_ID] = -torch.inf
+            ids.append(int(logits.argmax()))
+        whole = tokenizer.decode(ids[start:])
+        assert whole.rstrip("�") == text  # an unfinished last character is not printed
+
+
+def test_a_prompts_text_does_not_depend_on_the_others(generator):
+    together = texts(generator, PROMPTS, seed=5)
+    assert together == [texts(generator, [prompt], seed=5 + i)[0] for i, prompt in enumerate(PROMPTS)]
+    assert len({*together}) == len(PROMPTS)
+    assert together != texts(generator, PROMPTS, seed=6)
+
+
+def test_prompts_longer_than_a_piece_of_prefill(generator, monkeypatch):
+    wanted = texts(generator, PROMPTS, temperature=0)
+    for tokens in (1, 3):
+        monkeypatch.setattr(generation, "PREFILL_TOKENS", tokens)
+        assert texts(generator, PROMPTS, temperature=0) == wanted
+
+
+def test_never_broken_characters(generator):
+    # At a high temperature the little model throws bytes about; what is complete comes out, whole and in order.
+    steps = list(generator.stream(["漢"], max_tokens=400, temperature=3.0, ignore_eos=True))
+    for (text,) in steps:
+        assert text.encode("utf-8").decode("utf-8") == text
+    assert any(text == "" for (text,) in steps[:-1])  # some token is a part of a character
+
+
+def test_ends_at_the_end_of_a_document(generator, monkeypatch):
+    scripted = iter([[5, 5], [END_ID, 6], [7, 7], [7, END_ID], [8, 8]])
+    monkeypatch.setattr(generation, "sample", lambda *_: torch.tensor(next(scripted)))
+    decode = generator._tokenizer.backend_tokenizer.decode
+    assert texts(generator, ["a", "b"], ignore_eos=False) == [decode([5]), decode([5, 6, 7])]
+    assert next(scripted) == [8, 8]  # nothing was generated after both had ended
+
+
+def test_end_of_document_can_be_ignored(generator, monkeypatch):
+    scripted = iter([[5], [END_ID], [7]])
+    monkeypatch.setattr(generation, "sample", lambda *_: torch.tensor(next(scripted)))
+    assert texts(generator, ["a"], max_tokens=3) == [generator._tokenizer.backend_tokenizer.decode([5, 7])]
+
+
+def test_memory_is_constant_in_the_length(generator):
+    def live_bytes() -> int:
+        gc.collect()
+        tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    def skip(tokens: int) -> None:
+        for _ in itertools.islice(stream, tokens):
+            pass
+
+    stream = generator.stream(["the state", "a"], max_tokens=3000, ignore_eos=True)
+    skip(200)
+    at_200 = live_bytes()
+    skip(1800)
+    assert live_bytes() == at_200
+    # The measure sees what the smallest of growing caches would add: one number for every further token.
+    kept = torch.zeros(1800)
+    assert live_bytes() == at_200 + kept.nbytes
+
+
+def test_sampling_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.05, 0.3, 0.15])
+    draws = (torch.arange(1000) + 0.5) / 1000
+    logits = probabilities.log().expand(1000, 4)
+
+    def shares(**settings):
+        tokens = sample(logits, **{"temperature": 1.0, "top_p": 1.0, **settings}, draws=draws)
+        return (tokens.bincount(minlength=4) / 1000).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=2e-3)
+    assert shares(top_p=0.8) == pytest.approx([0.625, 0, 0.375, 0], abs=2e-3)
+    assert shares(top_p=0.81) == pytest.approx([0.5 / 0.95, 0, 0.3 / 0.95, 0.15 / 0.95], abs=2e-3)
+    assert shares(top_p=0.0) == [1, 0, 0, 0]
+    sharpened = probabilities**2 / (probabilities**2).sum()
+    assert shares(temperature=0.5) == pytest.approx(sharpened.tolist(), abs=2e-3)
+    assert shares(temperature=0) == [1, 0, 0, 0]
+
+
+def test_sampling_at_the_edges():
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]])
+    for draw in (0.0, 1 - 2**-24):
+        token = sample(logits, 1.0, 1.0, torch.tensor([draw]))
+        assert token.item() != 1  # what has no probability is not drawn
+
+
+def test_folders_that_hold_no_model_of_this_kind(tmp_path, trained):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match="holds a gpt2; this needs a transnormer"):
+        Generator.load(tmp_path, torch.device("cpu"))
+    (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
+    with pytest.raises(InputError, match="cannot load the model in ") as caught:
+        Generator.load(tmp_path, torch.device("cpu"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,239 @@
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_attention.training import checkpoint
+from lightning_attention.training.config import InputError
+from lightning_attention.training.metrics import read_metrics
+from lightning_attention.training.tokenizer import END_ID
+from lightning_attention.training.trainer import DivergedError, Trainer
+from tests.training.tiny import tiny_settings, train
+
+
+def losses(trainer: Trainer) -> list[tuple[int, float]]:
+    return [(r["step"], r.get("loss", r.get("val_loss"))) for r in read_metrics(trainer.out / "metrics.jsonl")]
+
+
+def test_learns(tmp_path):
+    _, outcome = train(tiny_settings(tmp_path, steps=60, eval_every=0, save_every=0, batch_size=4))
+    first = read_metrics(outcome.metrics)[0]["val_bits_per_byte"]
+    # Words drawn evenly from 11 of 6.3 bytes on average, with a space: 3.46 bits for 7.3 bytes, 0.5 bits per byte.
+    assert first > 3
+    assert 0.45 < outcome.val_bits_per_byte < 1.2
+    assert outcome.step == 60
+    assert outcome.stopped_by is None
+    assert outcome.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_lines(tmp_path):
+    trainer, outcome = train(tiny_settings(tmp_path, log_every=4, eval_every=5))
+    lines = read_metrics(outcome.metrics)
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        (0, False),
+        (4, True),
+        (5, False),
+        (6, True),
+        (6, False),
+    ]
+    train_line, val_line = lines[1], lines[0]
+    assert train_line["tokens"] == 4 * 2 * 24
+    assert train_line["tokens_per_second"] > 0
+    assert 0 < train_line["lr"] <= 1e-2
+    assert math.isfinite(train_line["grad_norm"])
+    assert val_line["val_loss"] == pytest.approx(math.log(trainer.data.vocab_size), rel=0.05)
+
+
+def test_validation_loss_is_the_code_length_of_the_held_out_text(tmp_path):
+    trainer, outcome = train(tiny_settings(tmp_path, eval_tokens=60))
+    seq_len = trainer.config.seq_len
+    stream = torch.tensor([END_ID, *trainer.data.val[:60].tolist()])
+    nats = 0.0
+    for position in range(1, len(stream)):
+        # Windows share one token, so token i is predicted from its window's start on.
+        start = (position - 1) // (seq_len - 1) * (seq_len - 1)
+        with torch.no_grad():
+            logits = trainer.model(input_ids=stream[None, start:position], use_cache=False).logits[0, -1]
+        nats -= float(logits.double().log_softmax(-1)[stream[position]])
+    text_bytes = trainer.data.count_bytes(stream)
+    assert outcome.val_bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_at_any_moment_and_resumed_nothing_can_be_told_apart(tmp_path):
+    root = Path(__file__).parents[2]
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.training.killed_runs", str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    deaths = int(finished.stdout.split()[0])
+    assert deaths > 40  # the files of three checkpoints alone are more
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, name):
+    whole, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "whole")))
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(progress):
+        if progress.step == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    settings = tiny_settings(tmp_path)
+    outcome = Trainer(settings).fit(interrupt)
+    assert (outcome.step, outcome.stopped_by) == (3, name)
+    assert outcome.checkpoint.is_dir()
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed, outcome = train(settings, resume=True)
+    assert resumed.resumed_from.name == "step_00000003"
+    assert (outcome.step, outcome.stopped_by) == (6, None)
+    assert losses(resumed) == losses(whole)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    settings = tiny_settings(tmp_path)
+    _, outcome = train(settings)
+    before = (outcome.metrics.read_text(), (outcome.checkpoint / "model.safetensors").stat().st_mtime_ns)
+    _, again = train(settings, resume=True)
+    assert again == outcome
+    assert (outcome.metrics.read_text(), (outcome.checkpoint / "model.safetensors").stat().st_mtime_ns) == before
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    trainer, outcome = train(tiny_settings(tmp_path), resume=True)
+    assert trainer.resumed_from is None
+    assert outcome.step == 6
+
+
+def test_a_folder_with_a_run_needs_a_word(tmp_path):
+    settings = tiny_settings(tmp_path)
+    train(settings)
+    with pytest.raises(InputError, match="holds checkpoints; add --resume to go on or --overwrite"):
+        Trainer(settings)
+    with pytest.raises(InputError, match="seq_len is 24 in the checkpoint and 20 now"):
+        Trainer({**settings, "seq_len": 20}, resume=True)
+    trainer, _ = train({**settings, "seq_len": 20}, overwrite=True)
+    assert trainer.resumed_from is None
+    assert [path.name for path in checkpoint.checkpoints(trainer.out / "checkpoints")] == [
+        "step_00000004",
+        "step_00000006",
+    ]
+
+
+def test_a_run_can_be_made_longer(tmp_path):
+    settings = tiny_settings(tmp_path)
+    train(settings)
+    _, outcome = train({**settings, "steps": 8}, resume=True)
+    assert outcome.step == 8
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    settings = tiny_settings(tmp_path)
+    trainer, outcome = train(settings)
+    manifest = trainer.out / "tokens" / "token_files.json"
+    original = manifest.read_text()
+    manifest.write_text(json.dumps({"fingerprint": "other"}))
+    with pytest.raises(InputError, match=r"are not those that .* was trained on"):
+        Trainer(settings, resume=True)
+    manifest.write_text(original)
+    weights = outcome.checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot load the model in ") as caught:
+        Trainer(settings, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+    one, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "one"), batch_size=4))
+    two, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "two"), batch_size=2, accumulate=2))
+    half, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "half"), batch_size=2))
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-4)
+    assert losses(half)[3][1] != pytest.approx(losses(one)[3][1], rel=1e-4)
+
+
+def test_bf16_is_close_and_not_the_same(tmp_path):
+    full, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "full"), precision="auto"))
+    half, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "half"), precision="bf16"))
+    assert not full.runtime.bf16
+    assert losses(half) != losses(full)
+    assert [loss for _, loss in losses(half)] == pytest.approx([loss for _, loss in losses(full)], rel=0.02)
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+
+
+def test_compiled_weights_keep_their_names(tmp_path, monkeypatch):
+    calls = []
+
+    def compile_eagerly(module):
+        calls.append(module)
+        return functools.partial(type(module).__call__, module)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    settings = tiny_settings(tmp_path, compile=True)
+    trainer, outcome = train(settings)
+    assert calls == [trainer.model]
+    assert set(AutoModelForCausalLM.from_pretrained(outcome.checkpoint).state_dict()) == set(trainer.model.state_dict())
+
+
+def test_time_budget_fixes_the_number_of_steps_once(tmp_path):
+    settings = tiny_settings(tmp_path, steps=None, max_minutes=1.0, warmup_steps=5, eval_every=0, save_every=6)
+    seen = []
+
+    def stop_at_seven(progress):
+        seen.append(progress.planned_steps)
+        if progress.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome = Trainer(settings).fit(stop_at_seven)
+    assert seen[:4] == [None] * 4
+    assert len(set(seen[4:])) == 1
+    assert outcome.planned_steps == seen[-1] > 20  # a minute is long for these steps
+    resumed = Trainer({**settings, "device": "cpu"}, resume=True)
+    assert resumed.planned_steps == outcome.planned_steps
+    assert resumed.seconds > 0
+
+
+def test_time_budget_is_about_kept(tmp_path):
+    settings = tiny_settings(tmp_path, steps=None, max_minutes=2 / 60, warmup_steps=8, eval_every=0, save_every=0)
+    _, outcome = train(settings)
+    seconds = read_metrics(outcome.metrics)[-1]["seconds"]
+    assert 0.5 < seconds < 8  # other processes may slow the steps down after they were timed
+
+
+def test_divergence_stops_and_leaves_the_last_good_checkpoint(tmp_path):
+    # Nothing is logged before the run has diverged: what is saved is looked at all the same.
+    trainer = Trainer(tiny_settings(tmp_path, lr=1e30, steps=20, save_every=1, log_every=100, clip=0.0))
+    with pytest.raises(DivergedError, match=r"the (loss|gradient norm) is (nan|inf) at step \d+; try a lower lr than"):
+        trainer.fit()
+    found = checkpoint.checkpoints(trainer.out / "checkpoints")
+    assert int(found[-1].name[5:]) == trainer.step - 1
+    assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(found[-1]).parameters())
+
+
+def test_a_checkpoint_is_a_hugging_face_folder(tmp_path):
+    trainer, outcome = train(tiny_settings(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(outcome.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(outcome.checkpoint)
+    ids = tokenizer("the state of 漢字", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == END_ID
+
+
+def test_refuses_devices_that_are_not_there(tmp_path):
+    for device, message in (("cuda:99", "device cuda:99 is not there"), ("tpu", "device must be auto, cpu, cuda")):
+        with pytest.raises(InputError, match=message):
+            Trainer(tiny_settings(tmp_path, device=device))
