@@ -23,16 +23,15 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Before any check: under autocast q, k and v may come in several dtypes.
     """
-    return tuple(_cast_for_autocast(x) for x in tensors)
-
-
-def _cast_for_autocast(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    device = x.device.type
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in tensors)
+
+
+def _is_cast(x: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def lightning_attention(
