@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops import backends, registration, validation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,7 +108,17 @@ def lightning_attention(
             q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen, group
         )
     else:
-        out, final = torch.ops.lightning_attention.attention(
-            q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen
+        out, final = registration.call(
+            "attention",
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state,
+            cu_seqlens,
+            scale,
+            output_final_state,
+            batch_invariant,
+            chosen,
         )
     return LightningOutput(out, final if output_final_state else None)

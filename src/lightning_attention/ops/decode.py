@@ -47,5 +47,5 @@ def lightning_attention_decode(
     validation.check_scale(scale)
     validation.check_pool(state, q, v, slots, q.shape[0])
     return torch.ops.lightning_attention.decode(
-        q, k, v, log_decay, state, slots, scale, backends.choose(None, q.device)
+        q, k, v, log_decay, state, slots, scale, backends.choose(None, q.device, "decode")
     )

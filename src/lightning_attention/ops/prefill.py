@@ -62,5 +62,5 @@ def lightning_attention_prefill(
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     return torch.ops.lightning_attention.prefill(
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
-        backends.choose(None, q.device),
+        backends.choose(None, q.device, "prefill"),
     )  # fmt: skip

@@ -54,7 +54,7 @@ def lightning_attention_verify(
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
     return torch.ops.lightning_attention.verify(
-        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, backends.choose(None, q.device)
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, backends.choose(None, q.device, "verify")
     )
 
 
@@ -91,5 +91,5 @@ def lightning_attention_commit(
     validation.check_pool(state, k, v, slots, cu_seqlens.shape[0] - 1)
     validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
     torch.ops.lightning_attention.commit(
-        k, v, log_decay, state, cu_seqlens, accepted, slots, backends.choose(None, k.device)
+        k, v, log_decay, state, cu_seqlens, accepted, slots, backends.choose(None, k.device, "commit")
     )

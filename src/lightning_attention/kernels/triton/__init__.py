@@ -1,0 +1,1 @@
+"""The kernels for CUDA and ROCm devices, in Triton."""

@@ -1,0 +1,315 @@
+"""The sweep for Hopper, in Gluon: what ``sweep.py`` computes, with the copies and products placed by hand.
+
+A program has four warps and keeps one [BE, BD] part of the transposed state in registers. The tensor copy engine fills
+two stages of shared memory; the state and the weighted columns of c are left operands from registers, so only the
+scores (8 KB) and the outputs (8 KB) are written to shared memory. 96 KB and at most 255 registers a thread: two
+programs fit on a multiprocessor, and one computes while the other waits. On an H200 at B 4, T 32768, H 32, D 128 that
+is 0.93 of the floor forward, where three stages and so one program reach 0.83, and the same loop left to Triton's own
+pipelining 0.75.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Their names until Triton 3.6, where the new ones do not exist.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def fetch(a_desc, b_desc, c_desc, a_smem, b_smem, c_smem, ready, stage, sequence, start, head, column, pred,
+          C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
+    """Start the copies of a block into its stage."""
+    bar = ready.index(stage)
+    mbarrier.expect(bar, C * ((BD if OUTPUT else 0) + BD + BE) * 2, pred=pred)
+    copy_in(b_desc, [sequence, start, head, 0], bar, b_smem.index(stage), pred=pred)
+    if OUTPUT:
+        copy_in(a_desc, [sequence, start, head, 0], bar, a_smem.index(stage), pred=pred)
+    copy_in(c_desc, [sequence, start, head, column], bar, c_smem.index(stage), pred=pred)
+
+
+@gluon.jit
+def clear_tail(smem, tokens, C: gl.constexpr, BW: gl.constexpr):
+    """Zero the rows of a block past its ``tokens``: they are another sequence's, or padding that may hold anything."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BW, BW // 8], [gl.num_warps(), 1], [1, 0])
+    R: gl.constexpr = 256 // BW * gl.num_warps()  # one vector a thread at a time: the loop has no registers to spare
+    row = gl.arange(0, R, gl.SliceLayout(1, layout))
+    for r in gl.static_range(0, C, R):
+        if r + R > tokens:
+            rows = smem.slice(r, R)
+            rows.store(gl.where((row + r < tokens)[:, None], rows.load(layout), 0.0).to(smem.dtype))
+
+
+@gluon.jit
+def store_tail(x, smem, stride, tokens, width, C: gl.constexpr, BW: gl.constexpr):
+    """Write the first ``tokens`` rows of a block."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BW, BW // 8], [gl.num_warps(), 1], [1, 0])
+    R: gl.constexpr = 256 // BW * gl.num_warps()
+    row = gl.arange(0, R, gl.SliceLayout(1, layout))
+    col = gl.arange(0, BW, gl.SliceLayout(0, layout))
+    for r in gl.static_range(0, C, R):
+        if r < tokens:
+            inside = (row + r < tokens)[:, None] & (col < width)[None, :]
+            gl.store(x + (row + r)[:, None] * stride + col[None, :], smem.slice(r, R).load(layout), mask=inside)
+
+
+@gluon.jit
+def state_pointers(base, BE: gl.constexpr, BD: gl.constexpr, layout: gl.constexpr, column, b_width, c_width, b_stride,
+                   c_stride):  # fmt: skip
+    """Where a program's part of a state [D, E] lies, transposed, and which of it exists."""
+    c = column + gl.arange(0, BE, gl.SliceLayout(1, layout))
+    b = gl.arange(0, BD, gl.SliceLayout(0, layout))
+    return base + c[:, None] * c_stride + b[None, :] * b_stride, (c < c_width)[:, None] & (b < b_width)[None, :]
+
+
+@gluon.jit
+def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, final, keep, b_stride, c_stride, batch, head, start, stop,
+          column, b_width, c_width, rate, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+          STAGES: gl.constexpr, PACKED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
+          OUTPUT: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
+    """Rows start … stop of one head, from the state at ``initial`` to the state at ``final``.
+
+    With time reversed the state is that of the rows after. It is stored if ``keep``. ``o`` is for the last block of a packed sequence alone,
+    which a copy of C rows would overrun.
+    """
+    dtype: gl.constexpr = b_desc.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    left_scores: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
+    left_state: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
+
+    b_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, BD], b_desc.layout)
+    c_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, BE], c_desc.layout)
+    a_smem = b_smem
+    if OUTPUT:
+        a_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, BD], a_desc.layout)
+        p_smem = gl.allocate_shared_memory(dtype, [C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
+        o_smem = gl.allocate_shared_memory(dtype, [1, C, 1, BE], o_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    fence_async_shared()
+    barrier()
+
+    blocks = (stop - start + C - 1) // C
+    first = start
+    step = C
+    if REVERSE:
+        first = start + (blocks - 1) * C
+        step = -C
+    for s in gl.static_range(STAGES - 1):
+        fetch(a_desc, b_desc, c_desc, a_smem, b_smem, c_smem, ready, s, batch, first + s * step, head, column,
+              s < blocks, C, BD, BE, OUTPUT)  # fmt: skip
+
+    if INITIAL:
+        where, exists = state_pointers(initial, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
+        state = gl.load(where, mask=exists, other=0.0)
+    else:
+        state = gl.zeros([BE, BD], gl.float32, state_layout)
+    c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
+    if OUTPUT:
+        j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
+        i = gl.arange(0, C, gl.SliceLayout(0, scores_layout))[None, :]
+        gap = (j - i) if REVERSE else (i - j)
+        mask = gl.where(gap >= 0, gl.exp2(rate * gl.maximum(gap, 0).to(gl.float32)) * scale, 0.0)
+        out_row = gl.arange(0, C, gl.SliceLayout(0, scores_layout))
+        nothing = gl.zeros([BE, C], gl.float32, scores_layout)
+        no_scores = gl.zeros([C, C], gl.float32, scores_layout)
+
+    stage = 0
+    phase = 0
+    for n in range(blocks):
+        at = first + n * step
+        tokens = gl.minimum(stop - at, C)
+        b = b_smem.index(stage).reshape([C, BD])
+        c = c_smem.index(stage).reshape([C, BE])
+        mbarrier.wait(ready.index(stage), phase)
+        if PACKED:
+            if tokens < C:
+                clear_tail(b, tokens, C, BD)
+                clear_tail(c, tokens, C, BE)
+                fence_async_shared()
+                barrier()
+        if OUTPUT:
+            a = a_smem.index(stage).reshape([C, BD]).permute((1, 0))
+            scores = warpgroup_mma(b, a, no_scores, use_acc=False, is_async=True)
+
+        # The stage before this one is free: what read it last was the product that made ``state``.
+        ahead = n + STAGES - 1
+        last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
+        fetch(a_desc, b_desc, c_desc, a_smem, b_smem, c_smem, ready, last, batch, first + ahead * step, head, column,
+              ahead < blocks, C, BD, BE, OUTPUT)  # fmt: skip
+        if OUTPUT:
+            left = gl.convert_layout(state.to(dtype), left_scores)
+            out = warpgroup_mma(left, a, nothing, use_acc=False, is_async=True)
+
+        # λ^r or λ^(m−r); the exponent of a row past the end is clamped, and that row of c is zero.
+        if REVERSE:
+            weight = gl.exp2(rate * (c_row + 1).to(gl.float32)) * scale
+        else:
+            weight = gl.exp2(rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32))
+        weighted = (c.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
+
+        if OUTPUT:
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            p_smem.store((scores * mask).to(dtype))
+            fence_async_shared()
+            barrier()
+            out = warpgroup_mma_wait(0, deps=[out])
+            if REVERSE:
+                out = out * gl.exp2(rate * gl.maximum(tokens - 1 - out_row, 0).to(gl.float32))[None, :]
+            else:
+                out = out * (gl.exp2(rate * (out_row + 1).to(gl.float32)) * scale)[None, :]
+            out = warpgroup_mma(c.permute((1, 0)), p_smem, out, is_async=True)
+        state = warpgroup_mma(weighted, b, state * gl.exp2(rate * tokens.to(gl.float32)), is_async=True)
+        if OUTPUT:
+            out = warpgroup_mma_wait(1, deps=[out])
+            tma.store_wait(0)
+            barrier()
+            o_smem.reshape([C, BE]).permute((1, 0)).store(out.to(dtype))
+            fence_async_shared()
+            barrier()
+            if PACKED and tokens < C:
+                store_tail(o + at.to(gl.int64) * o_row + column, o_smem.reshape([C, BE]), o_row, tokens,
+                           c_width - column, C, BE)  # fmt: skip
+            else:
+                copy_out(o_desc, [batch, at, head, column], o_smem)
+        state = warpgroup_mma_wait(0, deps=[state])
+        barrier()  # every warp is done with this stage: the next turn starts a copy into it
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    if OUTPUT:
+        tma.store_wait(0)
+    if FINAL:
+        if keep:
+            where, exists = state_pointers(final, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
+            gl.store(where, state, mask=exists)
+
+
+@gluon.jit
+def segment(table, slot, segments, L, T, PACKED: gl.constexpr):
+    """Of a program's segment: its sequence (-1: none), its batch row, its rows start … stop, whether first and last."""
+    if PACKED:
+        sequence = gl.load(table + slot * 4)
+        start = gl.load(table + slot * 4 + 1)
+        stop = gl.load(table + slot * 4 + 2)
+        ends = gl.load(table + slot * 4 + 3)
+        batch = 0
+    else:
+        sequence = slot // segments
+        start = (slot % segments) * L
+        stop = gl.minimum(start + L, T)
+        ends = (start == 0).to(gl.int32) + (stop == T).to(gl.int32) * 2
+        batch = sequence
+    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0
+
+
+@gluon.jit
+def reach(rate, L, C: gl.constexpr):
+    """How many rows, in whole blocks, matter to the state of a segment: the weight of the others is zero in float32."""
+    rows = gl.minimum(126.0 / gl.maximum(-rate, 1e-6), L.to(gl.float32)).to(gl.int32)
+    return (rows // C + 1) * C
+
+
+@gluon.jit
+def log2_decay(log_decay, head):
+    """The head's decay as a power of two; 0, no decay, where there is none."""
+    if log_decay is None:
+        rate = (head * 0).to(gl.float32)
+    else:
+        rate = gl.load(log_decay + head) * 1.4426950408889634  # log2 e
+    return rate
+
+
+@gluon.jit(do_not_specialize=["segments", "L", "T"])
+def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_head: "i64", o_row, log_decay, initial, final,
+                   table, segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                   STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr,
+                   FINAL: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
+    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero."""
+    tiles = gl.cdiv(E, BE)
+    pid = gl.program_id(0)
+    tile = pid % tiles
+    head = pid // tiles % H
+    slot = pid // tiles // H
+    sequence, batch, start, stop, is_first, is_last = segment(table, slot, segments, L, T, PACKED)
+    if sequence < 0:
+        return
+    rate = log2_decay(log_decay, head)
+    of_sequence = (sequence.to(gl.int64) * H + head) * D * E
+    of_slot = (slot.to(gl.int64) * H + head) * D * E
+    keep = is_last
+    if not OUTPUT:
+        if is_last:
+            return
+        keep = not is_last
+        start = gl.maximum(start, stop - reach(rate, L, C))
+    sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * o_head, o_row,
+          initial + (of_slot if SEGMENTED else of_sequence), final + (of_sequence if OUTPUT else of_slot), keep,
+          E, 1, batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, FINAL,
+          OUTPUT, False)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["segments", "L", "T"])
+def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_desc, dk_desc, dv_desc, dq, dk, dv,
+                    d_batch: "i64", e_batch: "i64", log_decay, before, after, before_out, after_out, table, segments, L,
+                    T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, TD: gl.constexpr,
+                    TE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr,
+                    BEFORE: gl.constexpr, AFTER: gl.constexpr, AFTER_OUT: gl.constexpr,
+                    OUTPUT: gl.constexpr):  # fmt: skip
+    """dv = reverse sweep(k, q, do); dk = reverse sweep(v, do, q); dq = sweep(do, v, k), one role a program.
+
+    ``before`` holds the states before and ``after`` the gradients of the states after each sequence or segment;
+    ``after_out`` takes the gradient of the initial states. The roles of a segment are neighbours, so that what one
+    reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by itself.
+    """
+    e_tiles = gl.cdiv(E, TE)
+    d_tiles = gl.cdiv(D, TD)
+    roles = e_tiles + d_tiles + (d_tiles if OUTPUT else 0)
+    pid = gl.program_id(0)
+    role = pid % roles
+    head = pid // roles % H
+    slot = pid // roles // H
+    sequence, batch, start, stop, is_first, is_last = segment(table, slot, segments, L, T, PACKED)
+    if sequence < 0:
+        return
+    rate = log2_decay(log_decay, head)
+    of_sequence = (sequence.to(gl.int64) * H + head) * D * E
+    of_slot = (slot.to(gl.int64) * H + head) * D * E
+    of_start = of_slot if SEGMENTED else of_sequence
+    if role < e_tiles:
+        keep = is_first
+        if not OUTPUT:
+            if is_first:
+                return
+            keep = not is_first
+            stop = gl.minimum(stop, start + reach(rate, L, C))
+        sweep(k_desc, q_desc, g_tile, dv_desc, dv + batch * e_batch + head * E, H * E, after + of_start,
+              after_out + (of_sequence if OUTPUT else of_slot), keep, E, 1, batch, head, start, stop, role * TE, D, E,
+              rate, scale, C, BD, TE, STAGES, PACKED, AFTER, AFTER_OUT, OUTPUT, True)  # fmt: skip
+    elif role < e_tiles + d_tiles:
+        keep = False
+        if not OUTPUT:
+            if is_last:
+                return
+            keep = not is_last
+            start = gl.maximum(start, stop - reach(rate, L, C))
+        column = (role - e_tiles) * TD
+        sweep(g_desc, v_desc, k_tile, dq_desc, dq + batch * d_batch + head * D, H * D, before + of_start,
+              before_out + of_slot, keep, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE, TD, STAGES,
+              PACKED, BEFORE, not OUTPUT, OUTPUT, False)  # fmt: skip
+    elif OUTPUT:
+        column = (role - e_tiles - d_tiles) * TD
+        sweep(v_desc, g_desc, q_tile, dk_desc, dk + batch * d_batch + head * D, H * D, after + of_start, after_out,
+              False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE, TD, STAGES, PACKED, AFTER,
+              False, True, True)  # fmt: skip

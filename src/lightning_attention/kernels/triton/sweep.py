@@ -1,0 +1,220 @@
+"""The one loop that everything is made of: a sweep over the blocks of a sequence with the state in registers.
+
+    sweep(a, b, c):   o_t = scale · Σ_{s ≤ t} λ^(t−s) (a_t · b_s) c_s        (and with time reversed, s ≥ t)
+
+    o = sweep(q, k, v);   dq = sweep(do, v, k);   dk = reverse sweep(v, do, q);   dv = reverse sweep(k, q, do)
+
+A program owns one head of one sequence (or one segment of it) and BE columns of c, and keeps its part of the state
+Σ λ^… cᵀ b, [BE, BD] in float32. It is kept transposed, c's columns first: so both products that read what a product
+just made, (state)(aᵀ) and the update, take it as the left operand, which matrix units read from registers. Only the
+C×C scores pass through shared memory (8 KB a block in 16 bits, where the state would be 16 to 32 KB).
+
+This is the portable form, for any device that Triton compiles for and any strides; ``hopper.py`` is the same loop with
+Hopper's copy engine and asynchronous products.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(x, row_stride, start, stop, column, width, C: tl.constexpr, BW: tl.constexpr, EVEN: tl.constexpr):
+    """Rows start … start+C and columns column … column+BW of [T, width]; zero past either end, and not read there."""
+    row = start + tl.arange(0, C)
+    col = column + tl.arange(0, BW)
+    inside = (row < stop)[:, None]
+    if not EVEN:
+        inside = inside & (col < width)[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * row_stride + col[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def state_pointers(base, column, b_width, c_width, b_stride, c_stride, BD: tl.constexpr, BE: tl.constexpr):
+    """Where a program's part of a state [D, E] lies, transposed, and which of it exists."""
+    c = column + tl.arange(0, BE)
+    b = tl.arange(0, BD)
+    return base + c[:, None] * c_stride + b[None, :] * b_stride, (c < c_width)[:, None] & (b < b_width)[None, :]
+
+
+@triton.jit
+def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, final, keep, b_stride, c_stride, start, stop, column,
+          b_width, c_width, rate, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_B: tl.constexpr,
+          EVEN_C: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
+          REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Rows start … stop of one head, from the state at ``initial`` to the state at ``final``, stored if ``keep``.
+
+    With time reversed the state is that of the rows after.
+    """
+    if INITIAL:
+        where, exists = state_pointers(initial, column, b_width, c_width, b_stride, c_stride, BD, BE)
+        state = tl.load(where, mask=exists, other=0.0)
+    else:
+        state = tl.zeros([BE, BD], tl.float32)
+    row = tl.arange(0, C)
+    gap = row[None, :] - row[:, None]
+    if REVERSE:
+        gap = -gap
+    mask = tl.where(gap >= 0, tl.exp2(rate * tl.maximum(gap, 0)) * scale, 0.0)
+    blocks = tl.cdiv(stop - start, C)
+    for n in tl.range(0, blocks, num_stages=STAGES):
+        at = start + n * C
+        if REVERSE:
+            at = start + (blocks - 1 - n) * C
+        tokens = tl.minimum(stop - at, C)
+        bt = load_rows(b, b_row, at, stop, 0, b_width, C, BD, EVEN_B)
+        ct = tl.trans(load_rows(c, c_row, at, stop, column, c_width, C, BE, EVEN_C))
+        # λ^r and λ^(m−r), r = 1..m; the exponent of a row past the end is clamped, and that row of c is zero.
+        from_start = tl.exp2(rate * (row + 1))
+        to_end = tl.exp2(rate * tl.maximum(tokens - 1 - row, 0))
+        if OUTPUT:
+            at_ = tl.trans(load_rows(a, a_row, at, stop, 0, b_width, C, BD, EVEN_B))
+            scores = tl.dot(bt, at_, input_precision=PRECISION) * mask
+            out = tl.dot(state.to(bt.dtype), at_, input_precision=PRECISION)
+            if REVERSE:
+                out = out * to_end[None, :]
+            else:
+                out = out * (from_start * scale)[None, :]
+            out = tl.dot(ct, scores.to(ct.dtype), out, input_precision=PRECISION)
+            col = column + tl.arange(0, BE)
+            rows = o + (at + row).to(tl.int64)[:, None] * o_row + col[None, :]
+            inside = (row < tokens)[:, None]
+            if not EVEN_C:
+                inside = inside & (col < c_width)[None, :]
+            tl.store(rows, tl.trans(out.to(bt.dtype)), mask=inside)
+        weight = to_end
+        if REVERSE:
+            weight = from_start * scale
+        weighted = (ct.to(tl.float32) * weight[None, :]).to(ct.dtype)
+        state = tl.dot(weighted, bt, state * tl.exp2(rate * tokens), input_precision=PRECISION)
+    if FINAL:
+        if keep:
+            where, exists = state_pointers(final, column, b_width, c_width, b_stride, c_stride, BD, BE)
+            tl.store(where, state, mask=exists)
+
+
+@triton.jit
+def segment(table, slot, segments, L, T, PACKED: tl.constexpr):
+    """Of a program's segment: its sequence (-1: none), its batch row, its rows start … stop, whether first and last."""
+    if PACKED:
+        sequence = tl.load(table + slot * 4)
+        start = tl.load(table + slot * 4 + 1)
+        stop = tl.load(table + slot * 4 + 2)
+        ends = tl.load(table + slot * 4 + 3)
+        batch = 0
+    else:
+        sequence = slot // segments
+        start = (slot % segments) * L
+        stop = tl.minimum(start + L, T)
+        ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
+        batch = sequence
+    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0
+
+
+@triton.jit
+def reach(rate, L, C: tl.constexpr):
+    """How many rows, in whole blocks, matter to the state of a segment: the weight of the others is zero in float32."""
+    rows = tl.minimum(126.0 / tl.maximum(-rate, 1e-6), L.to(tl.float32)).to(tl.int32)
+    return (rows // C + 1) * C
+
+
+@triton.jit
+def log2_decay(log_decay, head):
+    """The head's decay as a power of two; 0, no decay, where there is none."""
+    if log_decay is None:
+        rate = (head * 0).to(tl.float32)
+    else:
+        rate = tl.load(log_decay + head) * 1.4426950408889634  # log2 e
+    return rate
+
+
+@triton.jit(do_not_specialize=["segments", "L", "T"])
+def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row, k_head: "i64",
+                   v_batch: "i64", v_row, v_head: "i64", o_batch: "i64", log_decay, initial, final, table, segments, L,
+                   T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
+                   EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
+                   FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
+    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero."""
+    tiles = tl.cdiv(E, BE)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    head = pid // tiles % H
+    slot = pid // tiles // H
+    sequence, batch, start, stop, _, is_last = segment(table, slot, segments, L, T, PACKED)
+    if sequence < 0:
+        return
+    rate = log2_decay(log_decay, head)
+    of_sequence = (sequence.to(tl.int64) * H + head) * D * E
+    of_slot = (slot.to(tl.int64) * H + head) * D * E
+    keep = is_last
+    if not OUTPUT:
+        if is_last:
+            return
+        keep = not is_last
+        start = tl.maximum(start, stop - reach(rate, L, C))
+    sweep(q + batch * q_batch + head * q_head, k + batch * k_batch + head * k_head,
+          v + batch * v_batch + head * v_head, o + batch * o_batch + head * E, q_row, k_row, v_row, H * E,
+          initial + (of_slot if SEGMENTED else of_sequence), final + (of_sequence if OUTPUT else of_slot), keep, E, 1,
+          start, stop, tile * BE, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, INITIAL, FINAL, OUTPUT, False,
+          PRECISION, STAGES)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["segments", "L", "T"])
+def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row,
+                    k_head: "i64", v_batch: "i64", v_row, v_head: "i64", g_batch: "i64", g_row, g_head: "i64",
+                    d_batch: "i64", e_batch: "i64", log_decay, before, after, before_out, after_out, table, segments, L,
+                    T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, TD: tl.constexpr,
+                    TE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, EVEN_TD: tl.constexpr,
+                    EVEN_TE: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, BEFORE: tl.constexpr,
+                    AFTER: tl.constexpr, AFTER_OUT: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+                    STAGES: tl.constexpr):  # fmt: skip
+    """dv = reverse sweep(k, q, do); dk = reverse sweep(v, do, q); dq = sweep(do, v, k), one role a program.
+
+    ``before`` holds the states before and ``after`` the gradients of the states after each sequence or segment;
+    ``after_out`` takes the gradient of the initial states. The roles of a segment are neighbours, so that what one
+    reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by itself.
+    """
+    e_tiles = tl.cdiv(E, TE)
+    d_tiles = tl.cdiv(D, TD)
+    roles = e_tiles + d_tiles
+    if OUTPUT:
+        roles += d_tiles
+    pid = tl.program_id(0)
+    role = pid % roles
+    head = pid // roles % H
+    slot = pid // roles // H
+    sequence, batch, start, stop, is_first, is_last = segment(table, slot, segments, L, T, PACKED)
+    if sequence < 0:
+        return
+    rate = log2_decay(log_decay, head)
+    of_sequence = (sequence.to(tl.int64) * H + head) * D * E
+    of_slot = (slot.to(tl.int64) * H + head) * D * E
+    of_start = of_slot if SEGMENTED else of_sequence
+    q += batch * q_batch + head * q_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    g += batch * g_batch + head * g_head
+    if role < e_tiles:
+        keep = is_first
+        if not OUTPUT:
+            if is_first:
+                return
+            keep = not is_first
+            stop = tl.minimum(stop, start + reach(rate, L, C))
+        sweep(k, q, g, dv + batch * e_batch + head * E, k_row, q_row, g_row, H * E, after + of_start,
+              after_out + (of_sequence if OUTPUT else of_slot), keep, E, 1, start, stop, role * TE, D, E, rate, scale,
+              C, BD, TE, EVEN_D, EVEN_TE, AFTER, AFTER_OUT, OUTPUT, True, PRECISION, STAGES)  # fmt: skip
+    elif role < e_tiles + d_tiles:
+        keep = False
+        if not OUTPUT:
+            if is_last:
+                return
+            keep = not is_last
+            start = tl.maximum(start, stop - reach(rate, L, C))
+        sweep(g, v, k, dq + batch * d_batch + head * D, g_row, v_row, k_row, H * D, before + of_start,
+              before_out + of_slot, keep, 1, E, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD,
+              EVEN_E, EVEN_TD, BEFORE, not OUTPUT, OUTPUT, False, PRECISION, STAGES)  # fmt: skip
+    elif OUTPUT:
+        sweep(v, g, q, dk + batch * d_batch + head * D, v_row, g_row, q_row, H * D, after + of_start, after_out, False,
+              1, E, start, stop, (role - e_tiles - d_tiles) * TD, E, D, rate, scale, C, BE, TD, EVEN_E, EVEN_TD, AFTER,
+              False, True, True, PRECISION, STAGES)  # fmt: skip
