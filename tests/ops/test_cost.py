@@ -92,3 +92,15 @@ def test_memory_is_that_of_the_results(run: Callable[..., None], results: int):
     for T in (4096, 8192):
         assert (peaks[2 * T] - peaks[T]) / (T * token) == pytest.approx(results, rel=0.02)
     assert peaks[4096] <= (results * 4096 + 20 * 2048) * token
+
+
+def test_a_wide_batch_has_no_larger_working_set():
+    """Eight sequences of eight heads are worked on in shorter pieces."""
+    qkv = [torch.randn(8, 2048, 8, D, requires_grad=True) for _ in range(3)]
+
+    def call() -> None:
+        out = lightning_attention(*qkv, decay.alibi(8)).output
+        torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+    extra = peak_memory(call) - 5 * qkv[0].numel() * 4
+    assert extra <= 20 * 2**21 * 4
