@@ -63,7 +63,8 @@ def lightning_attention(
         q: [B, T, H, D], bfloat16, float16, float32 or float64; any strides with a unit last one.
         k: [B, T, H, D], of q's dtype.
         v: [B, T, H, E], of q's dtype; E need not be D.
-        log_decay: [H] float32, natural logarithm of the decay per token, ≤ 0; None for no decay. May require grad.
+        log_decay: [H] float32 (or float64 for float64 inputs), natural logarithm of the decay per token, finite and
+            ≤ 0, which is not checked, for it may be on a device; None for no decay. May require grad.
             ``lightning_attention.decay`` has the schedules of published models.
         scale: factor on the output; the papers use 1.
         initial_state: [N, H, D, E] float32 (float64 for float64 inputs), the state before the first token of each

@@ -25,7 +25,7 @@ def lightning_attention_decode(
         q: [N, H, D], bfloat16, float16 or float32 (or float64); any strides with a unit last one.
         k: [N, H, D], of q's dtype.
         v: [N, H, E], of q's dtype.
-        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
         state: [S, H, D, E] float32 or bfloat16, the pool; rows of ``slots`` are updated in place. A bfloat16 row is
             rounded once, after the step; the output comes from the state before rounding.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: its output
@@ -38,7 +38,8 @@ def lightning_attention_decode(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above.
-        ValueError: a shape, stride or device does not fit; on the CPU also a slot past the pool or given twice.
+        ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
+            a slot past the pool or given twice.
     """
     validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)

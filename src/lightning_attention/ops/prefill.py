@@ -30,7 +30,7 @@ def lightning_attention_prefill(
         q: [T, H, D], bfloat16, float16 or float32 (or float64); any strides with a unit last one.
         k: [T, H, D], of q's dtype.
         v: [T, H, E], of q's dtype.
-        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
         state: [S, H, D, E] float32 or bfloat16, the pool; a bfloat16 row is rounded once, at the end of the call.
         cu_seqlens: [N+1] int32 or int64, 0 = c_0 ≤ … ≤ c_N ≤ T: sequence i is tokens c_i to c_{i+1}, one token or
             many or none. Tokens past c_N are padding: never read, their output is zero.
@@ -40,14 +40,15 @@ def lightning_attention_prefill(
         scale: factor on the output.
         snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
             is written to the slot in ``snapshot_slots``, for prefix caching. Other values write nothing.
-        snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``; negative: none.
+        snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``, none of them in ``slots``; negative: none.
 
     Returns:
         [T, H, E] in q's dtype.
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above.
-        ValueError: a shape, stride or device does not fit; on the CPU also the numbers in cu_seqlens and the slots.
+        ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
+            the numbers in cu_seqlens and the slots.
     """
     validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)

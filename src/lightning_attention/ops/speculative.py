@@ -28,7 +28,7 @@ def lightning_attention_verify(
         q: [T, H, D], the drafts of N sequences, packed; bfloat16, float16 or float32 (or float64).
         k: [T, H, D], of q's dtype.
         v: [T, H, E], of q's dtype.
-        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
         state: [S, H, D, E] float32 or bfloat16, the pool; read only.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
@@ -42,7 +42,8 @@ def lightning_attention_verify(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above.
-        ValueError: a shape, stride or device does not fit; on the CPU also the numbers in the index tensors.
+        ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
+            the numbers in the index tensors.
     """
     validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
@@ -73,7 +74,7 @@ def lightning_attention_commit(
     Args:
         k: [T, H, D], the drafts of N sequences, packed, as given to ``lightning_attention_verify``.
         v: [T, H, E], of k's dtype.
-        log_decay: [H] float32, natural logarithm of the decay, ≤ 0; None for no decay.
+        log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
         state: [S, H, D, E] float32 or bfloat16, the pool; a bfloat16 row is rounded once, at the end of the call.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}.
         accepted: [T] bool; in a tree, the drafts on one path from the state.
@@ -81,7 +82,8 @@ def lightning_attention_commit(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above.
-        ValueError: a shape, stride or device does not fit; on the CPU also the numbers in the index tensors.
+        ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
+            the numbers in the index tensors.
     """
     validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
     k, v = cast_for_autocast(k, v)
