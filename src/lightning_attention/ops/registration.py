@@ -19,6 +19,7 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+#: What computes each operation, with None for what was not asked for.
 _implementations: dict[str, Callable[..., Any]] = {}
 
 
@@ -32,8 +33,14 @@ def _implement(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
         with torch.autocast(device, enabled=False):
             return run(*args)
 
+    def operator(*args: Any) -> Any:
+        results = without_autocast(*args)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(_absent(args[0]) if x is None else x for x in results)
+
     _implementations[name] = without_autocast
-    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
+    _library.impl(name, operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lightning_attention::{name}", fake, lib=_library)
 
 
@@ -61,11 +68,10 @@ def _attention(
     output_final_state: bool,
     batch_invariant: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[1])
     run = backends.module(backend, "attention").attention
-    out, final = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant)
-    return out, _absent(q) if final is None else final
+    return run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant)
 
 
 def _attention_fake(
@@ -100,13 +106,13 @@ def _attention_backward(
     batch_invariant: bool,
     need_dlog_decay: bool,
     backend: str,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     run = backends.module(backend, "attention").attention_backward
     dq, dk, dv, dlog_decay, dinitial = run(
         dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
     )
-    dlog_decay = _absent(q) if not need_dlog_decay or log_decay is None else dlog_decay.to(log_decay.dtype)
-    return dq, dk, dv, dlog_decay, _absent(q) if dinitial is None else dinitial
+    dlog_decay = None if not need_dlog_decay or log_decay is None else dlog_decay.to(log_decay.dtype)
+    return dq, dk, dv, dlog_decay, dinitial
 
 
 def _attention_backward_fake(
@@ -130,13 +136,13 @@ def _attention_backward_fake(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[Tensor, Tensor | None]:
         q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.has_final, ctx.batch_invariant, ctx.backend = (
             inputs
         )
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
         ctx.set_materialize_grads(False)
-        return _below_autograd("attention", inputs)
+        return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -145,26 +151,26 @@ class _Attention(torch.autograd.Function):
             dfinal = None  # the absent tensor's
         if dout is None:
             if dfinal is None:
-                return (None,) * 10
+                return (None,) * 11
             dout = torch.zeros_like(v)
-        need_dlog_decay = ctx.needs_input_grad[3]
+        need_dlog_decay = ctx.needs_input_grad[4]
         dq, dk, dv, dlog_decay, dinitial = call(
-            "attention_backward", dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.batch_invariant,
-            need_dlog_decay, ctx.backend,
+            "attention_backward", dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale,
+            ctx.batch_invariant, need_dlog_decay, ctx.backend,
         )  # fmt: skip
         return (
-            dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial,
+            None, dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial,
             None, None, None, None, None,
         )  # fmt: skip
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # noqa: ARG004
-        return _below_autograd("attention_backward", inputs)
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        return run(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:  # noqa: ARG004
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise NotImplementedError(
             "lightning_attention has no second derivative; call backward without create_graph=True"
         )
@@ -174,10 +180,13 @@ _functions = {"attention": _Attention, "attention_backward": _AttentionBackward}
 
 
 def call(name: str, *inputs: Any) -> Any:
-    """The operator; where nothing is watching, straight to autograd and the kernels, past 30 µs of dispatcher."""
+    """The operator; where nothing is watching, straight to autograd and the kernels, past 30 µs of dispatcher.
+
+    What was not asked for is then None instead of a tensor with no elements.
+    """
     if _watched(inputs[0]):
         return getattr(torch.ops.lightning_attention, name).default(*inputs)
-    return _autograd(name, inputs)
+    return _autograd(name, _implementations[name], inputs)
 
 
 def _watched(x: Tensor) -> bool:
@@ -191,24 +200,25 @@ def _watched(x: Tensor) -> bool:
     )
 
 
-def _autograd(name: str, inputs: tuple[Any, ...]) -> Any:
+def _autograd(name: str, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return _functions[name].apply(*inputs)
-    return _below_autograd(name, inputs)
+        return _functions[name].apply(run, *inputs)
+    return run(*inputs)
 
 
-def _below_autograd(name: str, inputs: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        if _watched(inputs[0]):
+def _register_autograd(name: str) -> None:
+    # What torch.library.register_autograd does, less its 80 µs a call of filling in defaults and flattening.
+    def below(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.lightning_attention, name).default(*inputs)
-        return _implementations[name](*inputs)
+
+    _library.impl(name, lambda *inputs: _autograd(name, below, inputs), "Autograd")
 
 
 _implement("attention", _attention, _attention_fake)
 _implement("attention_backward", _attention_backward, _attention_backward_fake)
-# What torch.library.register_autograd does, less its 80 µs a call of filling in defaults and flattening.
-for _name in _functions:
-    _library.impl(_name, lambda *inputs, name=_name: _autograd(name, inputs), "Autograd")
+_register_autograd("attention")
+_register_autograd("attention_backward")
 
 
 # Serving: one pool of states, updated in place

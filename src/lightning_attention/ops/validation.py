@@ -45,12 +45,31 @@ def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, leading: str) -> None:
     """Check q and k [*leading, H, D] and v [*leading, H, E]: one dtype and device, and a unit last stride."""
+    if _is_right(q, k, v, len(leading) + 2):
+        return
     _check_rank("q", q, leading)
     check_kv(k, v, leading)
     if q.shape != k.shape:
         raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
     check_dtype("q", q, (k.dtype,))
     check_device("q", q, k)
+
+
+def _is_right(q: Tensor, k: Tensor, v: Tensor, rank: int) -> bool:
+    """All of what ``check_qkv`` wants in one look, a third of the time of finding out what is wrong."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    shape, values = q.shape, v.shape
+    return (
+        len(shape) == rank == len(values)
+        and shape == k.shape
+        and shape[:-1] == values[:-1]
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in FLOATS
+        and q.device == k.device == v.device
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and min(shape[-2], shape[-1], values[-1]) > 0
+    )
 
 
 def _check_rank(name: str, x: Tensor, leading: str) -> None:

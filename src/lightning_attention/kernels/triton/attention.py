@@ -1,8 +1,7 @@
 """Forward and backward on a GPU: what is launched, in which order, over which buffers."""
 
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,11 +10,13 @@ from torch import Tensor
 from lightning_attention.kernels.triton import launch, segments, sweep
 from lightning_attention.kernels.triton.decay_gradient import decay_gradient_kernel
 
-FUSION = {"enable_fp_fusion": True}  # said outright: Triton 3.9 warns where it is left to its default
+
+#: Rows, at most, in a segment of a packed batch, whose lengths nobody knows: with 32768, one sequence of 65536 among 64 of
+#: 1024 took 1.4 times as long as a dense batch; with 4096, as long.
+PACKED_SEGMENT = 8192
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """The segments of a call. rows: in each but a sequence's last; per_sequence: of a dense batch; slots: in all."""
 
     rows: int
@@ -37,10 +38,15 @@ def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: launch.Tiles, programs: in
         count = -(-T // rows)
         return Segments(rows, count, B * count, count > 1, None, None)
     N = cu_seqlens.numel() - 1
+    if not batch_invariant:
+        rows = min(rows, PACKED_SEGMENT)
     slots = T // rows + N
     table = torch.empty(slots, 4, dtype=torch.int32, device=k.device)
     first = torch.empty(N + 1, dtype=torch.int32, device=k.device)
-    segments.plan_kernel[(1,)](cu_seqlens, table, first, N, rows, slots, BLOCK=1024, **FUSION)
+    launch.run(
+        segments.plan_kernel, (1, 1, 1), (cu_seqlens, table, first, N, rows, slots), {"BLOCK": 1024},
+        (k.device.index, cu_seqlens.dtype),
+    )  # fmt: skip
     return Segments(rows, 0, slots, rows < T, table, first)
 
 
@@ -57,20 +63,25 @@ def _scan(
     states = before if before is not None else after
     assert states is not None
     _, H, D, E = states.shape
-    size, block = D * E, min(4096, triton.next_power_of_2(D * E))
-    segments.scan_kernel[(N, H, -(-size // block))](
-        before, after, initial, dfinal, log_decay, cut.table, cut.first, cut.per_sequence, cut.rows, T, H, size,
-        PACKED=cut.table is not None, BEFORE=before is not None, AFTER=after is not None,
-        INITIAL=initial is not None, DFINAL=dfinal is not None, BLOCK=block, **FUSION,
+    block = min(4096, triton.next_power_of_2(D * E))
+    constants = {
+        "PACKED": cut.table is not None, "BEFORE": before is not None, "AFTER": after is not None,
+        "INITIAL": initial is not None, "DFINAL": dfinal is not None, "BLOCK": block,
+    }  # fmt: skip
+    args = (
+        *(_pointer(x, states) for x in (before, after, initial, dfinal)), log_decay, cut.table, cut.first,
+        cut.per_sequence, cut.rows, T, H, D * E,
     )  # fmt: skip
+    key = (states.device.index, log_decay is None)
+    launch.run(segments.scan_kernel, (N, H, -(-D * E // block)), args, constants, key)
 
 
 def _clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor) -> None:
     x, y, z = (outputs * 3)[:3]
     widths = [t.shape[2] * t.shape[3] if i < len(outputs) else 0 for i, t in enumerate((x, y, z))]
-    segments.clear_padding_kernel[(-(-T // 64),)](
-        x, y, z, cu_seqlens, cu_seqlens.numel() - 1, T, *widths, ROWS=64, BLOCK=1024, **FUSION
-    )
+    args = (x, y, z, cu_seqlens, cu_seqlens.numel() - 1, T, *widths)
+    key = (x.device.index, x.dtype, cu_seqlens.dtype)
+    launch.run(segments.clear_padding_kernel, (-(-T // 64), 1, 1), args, {"ROWS": 64, "BLOCK": 1024}, key)
 
 
 @cache
@@ -86,29 +97,6 @@ def _float32_precision(x: Tensor) -> str:
 def _pick(D: int, E: int, *tensors: Tensor) -> launch.Tiles:
     x = tensors[0]
     return launch.tiles(launch.device(x)[0], D, E, x.dtype, all(launch.copyable(t) for t in tensors))
-
-
-def _descriptors(tiles: launch.Tiles, pairs: list[tuple[Tensor, int]]) -> list[Any]:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    descriptors = []
-    for x, width in pairs:
-        strides = list(x.stride())
-        for i in range(3):
-            if x.shape[i] == 1:
-                strides[i] = 8  # any that the engine takes
-        layout = _shared_layout(tiles.C, width, x.dtype)
-        descriptors.append(TensorDescriptor(x, list(x.shape), strides, [1, tiles.C, 1, width], layout))
-    return descriptors
-
-
-@cache
-def _shared_layout(C: int, width: int, dtype: torch.dtype) -> Any:
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout.get_default_for(
-        [1, C, 1, width], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    )
 
 
 def attention(
@@ -140,32 +128,37 @@ def attention(
     cut = _cut(k, cu_seqlens, tiles, e_tiles, batch_invariant)
     before = torch.empty(cut.slots, H, D, E, dtype=torch.float32, device=v.device) if cut.cut else None
 
-    grid = (cut.slots * H * e_tiles,)
-    shape = (log_decay,)
+    grid = (cut.slots * H * e_tiles, 1, 1)
     sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
-    flags = {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "STAGES": tiles.stages, "PACKED": cut.table is not None}
-    options = {"num_warps": tiles.warps, **FUSION}
+    common: dict[str, Any] = {
+        "C": tiles.C,
+        "BD": tiles.BD,
+        "BE": tiles.TE,
+        "STAGES": tiles.stages,
+        "PACKED": cut.table is not None,
+    }
     if tiles.hopper:
         from lightning_attention.kernels.triton import hopper
 
-        kernel: Any = hopper.forward_kernel[grid]
         args: tuple[Any, ...] = (
-            *_descriptors(tiles, [(q, tiles.BD), (k, tiles.BD), (v, tiles.TE), (out, tiles.TE)]),
-            out, out.stride(0), out.stride(2), out.stride(1), *shape,
+            *(launch.descriptor(x, tiles.C, width) for x, width in
+              ((q, tiles.BD), (k, tiles.BD), (v, tiles.TE), (out, tiles.TE))),
+            out, out.stride(0), out.stride(1), log_decay,
         )  # fmt: skip
+        key = (q.device.index, q.dtype, log_decay is None, out.stride(1) % 16 == 0)
+        launch_forward: Any = partial(launch.run, hopper.forward_kernel, grid, key=key)
     else:
-        kernel = sweep.forward_kernel[grid]
-        args = (q, k, v, out, *_strides(q, k, v), out.stride(0), *shape)
-        flags |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": _float32_precision(q)}
+        args = (q, k, v, out, *_strides(q, k, v), out.stride(0), log_decay)
+        common |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": _float32_precision(q)}
+        launch_forward = partial(_launch, sweep.forward_kernel, grid, warps=tiles.warps)
 
     if before is not None:
-        kernel(*args, before, before, *sizes, **flags, SEGMENTED=True, INITIAL=False, FINAL=True, OUTPUT=False, **options)
+        flags = {"SEGMENTED": True, "INITIAL": False, "FINAL": True, "OUTPUT": False}
+        launch_forward((*args, before, before, *sizes), common | flags)
         _scan(cut, before, None, initial_state, None, log_decay, N, T)
     start = initial_state if before is None else before
-    kernel(
-        *args, _pointer(start, out), _pointer(final, out), *sizes, **flags, SEGMENTED=before is not None, INITIAL=start is not None,
-        FINAL=final is not None, OUTPUT=True, **options,
-    )  # fmt: skip
+    flags = {"SEGMENTED": cut.cut, "INITIAL": start is not None, "FINAL": final is not None, "OUTPUT": True}
+    launch_forward((*args, _pointer(start, out), _pointer(final, out), *sizes), common | flags)
     if cu_seqlens is not None:
         _clear_padding(cu_seqlens, T, out)
     return out, final
@@ -174,6 +167,12 @@ def attention(
 def _pointer(x: Tensor | None, other: Tensor) -> Tensor:
     """Where a kernel's pointer is not used it still adds to it, so it gets another."""
     return other if x is None else x
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: dict[str, Any], warps: int
+) -> None:
+    kernel[grid](*args, **constants, num_warps=warps, **launch.FUSION)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -217,39 +216,42 @@ def attention_backward(
         before, after = torch.empty(2, cut.slots, H, D, E, dtype=torch.float32, device=v.device)
 
     sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
-    packed = cut.table is not None
-    common = {"C": tiles.C, "BD": tiles.BD, "STAGES": tiles.stages, "PACKED": packed, **FUSION}
-    common["num_warps"] = tiles.warps
-    flags = {**common, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
+    common: dict[str, Any] = {"C": tiles.C, "BD": tiles.BD, "STAGES": tiles.stages, "PACKED": cut.table is not None}
+    tiling = {**common, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
+    rows = (dq.stride(0), dq.stride(1), dv.stride(0), dv.stride(1))
     precision = _float32_precision(q)
     if tiles.hopper:
         from lightning_attention.kernels.triton import hopper
 
-        kernel: Any = hopper.backward_kernel
-        whole = [(q, tiles.BD), (k, tiles.BD), (v, tiles.BE), (dout, tiles.BE)]
-        parts = [(q, tiles.TD), (k, tiles.TD), (dout, tiles.TE), (dq, tiles.TD), (dk, tiles.TD), (dv, tiles.TE)]
-        args: tuple[Any, ...] = (*_descriptors(tiles, whole + parts), dq, dk, dv)
+        whole = ((q, tiles.BD), (k, tiles.BD), (v, tiles.BE), (dout, tiles.BE))
+        parts = ((q, tiles.TD), (k, tiles.TD), (dout, tiles.TE), (dq, tiles.TD), (dk, tiles.TD), (dv, tiles.TE))
+        descriptors = [launch.descriptor(x, tiles.C, width) for x, width in whole + parts]
+        args: tuple[Any, ...] = (*descriptors, dq, dk, dv, *rows, log_decay)
+        key = (q.device.index, q.dtype, log_decay is None, rows[1] % 16 == 0, rows[3] % 16 == 0)
+        launch_backward: Any = partial(launch.run, hopper.backward_kernel, key=key)
     else:
-        kernel = sweep.backward_kernel
-        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout))
-        flags |= {
+        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), rows[0], rows[2], log_decay)
+        tiling |= {
             "EVEN_D": tiles.BD == D, "EVEN_E": tiles.BE == E, "EVEN_TD": D % tiles.TD == 0,
             "EVEN_TE": E % tiles.TE == 0, "PRECISION": precision,
         }  # fmt: skip
-    args = (*args, dq.stride(0), dv.stride(0), log_decay)
+        launch_backward = partial(_launch, sweep.backward_kernel, warps=tiles.warps)
 
+    heads = cut.slots * H
     if cut.cut:
-        kernel[(cut.slots * H * (d_tiles + e_tiles),)](
-            *args, before, after, before, after, *sizes, **flags, SEGMENTED=True, BEFORE=False, AFTER=False,
-            AFTER_OUT=True, OUTPUT=False,
-        )  # fmt: skip
+        flags = {"SEGMENTED": True, "BEFORE": False, "AFTER": False, "AFTER_OUT": True, "OUTPUT": False}
+        launch_backward(
+            (heads * (d_tiles + e_tiles), 1, 1), (*args, before, after, before, after, *sizes), tiling | flags
+        )
         _scan(cut, before, after, initial_state, dfinal, log_decay, N, T)
     else:
         before, after = initial_state, dfinal
-    kernel[(cut.slots * H * (2 * d_tiles + e_tiles),)](
-        *args, *(_pointer(x, dq) for x in (before, after, None, dinitial)), *sizes, **flags, SEGMENTED=cut.cut, BEFORE=before is not None,
-        AFTER=after is not None, AFTER_OUT=dinitial is not None, OUTPUT=True,
-    )  # fmt: skip
+    flags = {
+        "SEGMENTED": cut.cut, "BEFORE": before is not None, "AFTER": after is not None,
+        "AFTER_OUT": dinitial is not None, "OUTPUT": True,
+    }  # fmt: skip
+    states = [_pointer(x, dq) for x in (before, after, None, dinitial)]
+    launch_backward((heads * (2 * d_tiles + e_tiles), 1, 1), (*args, *states, *sizes), tiling | flags)
     if cu_seqlens is not None:
         _clear_padding(cu_seqlens, T, dq, dk, dv)
 
@@ -257,12 +259,14 @@ def attention_backward(
     if need_dlog_decay:
         width = min(tiles.TE, 32)
         e_tiles = -(-E // width)
-        partial = torch.empty(cut.slots, H, e_tiles, dtype=torch.float32, device=v.device)
-        decay_gradient_kernel[(partial.numel(),)](
-            q, k, v, dout, *_strides(q, k, v, dout), log_decay, _pointer(before, dq), _pointer(after, dq), partial,
-            *sizes,
-            **{**common, "C": min(tiles.C, 32), "STAGES": 2}, BE=width, EVEN_D=tiles.BD == D, EVEN_E=E % width == 0,
-            SEGMENTED=cut.cut, BEFORE=before is not None, AFTER=after is not None, PRECISION=precision,
-        )  # fmt: skip
-        dlog_decay = partial.sum((0, 2))
+        partials = torch.empty(cut.slots, H, e_tiles, dtype=torch.float32, device=v.device)
+        constants = {
+            **common, "C": min(tiles.C, 32), "BE": width, "STAGES": 2, "EVEN_D": tiles.BD == D,
+            "EVEN_E": E % width == 0, "SEGMENTED": cut.cut, "BEFORE": before is not None, "AFTER": after is not None,
+            "PRECISION": precision,
+        }  # fmt: skip
+        states = [_pointer(x, dq) for x in (before, after)]
+        args = (q, k, v, dout, *_strides(q, k, v, dout), log_decay, *states, partials, *sizes)
+        _launch(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles.warps)
+        dlog_decay = partials.sum((0, 2))
     return dq, dk, dv, dlog_decay, dinitial

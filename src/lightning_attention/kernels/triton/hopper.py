@@ -75,9 +75,9 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, final, keep, b_stri
           column, b_width, c_width, rate, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
           STAGES: gl.constexpr, PACKED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
           OUTPUT: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
-    """Rows start … stop of one head, from the state at ``initial`` to the state at ``final``.
+    """Rows start … stop of one head, from the state at ``initial`` to the state at ``final``, stored if ``keep``.
 
-    With time reversed the state is that of the rows after. It is stored if ``keep``. ``o`` is for the last block of a packed sequence alone,
+    With time reversed the state is that of the rows after. ``o`` is for the last block of a packed sequence alone,
     which a copy of C rows would overrun.
     """
     dtype: gl.constexpr = b_desc.dtype
@@ -231,8 +231,13 @@ def log2_decay(log_decay, head):
     return rate
 
 
-@gluon.jit(do_not_specialize=["segments", "L", "T"])
-def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_head: "i64", o_row, log_decay, initial, final,
+# Nothing but alignment is specialized, which a call by ``launch.run`` relies on: a kernel compiled for one set of
+# numbers serves every other.
+NUMBERS = ["log_decay", "table", "segments", "L", "T", "H", "D", "E", "scale"]
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, "o_batch", "initial", "final"])
+def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log_decay, initial, final,
                    table, segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
                    STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr,
                    FINAL: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
@@ -242,7 +247,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_head: "i
     tile = pid % tiles
     head = pid // tiles % H
     slot = pid // tiles // H
-    sequence, batch, start, stop, is_first, is_last = segment(table, slot, segments, L, T, PACKED)
+    sequence, batch, start, stop, _, is_last = segment(table, slot, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
@@ -254,18 +259,18 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_head: "i
             return
         keep = not is_last
         start = gl.maximum(start, stop - reach(rate, L, C))
-    sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * o_head, o_row,
+    sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * E, o_row,
           initial + (of_slot if SEGMENTED else of_sequence), final + (of_sequence if OUTPUT else of_slot), keep,
           E, 1, batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, FINAL,
           OUTPUT, False)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["segments", "L", "T"])
+@gluon.jit(do_not_specialize=[*NUMBERS, "d_batch", "e_batch", "before", "after", "before_out", "after_out"])
 def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_desc, dk_desc, dv_desc, dq, dk, dv,
-                    d_batch: "i64", e_batch: "i64", log_decay, before, after, before_out, after_out, table, segments, L,
-                    T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, TD: gl.constexpr,
-                    TE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr,
-                    BEFORE: gl.constexpr, AFTER: gl.constexpr, AFTER_OUT: gl.constexpr,
+                    d_batch: "i64", d_row, e_batch: "i64", e_row, log_decay, before, after, before_out, after_out,
+                    table, segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                    TD: gl.constexpr, TE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+                    SEGMENTED: gl.constexpr, BEFORE: gl.constexpr, AFTER: gl.constexpr, AFTER_OUT: gl.constexpr,
                     OUTPUT: gl.constexpr):  # fmt: skip
     """dv = reverse sweep(k, q, do); dk = reverse sweep(v, do, q); dq = sweep(do, v, k), one role a program.
 
@@ -294,7 +299,7 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
                 return
             keep = not is_first
             stop = gl.minimum(stop, start + reach(rate, L, C))
-        sweep(k_desc, q_desc, g_tile, dv_desc, dv + batch * e_batch + head * E, H * E, after + of_start,
+        sweep(k_desc, q_desc, g_tile, dv_desc, dv + batch * e_batch + head * E, e_row, after + of_start,
               after_out + (of_sequence if OUTPUT else of_slot), keep, E, 1, batch, head, start, stop, role * TE, D, E,
               rate, scale, C, BD, TE, STAGES, PACKED, AFTER, AFTER_OUT, OUTPUT, True)  # fmt: skip
     elif role < e_tiles + d_tiles:
@@ -305,11 +310,11 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
             keep = not is_last
             start = gl.maximum(start, stop - reach(rate, L, C))
         column = (role - e_tiles) * TD
-        sweep(g_desc, v_desc, k_tile, dq_desc, dq + batch * d_batch + head * D, H * D, before + of_start,
+        sweep(g_desc, v_desc, k_tile, dq_desc, dq + batch * d_batch + head * D, d_row, before + of_start,
               before_out + of_slot, keep, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE, TD, STAGES,
               PACKED, BEFORE, not OUTPUT, OUTPUT, False)  # fmt: skip
     elif OUTPUT:
         column = (role - e_tiles - d_tiles) * TD
-        sweep(v_desc, g_desc, q_tile, dk_desc, dk + batch * d_batch + head * D, H * D, after + of_start, after_out,
+        sweep(v_desc, g_desc, q_tile, dk_desc, dk + batch * d_batch + head * D, d_row, after + of_start, after_out,
               False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE, TD, STAGES, PACKED, AFTER,
               False, True, True)  # fmt: skip

@@ -1,4 +1,7 @@
-"""Cutting sequences into segments that are swept at once, and joining the states between them."""
+"""Cutting sequences into segments that are swept at once, and joining the states between them.
+
+Nothing is specialized, which the calls by ``launch.run`` rely on.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +9,7 @@ import triton.language as tl
 from lightning_attention.kernels.triton.sweep import log2_decay
 
 
-@triton.jit(do_not_specialize=["N", "L", "slots"])
+@triton.jit(do_not_specialize=["cu_seqlens", "N", "L", "slots"])
 def plan_kernel(cu_seqlens, table, first, N, L, slots, BLOCK: tl.constexpr):
     """Lay out the segments of a packed batch, with no look at the lengths on the host.
 
@@ -38,7 +41,7 @@ def plan_kernel(cu_seqlens, table, first, N, L, slots, BLOCK: tl.constexpr):
         tl.store(table + slot * 4, -1, mask=slot < slots)
 
 
-@triton.jit(do_not_specialize=["segments", "L", "T"])
+@triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "log_decay", "segments", "L", "T", "H", "SIZE"])
 def scan_kernel(before, after, initial, dfinal, log_decay, table, first, segments, L, T, H, SIZE, PACKED: tl.constexpr,
                 BEFORE: tl.constexpr, AFTER: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
@@ -87,9 +90,10 @@ def scan_kernel(before, after, initial, dfinal, log_decay, table, first, segment
             factor = across
 
 
-@triton.jit(do_not_specialize=["N", "T"])
-def clear_padding_kernel(x, y, z, cu_seqlens, N, T, x_width, y_width, z_width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero the rows of up to three contiguous [T, width] past the last sequence; returns at once where there are none."""
+@triton.jit(do_not_specialize=["x", "y", "z", "cu_seqlens", "N", "T", "x_width", "y_width", "z_width"])
+def clear_padding_kernel(x, y, z, cu_seqlens, N, T, x_width, y_width, z_width, ROWS: tl.constexpr,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """Zero the rows of up to three contiguous [T, width] past the last sequence; most programs have none to do."""
     first = tl.load(cu_seqlens + N).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * ROWS
     if start + ROWS <= first:
