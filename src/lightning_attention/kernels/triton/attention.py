@@ -1,7 +1,8 @@
 """Forward and backward on a GPU: what is launched, in which order, over which buffers."""
 
-from functools import cache, partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -10,9 +11,8 @@ from torch import Tensor
 from lightning_attention.kernels.triton import launch, segments, sweep
 from lightning_attention.kernels.triton.decay_gradient import decay_gradient_kernel
 
-
-#: Rows, at most, in a segment of a packed batch, whose lengths nobody knows: with 32768, one sequence of 65536 among 64 of
-#: 1024 took 1.4 times as long as a dense batch; with 4096, as long.
+#: Rows, at most, in a segment of a packed batch, whose lengths nobody knows: with 32768, one sequence of 65536 among 64
+#: of 1024 took 1.4 times as long as a dense batch; with 4096, as long.
 PACKED_SEGMENT = 8192
 
 
@@ -27,12 +27,19 @@ class Segments(NamedTuple):
     first: Tensor | None
 
 
-def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: launch.Tiles, programs: int, batch_invariant: bool) -> Segments:
+def _cut(
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    tiles: launch.Tiles,
+    programs: int,
+    multiprocessors: int,
+    batch_invariant: bool,
+) -> Segments:
     """``programs``: how many one segment makes for one head."""
     B, T, H, _ = k.shape
     rows = -(-T // tiles.C) * tiles.C
     if not batch_invariant:
-        places = launch.device(k)[1] * tiles.per_multiprocessor
+        places = multiprocessors * tiles.per_multiprocessor
         rows = launch.segment_rows(programs * H * B, T, tiles.C, places)
     if cu_seqlens is None:
         count = -(-T // rows)
@@ -44,8 +51,8 @@ def _cut(k: Tensor, cu_seqlens: Tensor | None, tiles: launch.Tiles, programs: in
     table = torch.empty(slots, 4, dtype=torch.int32, device=k.device)
     first = torch.empty(N + 1, dtype=torch.int32, device=k.device)
     launch.run(
-        segments.plan_kernel, (1, 1, 1), (cu_seqlens, table, first, N, rows, slots), {"BLOCK": 1024},
-        (k.device.index, cu_seqlens.dtype),
+        segments.plan_kernel, (1, 1, 1), (cu_seqlens, table, first, N, rows, slots),
+        (k.device.index, cu_seqlens.dtype), lambda: {"BLOCK": 1024},
     )  # fmt: skip
     return Segments(rows, 0, slots, rows < T, table, first)
 
@@ -64,16 +71,15 @@ def _scan(
     assert states is not None
     _, H, D, E = states.shape
     block = min(4096, triton.next_power_of_2(D * E))
-    constants = {
-        "PACKED": cut.table is not None, "BEFORE": before is not None, "AFTER": after is not None,
-        "INITIAL": initial is not None, "DFINAL": dfinal is not None, "BLOCK": block,
-    }  # fmt: skip
+    flags = (cut.table is not None, before is not None, after is not None, initial is not None, dfinal is not None)
     args = (
         *(_pointer(x, states) for x in (before, after, initial, dfinal)), log_decay, cut.table, cut.first,
         cut.per_sequence, cut.rows, T, H, D * E,
     )  # fmt: skip
-    key = (states.device.index, log_decay is None)
-    launch.run(segments.scan_kernel, (N, H, -(-D * E // block)), args, constants, key)
+    launch.run(
+        segments.scan_kernel, (N, H, -(-D * E // block)), args, (states.device.index, log_decay is None, block, flags),
+        lambda: {**dict(zip(("PACKED", "BEFORE", "AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "BLOCK": block},
+    )  # fmt: skip
 
 
 def _clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor) -> None:
@@ -81,7 +87,14 @@ def _clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor) -> None:
     widths = [t.shape[2] * t.shape[3] if i < len(outputs) else 0 for i, t in enumerate((x, y, z))]
     args = (x, y, z, cu_seqlens, cu_seqlens.numel() - 1, T, *widths)
     key = (x.device.index, x.dtype, cu_seqlens.dtype)
-    launch.run(segments.clear_padding_kernel, (-(-T // 64), 1, 1), args, {"ROWS": 64, "BLOCK": 1024}, key)
+    launch.run(segments.clear_padding_kernel, (-(-T // 64), 1, 1), args, key, lambda: {"ROWS": 64, "BLOCK": 1024})
+
+
+@cache
+def _hopper() -> Any:
+    from lightning_attention.kernels.triton import hopper  # Gluon is not there on every platform
+
+    return hopper
 
 
 @cache
@@ -94,11 +107,24 @@ def _float32_precision(x: Tensor) -> str:
     return _precision(x.dtype, torch.get_float32_matmul_precision() != "highest" if x.dtype == torch.float32 else True)
 
 
-def _pick(D: int, E: int, *tensors: Tensor) -> launch.Tiles:
-    x = tensors[0]
-    return launch.tiles(launch.device(x)[0], D, E, x.dtype, all(launch.copyable(t) for t in tensors))
+Result = TypeVar("Result")
 
 
+def _on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
+    """Triton launches on the current device, which need not be the one that the tensors are on."""
+
+    @wraps(run)
+    def launched(*args: Any) -> Result:
+        x = args[2]  # k, or q
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(*args)
+        with torch.cuda.device(x.device):
+            return run(*args)
+
+    return launched
+
+
+@_on_its_device
 def attention(
     q: Tensor | None,
     k: Tensor,
@@ -123,42 +149,45 @@ def attention(
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return out, final
-    tiles = _pick(D, E, q, k, v, out)
+    capability, multiprocessors = launch.device(k)
+    aligned = launch.copyable(q) and launch.copyable(k) and launch.copyable(v) and launch.copyable(out)
+    tiles = launch.tiles(capability, D, E, k.dtype, aligned)
     e_tiles = -(-E // tiles.TE)
-    cut = _cut(k, cu_seqlens, tiles, e_tiles, batch_invariant)
+    cut = _cut(k, cu_seqlens, tiles, e_tiles, multiprocessors, batch_invariant)
     before = torch.empty(cut.slots, H, D, E, dtype=torch.float32, device=v.device) if cut.cut else None
-
     grid = (cut.slots * H * e_tiles, 1, 1)
     sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
-    common: dict[str, Any] = {
-        "C": tiles.C,
-        "BD": tiles.BD,
-        "BE": tiles.TE,
-        "STAGES": tiles.stages,
-        "PACKED": cut.table is not None,
-    }
+    packed, o_row = cut.table is not None, H * E
     if tiles.hopper:
-        from lightning_attention.kernels.triton import hopper
-
+        C = tiles.C
         args: tuple[Any, ...] = (
-            *(launch.descriptor(x, tiles.C, width) for x, width in
-              ((q, tiles.BD), (k, tiles.BD), (v, tiles.TE), (out, tiles.TE))),
-            out, out.stride(0), out.stride(1), log_decay,
+            launch.Descriptor(q, C, tiles.BD), launch.Descriptor(k, C, tiles.BD), launch.Descriptor(v, C, tiles.TE),
+            launch.Descriptor(out, C, tiles.TE), out, T * o_row, o_row, log_decay,
         )  # fmt: skip
-        key = (q.device.index, q.dtype, log_decay is None, out.stride(1) % 16 == 0)
-        launch_forward: Any = partial(launch.run, hopper.forward_kernel, grid, key=key)
     else:
-        args = (q, k, v, out, *_strides(q, k, v), out.stride(0), log_decay)
-        common |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": _float32_precision(q)}
-        launch_forward = partial(_launch, sweep.forward_kernel, grid, warps=tiles.warps)
+        args = (q, k, v, out, *_strides(q, k, v), T * o_row, log_decay)
+
+    def sweep_all(initial: Tensor | None, final: Tensor | None, segmented: bool, output: bool) -> None:
+        flags = (segmented, initial is not None, final is not None, output)
+        every = (*args, _pointer(initial, out), _pointer(final, out), *sizes)
+
+        def constants() -> dict[str, Any]:
+            values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "FINAL", "OUTPUT"), flags, strict=True))
+            values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "STAGES": tiles.stages, "PACKED": packed}
+            if not tiles.hopper:
+                values |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": _float32_precision(k)}
+            return values
+
+        if tiles.hopper:
+            key = (k.device.index, k.dtype, tiles, packed, flags, log_decay is None, o_row & 15)
+            launch.run(_hopper().forward_kernel, grid, every, key, constants)
+        else:
+            _launch(sweep.forward_kernel, grid, every, constants(), tiles.warps)
 
     if before is not None:
-        flags = {"SEGMENTED": True, "INITIAL": False, "FINAL": True, "OUTPUT": False}
-        launch_forward((*args, before, before, *sizes), common | flags)
+        sweep_all(None, before, True, False)
         _scan(cut, before, None, initial_state, None, log_decay, N, T)
-    start = initial_state if before is None else before
-    flags = {"SEGMENTED": cut.cut, "INITIAL": start is not None, "FINAL": final is not None, "OUTPUT": True}
-    launch_forward((*args, _pointer(start, out), _pointer(final, out), *sizes), common | flags)
+    sweep_all(initial_state if before is None else before, final, cut.cut, True)
     if cu_seqlens is not None:
         _clear_padding(cu_seqlens, T, out)
     return out, final
@@ -179,6 +208,7 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in (x.stride(0), x.stride(1), x.stride(2))]
 
 
+@_on_its_device
 def attention_backward(
     dout: Tensor,
     dfinal: Tensor | None,
@@ -208,50 +238,55 @@ def attention_backward(
         return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
-    tiles = _pick(D, E, q, k, v, dout, dq, dk, dv)
+    capability, multiprocessors = launch.device(k)
+    aligned = all(launch.copyable(x) for x in (q, k, v, dout, dq, dv))
+    tiles = launch.tiles(capability, D, E, k.dtype, aligned)
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
-    cut = _cut(k, cu_seqlens, tiles, 2 * d_tiles + e_tiles, batch_invariant)
+    cut = _cut(k, cu_seqlens, tiles, 2 * d_tiles + e_tiles, multiprocessors, batch_invariant)
     before = after = None
     if cut.cut:
         before, after = torch.empty(2, cut.slots, H, D, E, dtype=torch.float32, device=v.device)
-
     sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
-    common: dict[str, Any] = {"C": tiles.C, "BD": tiles.BD, "STAGES": tiles.stages, "PACKED": cut.table is not None}
-    tiling = {**common, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
-    rows = (dq.stride(0), dq.stride(1), dv.stride(0), dv.stride(1))
-    precision = _float32_precision(q)
+    packed, d_row, e_row = cut.table is not None, H * D, H * E
     if tiles.hopper:
-        from lightning_attention.kernels.triton import hopper
-
-        whole = ((q, tiles.BD), (k, tiles.BD), (v, tiles.BE), (dout, tiles.BE))
-        parts = ((q, tiles.TD), (k, tiles.TD), (dout, tiles.TE), (dq, tiles.TD), (dk, tiles.TD), (dv, tiles.TE))
-        descriptors = [launch.descriptor(x, tiles.C, width) for x, width in whole + parts]
-        args: tuple[Any, ...] = (*descriptors, dq, dk, dv, *rows, log_decay)
-        key = (q.device.index, q.dtype, log_decay is None, rows[1] % 16 == 0, rows[3] % 16 == 0)
-        launch_backward: Any = partial(launch.run, hopper.backward_kernel, key=key)
+        C, BD, BE, TD, TE = tiles.C, tiles.BD, tiles.BE, tiles.TD, tiles.TE
+        pairs = (
+            (q, BD), (k, BD), (v, BE), (dout, BE), (q, TD), (k, TD), (dout, TE), (dq, TD), (dk, TD), (dv, TE),
+        )  # fmt: skip
+        descriptors = [launch.Descriptor(x, C, width) for x, width in pairs]
+        args: tuple[Any, ...] = (*descriptors, dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay)
     else:
-        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), rows[0], rows[2], log_decay)
-        tiling |= {
-            "EVEN_D": tiles.BD == D, "EVEN_E": tiles.BE == E, "EVEN_TD": D % tiles.TD == 0,
-            "EVEN_TE": E % tiles.TE == 0, "PRECISION": precision,
-        }  # fmt: skip
-        launch_backward = partial(_launch, sweep.backward_kernel, warps=tiles.warps)
+        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay)
 
-    heads = cut.slots * H
+    def sweep_all(
+        before: Tensor | None, after: Tensor | None, before_out: Tensor | None, after_out: Tensor | None, output: bool
+    ) -> None:
+        flags = (cut.cut, before is not None, after is not None, after_out is not None, output)
+        every = (*args, *(_pointer(x, dq) for x in (before, after, before_out, after_out)), *sizes)
+        grid = (cut.slots * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
+
+        def constants() -> dict[str, Any]:
+            names = ("SEGMENTED", "BEFORE", "AFTER", "AFTER_OUT", "OUTPUT")
+            values: dict[str, Any] = dict(zip(names, flags, strict=True))
+            values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
+            values |= {"STAGES": tiles.stages, "PACKED": packed}
+            if not tiles.hopper:
+                values |= {"EVEN_D": tiles.BD == D, "EVEN_TD": D % tiles.TD == 0, "PRECISION": _float32_precision(k)}
+                values |= {"EVEN_E": tiles.BE == E, "EVEN_TE": E % tiles.TE == 0}
+            return values
+
+        if tiles.hopper:
+            key = (k.device.index, k.dtype, tiles, packed, flags, log_decay is None, d_row & 15, e_row & 15)
+            launch.run(_hopper().backward_kernel, grid, every, key, constants)
+        else:
+            _launch(sweep.backward_kernel, grid, every, constants(), tiles.warps)
+
     if cut.cut:
-        flags = {"SEGMENTED": True, "BEFORE": False, "AFTER": False, "AFTER_OUT": True, "OUTPUT": False}
-        launch_backward(
-            (heads * (d_tiles + e_tiles), 1, 1), (*args, before, after, before, after, *sizes), tiling | flags
-        )
+        sweep_all(None, None, before, after, False)
         _scan(cut, before, after, initial_state, dfinal, log_decay, N, T)
     else:
         before, after = initial_state, dfinal
-    flags = {
-        "SEGMENTED": cut.cut, "BEFORE": before is not None, "AFTER": after is not None,
-        "AFTER_OUT": dinitial is not None, "OUTPUT": True,
-    }  # fmt: skip
-    states = [_pointer(x, dq) for x in (before, after, None, dinitial)]
-    launch_backward((heads * (2 * d_tiles + e_tiles), 1, 1), (*args, *states, *sizes), tiling | flags)
+    sweep_all(before, after, None, dinitial, True)
     if cu_seqlens is not None:
         _clear_padding(cu_seqlens, T, dq, dk, dv)
 
@@ -261,9 +296,9 @@ def attention_backward(
         e_tiles = -(-E // width)
         partials = torch.empty(cut.slots, H, e_tiles, dtype=torch.float32, device=v.device)
         constants = {
-            **common, "C": min(tiles.C, 32), "BE": width, "STAGES": 2, "EVEN_D": tiles.BD == D,
-            "EVEN_E": E % width == 0, "SEGMENTED": cut.cut, "BEFORE": before is not None, "AFTER": after is not None,
-            "PRECISION": precision,
+            "C": min(tiles.C, 32), "BD": tiles.BD, "BE": width, "STAGES": 2, "EVEN_D": tiles.BD == D,
+            "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut, "BEFORE": before is not None,
+            "AFTER": after is not None, "PRECISION": _float32_precision(k),
         }  # fmt: skip
         states = [_pointer(x, dq) for x in (before, after)]
         args = (q, k, v, dout, *_strides(q, k, v, dout), log_decay, *states, partials, *sizes)

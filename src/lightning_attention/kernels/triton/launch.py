@@ -4,10 +4,9 @@ Nothing is tuned at run time, and no size here depends on T, B or N but the numb
 argument: a new length or batch compiles nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from torch import Tensor
 MIN_SEGMENT = 256  # no sequence is cut finer than this many rows
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """C rows a block, TD and TE columns of D and E a program; the whole widths are the next powers of two."""
 
     hopper: bool
@@ -67,11 +65,14 @@ def device(x: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def copyable(x: Tensor) -> bool:
-    """Whether the copy engine can address x: 16-byte base and strides."""
-    B, T, H, _ = x.shape
+    """Whether the copy engine can address x, of a 16-bit dtype: 16-byte base and strides."""
     b, t, h, _ = x.stride()
-    fits = (t % 8 == 0 and t > 0) or T == 1
-    return fits and ((h % 8 == 0 and h > 0) or H == 1) and ((b % 8 == 0 and b > 0) or B == 1) and x.data_ptr() % 16 == 0
+    if x.data_ptr() & 15:
+        return False
+    if not (b | t | h) & 7 and b * t * h > 0:
+        return True
+    B, T, H, _ = x.shape  # of one row, the stride does not matter
+    return all(size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in ((B, b), (T, t), (H, h)))
 
 
 @lru_cache(maxsize=4096)
@@ -101,28 +102,33 @@ def segment_rows(programs: int, T: int, C: int, places: int) -> int:
 FUSION = {"enable_fp_fusion": True}  # said outright: Triton 3.9 warns where it is left to its default
 
 
-@cache
-def _shared_layout(C: int, width: int, dtype: torch.dtype) -> Any:
-    from triton.experimental.gluon import language as gl
+class Descriptor:
+    """How the copy engine sees x [B, T, H, *], in blocks of C rows and ``width`` columns; x must be ``copyable``.
 
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, C, 1, width], element)
+    What Triton's launcher reads of a tensor descriptor, without that class's checks: 5 µs each, and ten of them a
+    backward pass.
+    """
 
+    __slots__ = ("base", "block_shape", "padding", "shape", "strides")
 
-def descriptor(x: Tensor, C: int, width: int) -> Any:
-    """How the copy engine sees x [B, T, H, *], in blocks of C rows and ``width`` columns; x must be ``copyable``."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    def __init__(self, x: Tensor, C: int, width: int) -> None:
+        self.base = x
+        self.shape = shape = list(x.shape)
+        self.strides = strides = list(x.stride())
+        self.block_shape = [1, C, 1, width]
+        self.padding = "zero"
+        for i in range(3):
+            if shape[i] == 1:
+                strides[i] = 8  # any that the engine takes
 
-    # Its constructor checks again what ``copyable`` has, at 5 µs a descriptor and ten descriptors a backward pass.
-    result = TensorDescriptor.__new__(TensorDescriptor)
-    result.base = x
-    result.shape = B, T, H, _ = list(x.shape)
-    b, t, h, _ = x.stride()
-    result.strides = [b if B > 1 else 8, t if T > 1 else 8, h if H > 1 else 8, 1]  # of one row, any that it takes
-    result.block_shape = [1, C, 1, width]
-    result.layout = _shared_layout(C, width, x.dtype)
-    result.padding = "zero"
-    return result
+    def checked(self) -> Any:
+        """Triton's own, which it asks for where it compiles."""
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        element = gl.bfloat16 if self.base.dtype == torch.bfloat16 else gl.float16
+        layout = gl.NVMMASharedLayout.get_default_for(self.block_shape, element)
+        return TensorDescriptor(self.base, self.shape, self.strides, self.block_shape, layout)
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -132,21 +138,22 @@ def run(
     kernel: Any,
     grid: tuple[int, int, int],
     args: Sequence[Any],
-    constants: dict[str, Any],
     key: tuple[Any, ...],
-    warps: int = 4,
+    constants: Callable[[], dict[str, Any]],
 ) -> None:
-    """Launch a kernel that specializes on nothing but ``key`` and ``constants``.
+    """Launch a kernel that specializes on nothing but ``key``, which decides its ``constants``.
 
     Triton looks at every argument of every call to find out whether it has compiled for the like of it, descriptors at
     greatest length: 70 µs forward and 400 backward. Here that happens once for each key.
     """
-    key = (kernel.fn.__qualname__, *key, *constants.values())
+    key = (id(kernel), *key)  # a kernel's own hash is that of its source
     known = _compiled.get(key)
     if known is not None:
         compiled, values = known
         compiled[grid](*args, *values)
         return
-    compiled = kernel[grid](*args, **constants, num_warps=warps, **FUSION)
+    named = constants()
+    args = [x.checked() if isinstance(x, Descriptor) else x for x in args]
+    compiled = kernel[grid](*args, **named, num_warps=4, **FUSION)
     if compiled is not None:  # Triton's interpreter compiles nothing
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
+        _compiled[key] = compiled, tuple(named[name] for name in kernel.arg_names if name in named)
