@@ -102,8 +102,7 @@ class PackedLayout:
         index = block - starts[own]
         used = sequence < self.N
         length = torch.where(used, (self.lengths[own] - index * self.block).clamp(0, self.block), 0)
-        last = used & (block == self.ends[own] - 1)
-        return Piece(start, stop, length, index, sequence, last)
+        return Piece(start, stop, length, index, sequence, block == self.ends[own] - 1)
 
     def _tokens(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """For each of the n·C rows, the token it stands for, and whether it stands for one."""

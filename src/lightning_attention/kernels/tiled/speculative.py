@@ -77,9 +77,7 @@ def commit(
     accepted: Tensor,
     slots: Tensor | None,
 ) -> None:
-    token = torch.arange(accepted.numel(), device=accepted.device)
-    accepted = accepted & (token < cu_seqlens[-1])
-    # Move the accepted drafts together, in order: the rest become padding past the last sequence.
+    # Move the accepted drafts together, in order: the rest, and tokens past c_N, become padding past the last sequence.
     order = (~accepted).int().argsort(stable=True)
     count = torch.cat([accepted.new_zeros(1, dtype=torch.long), accepted.long().cumsum(0)])
     packed = count[cu_seqlens.long()]
