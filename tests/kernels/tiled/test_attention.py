@@ -28,7 +28,7 @@ EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 1000, 2047, 2048, 2049, 4500]
 assert BLOCK * PIECE == 2048
 
 
-@settings(max_examples=100)
+@settings(max_examples=4 * settings().max_examples)
 @given(problems(), st.sampled_from([1, 2, PIECE]))
 def test_any_sizes(problem: Problem, piece: int):
     with patch.object(tiled, "PIECE", piece):  # shorter pieces, so that short sequences meet their edges
