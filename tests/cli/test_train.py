@@ -86,12 +86,16 @@ def test_reads_standard_input_and_resumes_without_it(run, tmp_path, monkeypatch)
         (["missing.txt"], "error: no such file or folder: missing.txt"),
         (["*.nothing"], "error: no file matches *.nothing"),
         (["empty.txt"], "error: there is no text in empty.txt"),
-        (["short.txt"], "error: seq_len is 512, but the training text has only "),
+        (["short.txt"], "error: seq_len is 256, but the training text has only "),
         (["--seq-len", "1"], "error: seq_len must be at least 2"),
         (["--config", "missing.toml"], "error: cannot read the configuration missing.toml: No such file or directory"),
         (["--config", "bad.toml"], "error: bad.toml: unknown setting 'seqlen'; did you mean seq_len?"),
         (["--device", "cuda:77"], "error: device cuda:77 is not there"),
         (["--max-minutes", "1", "--steps", "5"], "error: steps must be left out when max_minutes is given"),
+        (
+            ["--resume", "--overwrite"],
+            "error: --resume goes on with a run and --overwrite deletes it; give one of them",
+        ),
         (["--out", "short.txt"], "error: cannot make the folder short.txt: File exists"),
     ],
 )

@@ -22,6 +22,7 @@ from lightning_attention.training.config import InputError, TrainConfig, make_co
         ({"clip": -1.0}, "clip must be 0 or more"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"keep": 0}, "keep must be at least 1"),
+        ({"max_epochs": 0}, "max_epochs must be above 0"),
         ({"max_minutes": 0}, "max_minutes must be above 0"),
         ({"max_minutes": 1, "steps": 5}, "steps must be left out when max_minutes is given"),
         ({"max_minutes": 1, "warmup_steps": 4}, "warmup_steps must be at least 5 when max_minutes is given"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lightning_attention.training.config import TrainConfig, read_toml
+from lightning_attention.training.config import InputError, TrainConfig, read_toml
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -84,6 +84,8 @@ def train(
     Without INPUT it trains on the English of pydoc's topics, which every Python carries. Ctrl-C saves and stops;
     --resume goes on from there as if nothing had happened. Every checkpoint is a Hugging Face folder.
     """
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them")
     settings = {**(read_toml(config) if config else {}), **settings}
     from rich.console import Console
 
@@ -97,7 +99,7 @@ def train(
     try:
         with bar:
             outcome = trainer.fit(_reporter(bar, trainer))
-    except DivergedError as error:
+    except (DivergedError, OSError) as error:  # an OSError here is a full or lost disk
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     _conclude(outcome)
@@ -115,24 +117,17 @@ def _introduction(trainer: Trainer) -> str:
 
 
 def _bar(console: Any) -> Bar:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
         MofNCompleteColumn(),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
+        expand=True,
     )
 
 
@@ -140,9 +135,9 @@ def _reporter(bar: Bar, trainer: Trainer) -> Callable[[Progress], None]:
     task = bar.add_task("", total=trainer.planned_steps, completed=trainer.step, loss="", speed="")
 
     def report(progress: Progress) -> None:
-        loss = "" if progress.bits_per_byte is None else f"loss {progress.bits_per_byte:.3f}"
+        loss = "" if progress.bits_per_byte is None else f"loss {progress.bits_per_byte:.2f}"
         if progress.val_bits_per_byte is not None:
-            loss += f" held out {progress.val_bits_per_byte:.3f} bits/byte"
+            loss += f" held out {progress.val_bits_per_byte:.2f} bits/byte"
         speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f} tokens/s"
         bar.update(task, completed=progress.step, total=progress.planned_steps, loss=loss, speed=speed)
 

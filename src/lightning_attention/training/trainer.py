@@ -82,13 +82,13 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         model = load_model(self.resumed_from) if self.resumed_from else new_model(config, self.data.vocab_size)
-        self.model = model.to(self.runtime.device)
+        self.model = model.to(self.runtime.device).train()
         self.optimizer = new_optimizer(config, self.model)
         # Only calls go through the compiled module: the weights keep the plain module's names.
         self._forward = torch.compile(self.model) if config.compile else self.model
 
         self.step = 0
-        self.planned_steps = None if config.max_minutes else config.steps or DEFAULT_STEPS
+        self.planned_steps = None if config.max_minutes else self._within_epochs(config.steps or DEFAULT_STEPS)
         self.seconds = 0.0  # spent on this run by all the processes that worked on it
         self.val_bits_per_byte: float | None = None
         self._eval_seconds = 0.0
@@ -112,7 +112,7 @@ class Trainer:
         checkpoint.atomic_text(self.out / "config.toml", self.config.as_toml())
         try:
             with StopRequest() as stop:
-                if self.step == 0:
+                if self.val_bits_per_byte is None:  # before the first step
                     self._validate()
                 while not self._complete() and not stop.signal_name:
                     self._train_step()
@@ -195,7 +195,7 @@ class Trainer:
     def _plan(self) -> None:
         """Fix the number of steps of a run with a time budget, when the warm-up has shown what a step takes."""
         if self.config.max_minutes is not None and self.step >= self.config.warmup_steps:
-            self.planned_steps = steps_in_budget(
+            steps = steps_in_budget(
                 self.config.max_minutes * 60,
                 spent=time.perf_counter() - self._started,
                 step=self.step,
@@ -203,7 +203,16 @@ class Trainer:
                 eval_seconds=self._eval_seconds,
                 eval_every=self.config.eval_every,
             )
+            self.planned_steps = self._within_epochs(steps)
             self._step_seconds.clear()
+
+    def _within_epochs(self, steps: int) -> int:
+        """At most as many steps as `max_epochs` allows, and at least those already taken."""
+        if self.config.max_epochs is None:
+            return steps
+        per_step = self.config.batch_size * self.config.accumulate
+        most = math.ceil(self.config.max_epochs * self._windows.per_epoch / per_step)
+        return max(self.step, min(steps, most))
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -218,7 +227,7 @@ class Trainer:
             tokens += predicted.numel()
             text_bytes += self.data.count_bytes(predicted)
         self.model.train()
-        self.val_bits_per_byte = nats / math.log(2) / text_bytes
+        self.val_bits_per_byte = nats / math.log(2) / max(1, text_bytes)
         self._eval_seconds = time.perf_counter() - began
         self._write(val_loss=nats / tokens, val_bits_per_byte=self.val_bits_per_byte)
 
@@ -253,16 +262,15 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["data_fingerprint"] != self.data.fingerprint:
-            raise InputError(
-                f"the token files in {self.out / 'data'} are not those that {self.resumed_from} was trained on"
-            )
+            raise InputError(f"the token files in {self._tokens} are not those that {self.resumed_from} was trained on")
         self.optimizer.load_state_dict(state["optimizer"])
         self.runtime.set_rng_state(state["rng"])
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.val_bits_per_byte = state["val_bits_per_byte"]
         self._eval_seconds = state["eval_seconds"]
-        self.planned_steps = state["planned_steps"] if self.config.max_minutes else self.config.steps or DEFAULT_STEPS
+        if self.config.max_minutes:
+            self.planned_steps = state["planned_steps"]
 
     def _open_folder(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Make the output folder ready; the state to go on from, if any, which sets `resumed_from`."""
