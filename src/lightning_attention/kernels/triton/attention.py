@@ -141,7 +141,7 @@ def attention(
     B, T, H, D = k.shape
     E = v.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device) if output_final_state else None
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -159,6 +159,7 @@ def attention(
     sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
     packed, o_row = cut.table is not None, H * E
     if tiles.hopper:
+        launch.bind_context(k)
         C = tiles.C
         args: tuple[Any, ...] = (
             launch.Descriptor(q, C, tiles.BD), launch.Descriptor(k, C, tiles.BD), launch.Descriptor(v, C, tiles.TE),
@@ -173,7 +174,8 @@ def attention(
 
         def constants() -> dict[str, Any]:
             values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "FINAL", "OUTPUT"), flags, strict=True))
-            values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "STAGES": tiles.stages, "PACKED": packed}
+            values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "PACKED": packed}
+            values |= {"STAGES": launch.stages(tiles, output)}
             if not tiles.hopper:
                 values |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": _float32_precision(k)}
             return values
@@ -226,7 +228,7 @@ def attention_backward(
     B, T, H, D = k.shape
     E = v.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -249,6 +251,7 @@ def attention_backward(
     sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
     packed, d_row, e_row = cut.table is not None, H * D, H * E
     if tiles.hopper:
+        launch.bind_context(k)
         C, BD, BE, TD, TE = tiles.C, tiles.BD, tiles.BE, tiles.TD, tiles.TE
         pairs = (
             (q, BD), (k, BD), (v, BE), (dout, BE), (q, TD), (k, TD), (dout, TE), (dq, TD), (dk, TD), (dv, TE),
@@ -269,7 +272,7 @@ def attention_backward(
             names = ("SEGMENTED", "BEFORE", "AFTER", "AFTER_OUT", "OUTPUT")
             values: dict[str, Any] = dict(zip(names, flags, strict=True))
             values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
-            values |= {"STAGES": tiles.stages, "PACKED": packed}
+            values |= {"PACKED": packed, "STAGES": launch.stages(tiles, output)}
             if not tiles.hopper:
                 values |= {"EVEN_D": tiles.BD == D, "EVEN_TD": D % tiles.TD == 0, "PRECISION": _float32_precision(k)}
                 values |= {"EVEN_E": tiles.BE == E, "EVEN_TE": E % tiles.TE == 0}

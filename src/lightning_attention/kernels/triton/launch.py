@@ -4,6 +4,7 @@ Nothing is tuned at run time, and no size here depends on T, B or N but the numb
 argument: a new length or batch compiles nothing.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -53,6 +54,11 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
     return Tiles(False, C, BD, BE, min(BD, 32), min(BE, 32), 4, 2 if wide <= 128 else 1, 1)
 
 
+def stages(tiles: Tiles, output: bool) -> int:
+    """Blocks in flight; on Hopper twice as many where states alone are computed, which take less shared memory."""
+    return tiles.stages if output or not tiles.hopper else 2 * tiles.stages
+
+
 @cache
 def _device(index: int) -> tuple[tuple[int, int], int]:
     properties = torch.cuda.get_device_properties(index)
@@ -100,6 +106,20 @@ def segment_rows(programs: int, T: int, C: int, places: int) -> int:
 
 
 FUSION = {"enable_fp_fusion": True}  # said outright: Triton 3.9 warns where it is left to its default
+
+
+_thread = threading.local()
+
+
+def bind_context(x: Tensor) -> None:
+    """Make the device's context current in this thread: encoding a descriptor needs one and does not make it.
+
+    Autograd runs a backward pass in a thread of its own, whose first use of the device may be that. Any launch through
+    the CUDA runtime does it, also while a graph is captured.
+    """
+    if getattr(_thread, "bound", None) != x.device:
+        torch.zeros(1, device=x.device)
+        _thread.bound = x.device
 
 
 class Descriptor:
