@@ -1,0 +1,73 @@
+"""Every python snippet of the documents runs, on a CPU and without a warning, and every link between them leads."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_attention.bench import op
+from lightning_attention.bench.peers import ours
+from lightning_attention.bench.report import Report, environment
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def snippets(document: Path) -> Iterator[str]:
+    """The snippets, each with as many empty lines before it as there are in the document, for tracebacks."""
+    text = document.read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        yield "\n" * text.count("\n", 0, match.start(1)) + match[1]
+
+
+def run(document: Path) -> int:
+    """Run a document's snippets one after the other, in one namespace; how many there were."""
+    names: dict[str, object] = {"__name__": document.stem}
+    codes = list(snippets(document))
+    for code in codes:
+        exec(compile(code, str(document), "exec"), names)
+    return len(codes)
+
+
+def measured(folder: Path) -> None:
+    """What ``lightning-attention bench`` leaves, of lengths that take no time."""
+    cpu = torch.device("cpu")
+    tiny = replace(op.SWEEPS["cpu", True], lengths=(64, 128), H=2, D=16, seconds=0.01)
+    report = Report(folder / "runs/bench/op-lengths-cpu.json", environment(cpu, [ours()]))
+    op.lengths(report, [ours()], tiny, cpu, "lengths", lambda _: None)
+
+
+# The example of distributed.md is a program for four processes: tests/distributed/test_sequence_parallel.py runs it.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # json.load(open(...)) is what a reader would type, too
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d.name != "distributed.md" and any(snippets(d))], ids=lambda d: d.name
+)
+def test_snippets_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run(document) > 0
+
+
+def test_snippets_are_found():
+    with_snippets = {d.name for d in DOCUMENTS if any(snippets(d))}
+    assert {"README.md", "algorithm.md", "numerics.md", "serving.md", "benchmarks.md"} <= with_snippets
+
+
+def test_a_wrong_snippet_fails_at_its_line(tmp_path: Path):
+    document = tmp_path / "wrong.md"
+    document.write_text("# Title\n\n```python\nx = 1\n```\n\ntext\n\n```python\nassert x == 1\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as caught:
+        run(document)
+    assert caught.traceback[-1].lineno + 1 == 11
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_lead_somewhere(document: Path):
+    targets = LINK.findall(document.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert not missing
