@@ -29,7 +29,6 @@ def test_a_run_shorter_than_its_warm_up():
 
 def test_steps_in_budget():
     # 10 s are spent on 20 steps; 50 s are left, minus 2 s for the last validation, at 1/8 s + 2 s / 16 a step.
-    slow_start = [3.0, 1.0] + [0.125] * 18
-    assert steps_in_budget(60, 10, 20, slow_start, eval_seconds=2, eval_every=16) == 20 + 192
-    assert steps_in_budget(60, 10, 20, slow_start, eval_seconds=2, eval_every=0) == 20 + 384
-    assert steps_in_budget(5, 10, 20, slow_start, eval_seconds=0, eval_every=0) == 21
+    assert steps_in_budget(60, 10, 20, 0.125, eval_seconds=2, eval_every=16) == 20 + 192
+    assert steps_in_budget(60, 10, 20, 0.125, eval_seconds=2, eval_every=0) == 20 + 384
+    assert steps_in_budget(5, 10, 20, 0.125, eval_seconds=0, eval_every=0) == 21

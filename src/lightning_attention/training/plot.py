@@ -15,8 +15,10 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     # The class rather than pyplot: no window system is looked for, and no global state changes.
     from matplotlib.figure import Figure
 
-    train = [(r["tokens"], r["bits_per_byte"]) for r in records if "loss" in r and math.isfinite(r["bits_per_byte"])]
-    val = [(r["tokens"], r["val_bits_per_byte"]) for r in records if "val_loss" in r]
+    train = [
+        (r["tokens"] / 1e3, r["bits_per_byte"]) for r in records if "loss" in r and math.isfinite(r["bits_per_byte"])
+    ]
+    val = [(r["tokens"] / 1e3, r["val_bits_per_byte"]) for r in records if "val_loss" in r]
     if not train and not val:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -32,8 +34,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     lowest = min(bits for _, bits in train + val)
     axes.set_ylim(max(0.0, lowest - 0.3), max(4.0, lowest + 1.0))
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e5 else f"{value / 1e3:g} k")
-    axes.set_xlabel("tokens read")
+    axes.set_xlabel("thousand tokens read")
     axes.set_ylabel("loss, bits per byte of text")
     axes.set_title("Loss of a TransNormer in training")
     axes.grid(alpha=0.3)

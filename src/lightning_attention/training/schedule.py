@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 
 from lightning_attention.training.config import TrainConfig
 
@@ -23,16 +22,12 @@ def learning_rate(config: TrainConfig, step: int, planned_steps: int | None) -> 
 
 
 def steps_in_budget(
-    budget: float, spent: float, step: int, step_seconds: list[float], eval_seconds: float, eval_every: int
+    budget: float, spent: float, step: int, per_step: float, eval_seconds: float, eval_every: int
 ) -> int:
-    """How many steps in all fill `budget` seconds when `spent` of them went on the first `step` steps.
+    """How many steps in all fill `budget` seconds when the first `step` took `spent` and others take `per_step` each.
 
-    The number is decided once, after the warm-up, and kept in every checkpoint: a schedule that followed the clock
-    would be another one on every run, and after every resume. Validations (`eval_seconds` each, one at the end
-    included) are paid out of the budget.
+    Validations (`eval_seconds` each, one at the end included) are paid out of the budget.
     """
-    # The median, because the first steps also pay for memory that later ones find ready.
-    per_step = statistics.median(step_seconds)
     if eval_every:
         per_step += eval_seconds / eval_every
     left = budget - spent - eval_seconds

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +94,7 @@ class Trainer:
         self.seconds = 0.0  # spent on this run by all the processes that worked on it
         self.val_bits_per_byte: float | None = None
         self._eval_seconds = 0.0
-        self._step_seconds: list[float] = []  # since the last logged step; while planning, since the start
+        self._step_seconds: deque[float] = deque(maxlen=50)  # of the latest steps
         self._latest: tuple[Tensor, ...] = (torch.zeros(()), torch.zeros(()))  # loss and gradient norm
         self._shown: tuple[float | None, float | None] = (None, None)
         if state:
@@ -116,8 +118,7 @@ class Trainer:
                     self._validate()
                 while not self._complete() and not stop.signal_name:
                     self._train_step()
-                    if self.planned_steps is None:
-                        self._plan()
+                    self._plan()
                     if self._complete() or self._due(self.config.eval_every):
                         self._validate()
                     if self._complete() or self._due(self.config.save_every):
@@ -185,26 +186,29 @@ class Trainer:
 
     def _log_training(self, nats: float, norm: float, rate: float, tokens: Tensor) -> None:
         bits_per_byte = self.data.bits_per_byte(nats * tokens.numel(), tokens)
-        recent = self._step_seconds[-self.config.log_every :]
+        recent = list(self._step_seconds)[-self.config.log_every :]
         speed = self.config.tokens_per_step * len(recent) / sum(recent)
         self._shown = (bits_per_byte, speed)
-        if self.planned_steps is not None:
-            self._step_seconds.clear()
         self._write(loss=nats, bits_per_byte=bits_per_byte, lr=rate, grad_norm=norm, tokens_per_second=speed)
 
     def _plan(self) -> None:
-        """Fix the number of steps of a run with a time budget, when the warm-up has shown what a step takes."""
-        if self.config.max_minutes is not None and self.step >= self.config.warmup_steps:
+        """Fit the number of steps to the time budget, if there is one: after the warm-up, then at every logged step.
+
+        What else the machine does may change, and a plan from the first seconds alone has missed the budget by half.
+        The plan is in every checkpoint and in the record. Runs of given steps never come here.
+        """
+        if self.config.max_minutes is None or self.step < self.config.warmup_steps or self._complete():
+            return
+        if self.planned_steps is None or self._due(self.config.log_every):
             steps = steps_in_budget(
                 self.config.max_minutes * 60,
                 spent=time.perf_counter() - self._started,
                 step=self.step,
-                step_seconds=self._step_seconds,
+                per_step=statistics.median(self._step_seconds),
                 eval_seconds=self._eval_seconds,
                 eval_every=self.config.eval_every,
             )
             self.planned_steps = self._within_epochs(steps)
-            self._step_seconds.clear()
 
     def _within_epochs(self, steps: int) -> int:
         """At most as many steps as `max_epochs` allows, and at least those already taken."""
@@ -234,7 +238,8 @@ class Trainer:
     def _write(self, **values: float) -> None:
         tokens = self.step * self.config.tokens_per_step
         seconds = round(time.perf_counter() - self._started, 3)
-        self._metrics.write({"step": self.step, "tokens": tokens, "seconds": seconds, **values})
+        plan = {"planned_steps": self.planned_steps} if self.config.max_minutes else {}
+        self._metrics.write({"step": self.step, "tokens": tokens, "seconds": seconds, **plan, **values})
 
     def _save(self) -> None:
         """Write a checkpoint of this step, unless there is one, and drop the oldest."""
