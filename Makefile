@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 # OMP_WAIT_POLICY=PASSIVE: threads wait asleep. Where something else runs on the cores, waiting awake made training steps
 # up to ten times slower (4.5 s against 0.4 s).
 demo: $(STAMP)  ## check, measure, train for two minutes and generate (under six minutes)
-	$(BIN)/lightning-attention check
-	$(BIN)/lightning-attention bench --quick --out demo/bench
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention check
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention bench --quick --out demo/bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention train --max-minutes 2 --max-epochs 8 --out demo --overwrite
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention generate --model demo --max-tokens 150 "The with statement" "A class definition"
 	@echo
@@ -28,7 +28,10 @@ demo: $(STAMP)  ## check, measure, train for two minutes and generate (under six
 	@echo "checkpoint:       $$(ls -d demo/checkpoints/step_* | tail -1)"
 
 test: $(STAMP)  ## run the tests (GPU tests skip where there is no GPU)
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2
+
+test-gpu: $(STAMP)  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -43,7 +43,6 @@ def measured(folder: Path) -> None:
 
 
 # The example of distributed.md is a program for four processes: tests/distributed/test_sequence_parallel.py runs it.
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # json.load(open(...)) is what a reader would type, too
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if d.name != "distributed.md" and any(snippets(d))], ids=lambda d: d.name
 )

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("triton", "tiled", "reference")
+_HAS_TRITON = find_spec("triton") is not None
 
 
 # The operations that have kernels for CUDA and ROCm devices; the others run on "tiled" there too.
@@ -25,7 +26,7 @@ def choose(backend: str | None, device: torch.device, operation: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))} or None")
     if backend == "triton":
-        if find_spec("triton") is None:
+        if not _HAS_TRITON:
             raise ValueError("backend is 'triton', but Triton is not installed")
         if device.type != "cuda":
             raise ValueError(f"backend is 'triton', but q is on {device}; it needs a CUDA or ROCm device")

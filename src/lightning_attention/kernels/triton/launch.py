@@ -38,7 +38,15 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
     """The launch table, by architecture, D, E and dtype.
 
     ``aligned``: the copy engine can address every tensor (16-byte strides and bases).
+
+    Raises:
+        TypeError: dtype is float64.
+        ValueError: D or E is over 256, where the state does not fit in registers.
     """
+    if dtype.itemsize > 4:
+        raise TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
+    if max(D, E) > 256:
+        raise ValueError(f"D is {D} and E {E}; backend 'triton' takes up to 256, 'tiled' any")
     BD, BE = _width(D), _width(E)
     wide = max(BD, BE)
     if capability[0] == 9 and dtype.itemsize == 2 and aligned and wide <= 128:

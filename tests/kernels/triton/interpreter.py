@@ -1,0 +1,102 @@
+"""A process in which Triton interprets its kernels on the CPU.
+
+Whether a kernel is compiled or interpreted is settled when Triton is imported, so the interpreter gets a process of its
+own, and tests that compile can run beside those that interpret.
+"""
+
+import multiprocessing
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tests.support import Problem, Solution
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the kernels made of a problem, and how often they joined states of segments."""
+
+    solution: Solution
+    scans: int
+
+
+class Interpreter:
+    """Solves problems in the other process, which every test of a session shares."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def solve(
+        self, problem: Problem, *, segments: bool = False, batch_invariant: bool = False, final: bool = True
+    ) -> Run:
+        """``segments`` cuts sequences every two blocks; without ``final`` the states after them are not computed."""
+        return self._call(_solve, problem, segments, batch_invariant, final)
+
+    def states(self, problem: Problem, *, segments: bool = False) -> torch.Tensor:
+        """The final states alone."""
+        return self._call(_states, problem, segments)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        # Pickled here: left to multiprocessing, every tensor would be a file in shared memory.
+        return pickle.loads(self._pool.submit(_answer, pickle.dumps((function, arguments))).result())
+
+
+def _start() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    # New tensors are full of NaN, or of the largest integer: what a kernel fails to write, or should not read, shows.
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+
+
+def _answer(request: bytes) -> bytes:
+    function, arguments = pickle.loads(request)
+    return pickle.dumps(function(*arguments))
+
+
+def _cutting(segments: bool) -> Any:
+    """What is cut and where is the launch table's business; here every sequence is, or none."""
+    from lightning_attention.kernels.triton import launch
+
+    def segment_rows(programs: int, T: int, C: int, places: int) -> int:
+        return 2 * C if segments else -(-T // C) * C
+
+    return patch.object(launch, "segment_rows", segment_rows)
+
+
+def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: bool) -> Run:
+    from lightning_attention.kernels.triton.attention import attention, attention_backward
+    from lightning_attention.kernels.triton.segments import scan_kernel
+
+    p, scans = problem, []
+    inputs = (p.q, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale)
+    learnable = p.log_decay is not None
+    with _cutting(segments), patch.object(scan_kernel, "pre_run_hooks", [lambda *_, **__: scans.append(1)]):
+        out, final = attention(*inputs, want_final, batch_invariant)
+        dq, dk, dv, dlog_decay, dinitial = attention_backward(
+            p.dout, p.dfinal if want_final else None, *inputs, batch_invariant, learnable
+        )
+    final = torch.zeros_like(p.dfinal) if final is None else final
+    return Run(Solution(out, final, dq, dk, dv, dlog_decay if learnable else None, dinitial), len(scans))
+
+
+def _states(problem: Problem, segments: bool) -> torch.Tensor:
+    from lightning_attention.kernels.triton.attention import attention
+
+    p = problem
+    with _cutting(segments):
+        _, final = attention(None, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale, True, False)
+    assert final is not None
+    return final

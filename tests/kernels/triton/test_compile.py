@@ -1,0 +1,59 @@
+"""Every kernel that the launch table asks for compiles, and fits the chip, for chips that are not here.
+
+A compilation takes a second or more (Triton keeps it in its cache), so only the main sizes are compiled, and those that
+are nearest to a chip's limits. ``LAUNCH_TABLE=full`` compiles the table (half an hour); ``-s`` shows what each takes.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from tests.kernels.triton.offline import CHIPS, Chip, Launch, launched
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") == "1", reason="TRITON_INTERPRET=1: Triton compiles nothing"
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTHS = (16, 48, 64, 128, 192, 256)
+if os.environ.get("LAUNCH_TABLE") == "full":
+    SIZES = [(chip, D, E, dtype) for chip, D, E, dtype in itertools.product(CHIPS, WIDTHS, WIDTHS, (BF16, FP16, FP32))]
+else:
+    SIZES = [(chip, 128, 128, BF16) for chip in CHIPS] + [("sm_86", 256, 256, BF16), ("gfx942", 256, 256, BF16)]
+
+
+def assert_fits(launches: list[Launch], chip: Chip) -> None:
+    for launch in launches:
+        print(launch)
+        assert launch.shared <= chip.shared, f"{launch}, and the chip has {chip.shared / 1024:.0f} KB"
+
+
+@pytest.mark.parametrize(("chip", "D", "E", "dtype"), SIZES)
+def test_compiles_and_fits(chip: str, D: int, E: int, dtype: torch.dtype):
+    launches = launched(CHIPS[chip], D, E, dtype)
+    assert [x.name for x in launches] == ["forward_kernel", "backward_kernel", "decay_gradient_kernel"]
+    assert_fits(launches, CHIPS[chip])
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_packed_and_segmented(chip: str):
+    launches = launched(CHIPS[chip], 16, 16, BF16, segments=True, packed=True, backward=False)
+    names = ["plan_kernel", "forward_kernel", "scan_kernel", "forward_kernel", "clear_padding_kernel"]
+    assert [x.name for x in launches] == names
+    assert_fits(launches, CHIPS[chip])
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("segments", [False, True])
+def test_nothing_spills_on_hopper(width: int, segments: bool):
+    """The main configurations: two programs to a multiprocessor, every number in registers."""
+    chip = CHIPS["sm_90"]
+    for launch in launched(chip, width, width, BF16, states=False, learnable=False, segments=segments):
+        print(launch)
+        if launch.name != "scan_kernel":
+            assert "wgmma" in launch.compiled.asm["ptx"]
+        assert launch.stack == 0, launch
+        assert 2 * (launch.shared + 1024) <= chip.multiprocessor
+        assert 2 * launch.registers * 32 * launch.compiled.metadata.num_warps <= 65536

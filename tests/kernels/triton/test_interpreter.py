@@ -1,0 +1,189 @@
+"""The portable kernels, interpreted on the CPU, against the closed form in float64.
+
+Interpreting costs a second or three a problem, nearly whatever its size: few problems, each of many features.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.kernels.triton.interpreter import Interpreter
+from tests.support import Problem, Solution, make_problem, problems, relative_error, solve_exactly
+
+NAN = float("nan")
+ARRAYS = ("q", "k", "v", "dout")
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
+
+
+def misses(got: Solution, problem: Problem) -> dict[str, float]:
+    return got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
+
+
+def padded_with(value: float, problem: Problem) -> Problem:
+    """The problem with ``value`` in every row past the last sequence, which nobody may read."""
+    assert problem.cu_seqlens is not None
+    last = int(problem.cu_seqlens[-1])
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :last], torch.full_like(x[:, last:], value)], 1)
+
+    return replace(problem, **{name: pad(getattr(problem, name)) for name in ARRAYS})
+
+
+PACKED = {"lengths": [0, 130, 0, 70, 1, 65, 0], "padding": 40}
+SOLVED = {
+    "dense": {"B": 2, "T": 150, "D": 24, "E": 16},
+    "half precision, odd widths": {"B": 2, "T": 150, "D": 48, "E": 20, "dtype": torch.float16, "scale": 0.125},
+    "half precision, more than a tile": {"T": 70, "H": 1, "D": 20, "E": 130, "dtype": torch.float16},
+    "more than a tile of keys": {"T": 40, "H": 1, "D": 80, "E": 17, "scale": -2.0},
+    "forgotten at once": {"T": 150, "H": 1, "kind": "strong"},
+    "no decay": {"T": 150, "D": 20, "kind": "none"},
+    "decays of every strength": {"T": 100, "H": 5, "kind": "mixed"},
+    "packed": {**PACKED, "index_dtype": torch.int32},
+    "packed, half precision, forgotten at once": {**PACKED, "kind": "strong", "D": 17, "dtype": torch.float16},
+    "one token": {"T": 1},
+}
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("case", SOLVED)
+def test_against_the_closed_form(interpreter: Interpreter, case: str, segments: bool):
+    problem = make_problem(**SOLVED[case])
+    run = interpreter.solve(problem if problem.cu_seqlens is None else padded_with(NAN, problem), segments=segments)
+    assert not misses(run.solution, problem)
+    assert run.scans == (2 if segments and case != "one token" else 0)  # one in each pass
+
+
+@st.composite
+def interpretable(draw: st.DrawFn) -> Problem:
+    """NumPy has no bfloat16, and the kernels have no float64."""
+    problem, dtype = draw(problems(max_tokens=100)), draw(st.sampled_from([torch.float32, torch.float16]))
+    names = ("log_decay", "initial_state", "dfinal")
+    states = {name: x.float() for name in names for x in [getattr(problem, name)] if x is not None}
+    return replace(problem, **{name: getattr(problem, name).to(dtype) for name in ARRAYS}, **states)
+
+
+@settings(max_examples=6)
+@given(problem=interpretable(), segments=st.booleans(), batch_invariant=st.booleans())
+def test_any_sizes(interpreter: Interpreter, problem: Problem, segments: bool, batch_invariant: bool):
+    assert not misses(interpreter.solve(problem, segments=segments, batch_invariant=batch_invariant).solution, problem)
+
+
+MISTAKES: dict[str, Callable[[Problem], Problem]] = {
+    "a segment forgotten": lambda p: replace(p, k=torch.cat([p.k[:, :64] * 0, p.k[:, 64:]], 1)),
+    "keys a token late": lambda p: replace(p, k=p.k.roll(1, 1)),
+    "decay off by a thousandth": lambda p: replace(p, log_decay=p.log_decay * 1.001),
+    "heads swapped": lambda p: replace(p, log_decay=p.log_decay.flip(0)),
+    "a sequence cut a token early": lambda p: replace(p, cu_seqlens=p.cu_seqlens - torch.tensor([0, 1, 0])),
+    "the gradient of the final state lost": lambda p: replace(p, dfinal=p.dfinal * 0),
+}
+
+
+def test_the_budgets_notice(interpreter: Interpreter):
+    problem = make_problem(lengths=[70, 130], D=32)
+    got = interpreter.solve(problem, segments=True).solution
+    assert not misses(got, problem)
+    for mistake, make in MISTAKES.items():
+        assert misses(got, make(problem)), mistake
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 0]])
+def test_no_tokens(interpreter: Interpreter, lengths: list[int] | None):
+    problem = make_problem(B=2, T=0, lengths=lengths)
+    got = interpreter.solve(problem).solution
+    assert got.output.numel() == got.q.numel() == 0
+    assert torch.equal(got.final_state, problem.initial_state)
+    assert torch.equal(got.initial_state, problem.dfinal)
+    assert not got.log_decay.any()
+
+
+def test_only_padding(interpreter: Interpreter):
+    problem = padded_with(NAN, make_problem(lengths=[0, 0], padding=70))
+    got = interpreter.solve(problem, segments=True).solution
+    assert not any(getattr(got, name).any() for name in ("output", "q", "k", "v", "log_decay"))
+    assert torch.equal(got.final_state, problem.initial_state)
+    assert torch.equal(got.initial_state, problem.dfinal)
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_without_final_states(interpreter: Interpreter, initial: bool):
+    problem = make_problem(T=150, initial=initial)
+    problem = replace(problem, dfinal=torch.zeros_like(problem.dfinal))
+    expected, magnitude = solve_exactly(problem), solve_exactly(problem.absolute())
+    for segments in (False, True):
+        got = interpreter.solve(problem, segments=segments, final=False).solution
+        assert not replace(got, final_state=expected.final_state).misses(expected, magnitude)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_states_alone(interpreter: Interpreter, segments: bool):
+    problem = make_problem(**PACKED)
+    got = interpreter.states(padded_with(NAN, problem), segments=segments)
+    assert relative_error(got, solve_exactly(problem).final_state) < 1e-6
+
+
+def _views(p: Problem) -> dict[str, Problem]:
+    """The same numbers in other places: each has a unit last stride, as the operation asks for."""
+    qkv = torch.stack([p.q, p.k, p.v], 2)
+    turned = {name: getattr(p, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "dout")}
+    wider = {name: torch.cat([getattr(p, name)] * 2, 3)[..., : p.q.shape[3]] for name in ("k", "v")}
+    states = {name: getattr(p, name).mT.contiguous().mT for name in ("initial_state", "dfinal")}
+    return {
+        "parts of a packed projection": replace(p, q=qkv[:, :, 0], k=qkv[:, :, 1], v=qkv[:, :, 2]),
+        "heads before tokens, parts of wider heads, states transposed": replace(p, **turned, **wider, **states),
+    }
+
+
+def test_views_need_no_copy(interpreter: Interpreter):
+    problem = make_problem(B=2, T=70, D=24)
+    expected = interpreter.solve(problem, segments=True).solution
+    for view, same in _views(problem).items():
+        got = interpreter.solve(same, segments=True).solution
+        for field in fields(Solution):
+            assert torch.equal(getattr(got, field.name), getattr(expected, field.name)), (view, field.name)
+
+
+def test_the_gradient_of_a_sum(interpreter: Interpreter):
+    """Autograd hands over one number seen as a tensor, every stride 0."""
+    problem = make_problem(T=70, D=24)
+    problem = replace(problem, dout=torch.ones(()).expand(problem.v.shape))
+    assert not misses(interpreter.solve(problem).solution, problem)
+
+
+PER_TOKEN, PER_SEQUENCE = ("output", "q", "k", "v"), ("final_state", "initial_state")
+
+
+def _tokens(problem: Problem, part: slice, **changes: Tensor | None) -> Problem:
+    return replace(problem, **{name: getattr(problem, name)[:, part] for name in ARRAYS}, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batch_invariance(interpreter: Interpreter, dtype: torch.dtype):
+    whole = make_problem(lengths=[33, 150, 17], D=20, dtype=dtype)
+    packed = interpreter.solve(whole, segments=True, batch_invariant=True)
+    assert packed.scans == 0
+    own = slice(33, 183)
+    alone = _tokens(whole, own, cu_seqlens=None, initial_state=whole.initial_state[1:2], dfinal=whole.dfinal[1:2])
+    expected = interpreter.solve(alone, segments=True, batch_invariant=True).solution
+    for name in PER_TOKEN:
+        assert torch.equal(getattr(packed.solution, name)[:, own], getattr(expected, name)), name
+    for name in PER_SEQUENCE:
+        assert torch.equal(getattr(packed.solution, name)[1:2], getattr(expected, name)), name
+
+    # The same sequence in two calls, cut where a block ends.
+    first = interpreter.solve(_tokens(alone, slice(64)), batch_invariant=True).solution
+    rest = _tokens(alone, slice(64, None), initial_state=first.final_state)
+    last = interpreter.solve(rest, batch_invariant=True).solution
+    assert torch.equal(torch.cat([first.output, last.output], 1), expected.output)
+    assert torch.equal(last.final_state, expected.final_state)
