@@ -70,6 +70,8 @@ def stages(tiles: Tiles, output: bool) -> int:
 @cache
 def _device(index: int) -> tuple[tuple[int, int], int]:
     properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:  # an MI300 calls itself 9.4, which is no Hopper
+        return (0, 0), properties.multi_processor_count
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
