@@ -57,13 +57,12 @@ CASES = {
     "64": {"B": 2, "T": 1000, "H": 4, "D": 64},
     "64, packed, segments": {"lengths": [11_000, 0, 8_999], "D": 64, "index_dtype": torch.int32},
     "16": {"B": 3, "T": 200, "H": 8, "D": 16},
-    "rows that the copy engine cannot address": {"B": 2, "T": 333, "H": 3, "D": 20, "E": 36},
+    "20, which the copy engine cannot address": {"B": 2, "T": 333, "H": 3, "D": 20},
+    "20, packed, segments": {"lengths": [5_000, 0, 3_999], "padding": 1, "H": 1, "D": 20},
     "128, half precision": {"B": 2, "T": 1000, "H": 4, "D": 128, "dtype": FP16},
     "48 and 64, half precision, packed": {"lengths": PACKED, "padding": 9, "H": 2, "D": 48, "E": 64, "dtype": FP16},
-    "256": {"T": 600, "D": 256},
-    "192 and 64": {"T": 600, "D": 192, "E": 64},
+    "192 and 256": {"T": 600, "D": 192, "E": 256},
     "64, float32": {"B": 2, "T": 1000, "H": 4, "D": 64, "dtype": FP32},
-    "64, float32, packed, segments": {"lengths": [5_000, 0, 3_999], "padding": 1, "H": 1, "D": 64, "dtype": FP32},
     "128, float32": {"T": 500, "D": 128, "dtype": FP32},
 }
 
@@ -95,19 +94,22 @@ def test_strong_decay_at_the_edges_of_blocks(dtype: torch.dtype):
     for T in (1, 2, 63, 64, 65, 127, 128, 129, 1000):
         problem = make_problem(T=T, D=128, kind="strong", dtype=dtype, seed=T)
         assert not misses(solve(problem), solve_in_float64(problem)), T
-    problem = make_problem(lengths=[1, 63, 64, 65, 0, 129, 127], padding=3, D=128, kind="strong", dtype=dtype)
+
+
+def test_strong_decay_packed():
+    problem = make_problem(lengths=[1, 63, 64, 65, 0, 129, 127], padding=3, D=128, kind="strong", dtype=BF16)
     assert not misses(solve(problem), solve_in_float64(problem))
 
 
 LENGTH = st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]), st.integers(0, 1500))
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     arguments=st.fixed_dictionaries(
         {
             "B": st.integers(1, 2),
-            "T": st.one_of(LENGTH, st.integers(1500, 5000)),
+            "T": st.one_of(LENGTH, st.integers(1500, 3000)),
             "H": st.integers(1, 5),
             "D": st.sampled_from([80, 96, 112, 128]),  # and E: the widths that share their kernels
             "E": st.sampled_from([72, 104, 128]),
@@ -189,7 +191,7 @@ def test_whole_shapes(B: int, T: int, H: int, D: int):
     assert not misses(got, solve_in_float64(problem))
 
 
-REACH = 6144  # tokens: the slowest of ALiBi's decays for 16 heads, 2^-8, leaves 4e-11
+REACH = 6144  # tokens: the slowest of ALiBi's decays, 2^-8, leaves 4e-11
 
 
 def _windows(T: int, H: int, D: int) -> list[slice]:
@@ -210,20 +212,19 @@ def _around(problem: Problem, window: slice) -> tuple[Problem, slice]:
     return replace(problem, **parts, **states), slice(window.start - begin, window.stop - begin)
 
 
-@pytest.mark.parametrize(("T", "dtype"), [(4_000_037, BF16), (1_100_003, FP32)])
-def test_forward_past_two_billion_elements(T: int, dtype: torch.dtype):
-    H, D = 16, 128
+@pytest.mark.parametrize(("T", "H", "D", "dtype"), [(4_000_037, 16, 128, BF16), (1_100_003, 32, 64, FP32)])
+def test_forward_past_two_billion_elements(T: int, H: int, D: int, dtype: torch.dtype):
     room_for((4 if dtype == BF16 else 5) * T * H * D * dtype.itemsize / 1e9 + 8)
     p = random_problem(1, T, H, D, dtype)
-    p = replace(p, dout=p.q)  # memory; no gradient is computed
+    p = replace(p, dout=p.q)  # for the memory: no gradient is computed
     with poisoned():
         out, final = lightning_attention(
             p.q, p.k, p.v, p.log_decay, initial_state=p.initial_state, output_final_state=True, backend="triton"
         )
+    tolerance = 4e-3 if dtype == BF16 else 1e-5
     for window in _windows(T, H, D):
         part, where = _around(p, window)
         expected = solve_in_float64(part)
-        tolerance = 4e-3 if dtype == BF16 else 1e-5
         assert relative_error(out[:, window], expected.output[:, where]) < tolerance, window
     assert relative_error(final, expected.final_state) < tolerance / 2  # the last window ends where the sequence does
 

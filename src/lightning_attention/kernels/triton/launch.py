@@ -55,9 +55,10 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
         stages = 2 if max(BD, BE) == 128 else 3
         return Tiles(True, 64, BD, BE, 64, 64, 4, stages, 2)
     if dtype.itemsize == 2:
-        # 99 KB of shared memory is the least that the supported chips have.
-        C = 64 if wide <= 128 else 32
-        return Tiles(False, C, BD, BE, min(BD, 64), min(BE, 64), 4 if wide <= 128 else 8, 2, 1)
+        # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more; at 256 two stages would take 104.
+        if wide <= 128:
+            return Tiles(False, 64, BD, BE, min(BD, 64), min(BE, 64), 4, 2, 1)
+        return Tiles(False, 32, BD, BE, min(BD, 64), min(BE, 64), 8, 1, 1)
     C = 32 if wide <= 64 else 16
     return Tiles(False, C, BD, BE, min(BD, 32), min(BE, 32), 4, 2 if wide <= 128 else 1, 1)
 
