@@ -26,8 +26,8 @@ from lightning_attention.kernels.triton.attention import attention, attention_ba
 
 @dataclass(frozen=True)
 class Chip:
-    """capability: as PyTorch has it; shared: bytes of shared memory that a program may have; multiprocessor: and all
-    programs on one multiprocessor together, with 1 KB more for each."""
+    """capability: as ``launch.device`` has it; shared: bytes of shared memory that a program may have; multiprocessor:
+    and all programs on one multiprocessor together, with 1 KB more for each."""
 
     target: GPUTarget
     capability: tuple[int, int]
@@ -136,9 +136,13 @@ def launched(
     packed: bool = False,
     states: bool = True,
     learnable: bool = True,
+    B: int = 1,
+    T: int = 4096,
+    N: int = 3,
 ) -> list[Launch]:
-    """What forward (and backward) launch; ``states``: initial and final ones; ``learnable``: the decay."""
-    B, T, H, N = 1, 4096, 4, 3 if packed else 1
+    """What forward (and backward) launch, for 4 heads; ``states``: initial and final ones; ``learnable``: the decay;
+    N: sequences, where they are ``packed``."""
+    H, N = 4, N if packed else B
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
