@@ -55,6 +55,8 @@ class Interpreter:
 def _start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     warnings.simplefilter("error")
+    # Triton before 3.9 takes arrays of one element for numbers, of which NumPy before 2.4 only warns.
+    warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0 to a scalar", DeprecationWarning)
     torch.set_num_threads(1)
     # New tensors are full of NaN, or of the largest integer: what a kernel fails to write, or should not read, shows.
     torch.use_deterministic_algorithms(True)
