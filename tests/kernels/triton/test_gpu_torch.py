@@ -329,3 +329,10 @@ def test_autocast():
     assert torch.equal(final, expected_final)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b.to(a.dtype))
+
+
+def test_an_integer_scale():
+    """Python's numbers have types, and a kernel is compiled for the type of its first call."""
+    p = moved(make_problem(T=130, H=3, D=72, dtype=BF16))
+    twice, half = (lightning_attention(p.q, p.k, p.v, p.log_decay, scale=scale).output for scale in (2, 0.5))
+    assert torch.equal(twice, 4 * half)
