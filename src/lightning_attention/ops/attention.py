@@ -94,6 +94,7 @@ def lightning_attention(
     validation.check_qkv(q, k, v, "BT")
     validation.check_log_decay(log_decay, q)
     validation.check_scale(scale)
+    scale = scale * 1.0  # an integer would compile kernels for one, and a float then be taken for it
     num_sequences = q.shape[0]
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens, q)
