@@ -97,14 +97,9 @@ def _hopper() -> Any:
     return hopper
 
 
-@cache
-def _precision(dtype: torch.dtype, tf32: bool) -> str:
-    return "ieee" if dtype == torch.float32 and not tf32 else "tf32"
-
-
 def _float32_precision(x: Tensor) -> str:
     """What PyTorch's float32 matmul precision asks for."""
-    return _precision(x.dtype, torch.get_float32_matmul_precision() != "highest" if x.dtype == torch.float32 else True)
+    return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 Result = TypeVar("Result")
