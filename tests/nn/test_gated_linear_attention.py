@@ -117,6 +117,39 @@ def test_step_writes_to_the_slots_and_skips_padding() -> None:
     assert torch.equal(out[1], torch.zeros(EMBED))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lrpe", [False, True])
+def test_prefill_serves_new_and_continued_sequences_and_steps_from_one_pool(lrpe: bool) -> None:
+    layer, x = make(lrpe=lrpe), torch.randn(75, EMBED)
+    pool = torch.randn(5, *layer.state_shape)
+    before, cuts, starts = pool.clone(), [0, 1, 66, 67, 70, 70], [9, 0, 4, 2, 0]  # x[70:] is padding
+    slots, fresh = [4, 0, -1, 2, 1], [False, True, False, False, False]
+    positions = torch.cat(
+        [torch.arange(p, p + b - a) for p, (a, b) in zip(starts, itertools.pairwise(cuts), strict=True)]
+    )
+    out = layer.prefill(
+        x,
+        pool,
+        cu_seqlens=torch.tensor(cuts),
+        positions=torch.nn.functional.pad(positions, (0, 5)),
+        slots=torch.tensor(slots),
+        fresh=torch.tensor(fresh),
+    )
+    for (a, b), slot, new in zip(itertools.pairwise(cuts), slots, fresh, strict=True):
+        if slot < 0:
+            assert torch.equal(out[a:b], torch.zeros(b - a, EMBED))
+        elif a < b:
+            initial = None if new else before[slot : slot + 1]
+            alone, state = layer(x[None, a:b], initial, positions=positions[a:b], output_state=True)
+            assert relative_error(out[a:b], alone[0]) <= 1e-5
+            assert relative_error(pool[slot], state[0]) <= 1e-5
+    assert torch.equal(out[70:], torch.zeros(5, EMBED))
+    assert torch.equal(pool[[1, 3]], before[[1, 3]])
+    # A sequence of one token gets what a step gives it.
+    one = layer.step(x[:1], before, positions=positions[:1], slots=torch.tensor([4]))
+    assert relative_error(out[:1], one) <= 1e-5
+
+
 def test_packed_sequences_do_not_see_each_other() -> None:
     layer, x = make(), torch.randn(1, 100, EMBED)
     cuts = [0, 1, 1, 64, 100]
@@ -189,8 +222,11 @@ def test_refuses(arguments: dict, message: str) -> None:
 
 
 def test_a_step_with_lrpe_needs_positions() -> None:
+    x, state = torch.randn(2, EMBED), torch.zeros(2, H, 16, 8)
     with pytest.raises(ValueError, match=r"positions is None; a layer with LRPE needs .* \[2\]"):
-        make().step(torch.randn(2, EMBED), torch.zeros(2, H, 16, 8))
+        make().step(x, state)
+    with pytest.raises(ValueError, match=r"positions is None; a layer with LRPE needs .* \[2\]"):
+        make().prefill(x, state, cu_seqlens=torch.tensor([0, 1, 2]))
 
 
 def test_the_layers_do_not_need_transformers() -> None:

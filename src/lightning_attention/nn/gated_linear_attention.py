@@ -10,6 +10,7 @@ from lightning_attention.nn.lrpe import LRPE
 from lightning_attention.nn.srmsnorm import SRMSNorm
 from lightning_attention.ops.attention import lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
+from lightning_attention.ops.prefill import lightning_attention_prefill
 
 
 class GatedLinearAttention(nn.Module):
@@ -17,7 +18,8 @@ class GatedLinearAttention(nn.Module):
 
     The norm runs over all heads concatenated. One recurrent state, [B, H, D, E] float32, carries everything the
     layer has read: :meth:`forward` takes and returns it for any number of tokens, so training, prefill and a
-    continuation in pieces are one path; :meth:`step` reads one token per sequence and updates the state in place.
+    continuation in pieces are one path; :meth:`step` and :meth:`prefill` update rows of a pool of states in place, one
+    token per sequence or any number of packed ones.
     E is ``head_dim``; D is ``head_dim``, or twice that with LRPE.
 
     Args:
@@ -65,6 +67,11 @@ class GatedLinearAttention(nn.Module):
         # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
         self._log_decay_values: list[float] = log_decay.tolist()
         self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(H, D, E) of one sequence's state."""
+        return self.num_heads, self.head_dim * (1 if self.lrpe is None else 2), self.head_dim
 
     def forward(
         self,
@@ -123,17 +130,59 @@ class GatedLinearAttention(nn.Module):
         Raises:
             ValueError: the layer has LRPE and ``positions`` is None.
         """
-        qk, v, u = self._project(x.unsqueeze(1))
-        q, k = qk.unbind(2)
-        if self.lrpe is not None:
-            if positions is None:
-                raise ValueError(f"positions is None; a layer with LRPE needs the position of each token, [{len(x)}]")
-            q, k = self.lrpe(q, k, positions.unsqueeze(1))
-        mixed = lightning_attention_decode(q.squeeze(1), k.squeeze(1), v.squeeze(1), self.log_decay, state, slots=slots)
-        return self._gate(mixed.unsqueeze(1), u).squeeze(1)
+        qk, v, u = self._project(x)
+        q, k = self._encode(qk, positions)
+        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots)
+        return self._gate(mixed, u)
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        positions: Tensor | None = None,
+        slots: Tensor | None = None,
+        fresh: Tensor | None = None,
+    ) -> Tensor:
+        """Mix N packed sequences of any lengths and update their states in place; no gradients.
+
+        Prompts, further chunks of long prompts and single tokens go together in one call; a sequence of one token
+        gets what :meth:`step` gives it.
+
+        Args:
+            x: [T, embed_dim].
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
+            positions: [T] integers, each token's absolute position; required where the layer has LRPE.
+            slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
+            fresh: [N] bool, true for a sequence that starts from nothing, whatever its row holds; None: none does.
+
+        Returns:
+            The output, [T, embed_dim].
+
+        Raises:
+            ValueError: the layer has LRPE and ``positions`` is None.
+        """
+        qk, v, u = self._project(x)
+        q, k = self._encode(qk, positions)
+        mixed = lightning_attention_prefill(
+            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh
+        )
+        return self._gate(mixed, u)
+
+    def _encode(self, qk: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The q and k of T tokens, [T, H, D], from [T, 2, H, d]; the tokens may be of different sequences."""
+        q, k = qk.unbind(1)
+        if self.lrpe is None:
+            return q, k
+        if positions is None:
+            raise ValueError(f"positions is None; a layer with LRPE needs the position of each token, [{len(qk)}]")
+        q, k = self.lrpe(q.unsqueeze(0), k.unsqueeze(0), positions)
+        return q.squeeze(0), k.squeeze(0)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Activated q and k as [B, T, 2, H, d], v as [B, T, H, d], u as [B, T, hidden_dim]; v and u are views."""
+        """Activated q and k as [..., 2, H, d], v as [..., H, d], u as [..., hidden_dim]; v and u are views."""
         # One split and one activation for q and k: the backward is then one concatenation, not four padded sums.
         qk, v, u = self.qkvu_proj(x).split([2 * self.hidden_dim, self.hidden_dim, self.hidden_dim], -1)
         qk = F.silu(qk).unflatten(-1, (2, self.num_heads, self.head_dim))

@@ -1,0 +1,241 @@
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from lightning_attention.models.transnormer import TransnormerForCausalLM
+from lightning_attention.models.transnormer.batching import ContinuousBatch, Request, Token
+
+PAD = 0
+
+
+def run(batch: ContinuousBatch, requests: list[Request], joins: list[int] | None = None) -> dict[int, list[Token]]:
+    """Submit request i after joins[i] steps, and step until all have ended; each request's tokens."""
+    joins, steps, given, numbers = joins or [0] * len(requests), 0, {}, {}
+    while batch.busy or len(numbers) < len(requests):
+        for i, request in enumerate(requests):
+            if i not in numbers and joins[i] <= steps:
+                numbers[i] = batch.submit(request)
+        for token in batch.step():
+            given.setdefault(token.request, []).append(token)
+        steps += 1
+        assert steps < 2000
+    return {i: given[number] for i, number in numbers.items()}
+
+
+def words(tokens: list[Token]) -> list[int]:
+    return [token.token for token in tokens]
+
+
+@torch.no_grad()
+def greedy(model: TransnormerForCausalLM, request: Request) -> list[int]:
+    """By the definition: the whole text anew for every token."""
+    ids = [*request.prompt]
+    while len(ids) < len(request.prompt) + request.max_tokens:
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+        logits[PAD] = -torch.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] in request.stop:
+            break
+    return ids[len(request.prompt) :]
+
+
+def draw_requests(source: random.Random, count: int, longest: int = 120, **settings) -> list[Request]:
+    """Prompts of very different lengths, one token among them."""
+    lengths = [source.choice([1, 2, source.randint(3, 20), source.randint(20, longest)]) for _ in range(count)]
+    return [
+        Request([source.randrange(1, 97) for _ in range(n)], source.choice([1, 2, source.randint(3, 25)]), **settings)
+        for n in lengths
+    ]
+
+
+# A GPU is always one step ahead of the host; a CPU can be.
+@pytest.mark.parametrize(("seed", "ahead"), [(0, 0), (1, 0), (2, 1), (3, 1)])
+def test_each_request_gets_what_it_gets_alone_whoever_joins_and_leaves(model, seed: int, ahead: int) -> None:
+    check_random_requests(model, seed, ahead)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+@pytest.mark.parametrize("seed", range(4))
+def test_each_request_gets_what_it_gets_alone_on_a_gpu(model, seed: int) -> None:
+    batch = check_random_requests(model.cuda(), seed, 1)
+    assert batch._graphs  # decode steps were replayed
+
+
+def check_random_requests(model: TransnormerForCausalLM, seed: int, ahead: int) -> ContinuousBatch:
+    source = random.Random(seed)
+    requests = draw_requests(source, 15, stop=(5, 6, 7))
+    batch = ContinuousBatch(
+        model, max_batch=source.randint(2, 7), prefill_tokens=source.choice([1, 16, 64]), suppress=[PAD]
+    )
+    batch._ahead = ahead
+    joins = [source.randint(0, 40) for _ in requests]
+    given = run(batch, requests, joins)
+    for i, request in enumerate(requests):
+        assert words(given[i]) == greedy(model, request), i
+    ends = [tokens[-1].finished for tokens in given.values()]
+    assert {*ends} == {"stop", "length"}
+    assert all(token.finished is None for tokens in given.values() for token in tokens[:-1])
+    assert batch.step() == []
+    return batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+def test_a_gpu_is_waited_for_once_a_step(model) -> None:
+    batch = ContinuousBatch(model.cuda(), max_batch=4, prefill_tokens=16, suppress=[PAD])
+    requests = [Request([3] * n, 9, temperature=t) for n in (1, 40, 7, 2, 30) for t in (0.0, 1.0)]
+    run(batch, requests)  # compiled and captured
+    for request in requests:
+        batch.submit(request)
+    torch.cuda.set_sync_debug_mode("error")  # an event's synchronize, the one wait there is, is not among its errors
+    try:
+        while batch.busy:
+            batch.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_comparison_sees_a_state_that_is_not_the_requests_own(model, monkeypatch) -> None:
+    requests = draw_requests(random.Random(1), 6)
+    batch = ContinuousBatch(model, max_batch=2, suppress=[PAD])
+    prefill = type(model.model.layers[0].token_mixer).prefill
+    monkeypatch.setattr(
+        type(model.model.layers[0].token_mixer), "prefill", lambda *a, fresh, **k: prefill(*a, fresh=None, **k)
+    )
+    given = run(batch, requests)
+    assert [words(given[i]) for i in range(6)] != [greedy(model, request) for request in requests]
+
+
+def test_rows_are_reused_and_the_pool_does_not_grow(model) -> None:
+    batch = ContinuousBatch(model, max_batch=3)
+    addresses = [state.data_ptr() for state in batch.states]
+    assert [tuple(state.shape) for state in batch.states] == [(3, 2, 48, 24), (3, 2, 24, 24), (3, 2, 48, 24)]
+    given = run(batch, draw_requests(random.Random(0), 25))
+    assert len(given) == 25
+    assert [state.data_ptr() for state in batch.states] == addresses
+
+
+def test_a_long_prompt_holds_up_nobody(model) -> None:
+    batch = ContinuousBatch(model, max_batch=4, prefill_tokens=8)
+    talking = batch.submit(Request([3, 4], 60))
+    assert [token.request for token in batch.step()] == [talking]
+    long = batch.submit(Request([5] * 300, 2))
+    short = batch.submit(Request([6, 7, 8], 4))
+    order = []
+    while batch.busy:
+        tokens = [token.request for token in batch.step()]
+        if long not in order and order.count(talking) < 59:
+            assert talking in tokens  # a token every step, whatever is being read
+        order += tokens
+    assert order.index(short) < 4
+    assert order.count(talking) == 60 - 1
+    assert order.index(long) > 303 / 8
+
+
+def test_prompts_are_read_within_the_budget_and_by_all(model) -> None:
+    lengths = []
+    prefill = ContinuousBatch._prefill
+
+    class Watched(ContinuousBatch):
+        def _prefill(self, decoding, chunks):
+            lengths.append({s.number: n for s, n in chunks.items()})
+            return prefill(self, decoding, chunks)
+
+    batch = Watched(model, max_batch=8, prefill_tokens=20)
+    run(batch, [Request([3] * n, 1) for n in (100, 90, 5, 40)])
+    assert lengths[0] == {0: 10, 2: 5, 3: 5}  # half to the first, half to the shortest
+    assert all(sum(step.values()) == 20 for step in lengths[:-1])
+    assert {i: sum(step.get(i, 0) for step in lengths) for i in range(4)} == {0: 100, 1: 90, 2: 5, 3: 40}
+    one = Watched(model, prefill_tokens=1)
+    lengths.clear()
+    run(one, [Request([3] * 4, 1), Request([3], 1)])
+    assert lengths == [{0: 1}] * 4 + [{1: 1}]  # the first is never overtaken by all
+
+
+def test_sampling_draws_from_the_requests_own_seed(model) -> None:
+    def request(seed: int, **settings) -> Request:
+        return Request([9, 8, 7], 90, **{"temperature": 1.0, "top_p": 0.9, "seed": seed, **settings})
+
+    requests = [request(1), request(2), request(1), request(3, temperature=0), request(4, temperature=3.0)]
+    together = run(ContinuousBatch(model, max_batch=3, suppress=[PAD]), requests, [0, 0, 4, 2, 7])
+    for i, alone in enumerate(requests):
+        assert words(together[i]) == words(run(ContinuousBatch(model, suppress=[PAD]), [alone])[0])
+    assert words(together[0]) == words(together[2]) != words(together[1])
+    assert words(together[3]) == greedy(model, requests[3])
+    assert all(PAD not in words(tokens) for tokens in together.values())
+
+
+def test_cancelling_frees_the_row_and_leaves_the_others_alone(model) -> None:
+    requests = draw_requests(random.Random(3), 3)
+    requests = [Request(r.prompt, 12) for r in requests]
+    batch = ContinuousBatch(model, max_batch=2, suppress=[PAD])
+    first, second, third = (batch.submit(r) for r in requests)
+    given = [token for _ in range(3) for token in batch.step()]
+    batch.cancel(first)
+    batch.cancel(99)
+    while batch.busy:
+        given += batch.step()
+    assert len([t for t in given if t.request == first]) <= 3
+    for number, request in ((second, requests[1]), (third, requests[2])):
+        assert words([t for t in given if t.request == number]) == greedy(model, request)
+    batch.submit(requests[0])
+    waiting = [batch.submit(r) for r in requests[1:]]
+    batch.step()
+    batch.cancel(waiting[-1])
+    while batch.busy:
+        assert all(token.request != waiting[-1] for token in batch.step())
+
+
+def test_bfloat16_states_are_near(model) -> None:
+    request = Request([*range(3, 60)], 1)
+    pools: dict[torch.dtype, list[Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = ContinuousBatch(model, max_batch=2, state_dtype=dtype)
+        run(batch, [request])
+        pools[dtype] = batch.states
+    for exact, rounded in zip(*pools.values(), strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_decode_steps_come_in_few_sizes(model, monkeypatch) -> None:
+    sizes = []
+    decode_rows = ContinuousBatch._decode_rows
+    monkeypatch.setattr(
+        ContinuousBatch,
+        "_decode_rows",
+        lambda self, rows, *a: sizes.append(rows.shape[1]) or decode_rows(self, rows, *a),
+    )
+    run(ContinuousBatch(model, max_batch=11), [Request([3], n) for n in range(1, 13)])
+    assert {*sizes} == {1, 2, 4, 8, 11}
+    assert all(a >= b for a, b in pairwise(sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: Request([], 5), "prompt is empty; it must have at least one token"),
+        (lambda model: Request([3], 0), "max_tokens is 0; it must be at least 1"),
+        (lambda model: Request([3], 1, temperature=float("nan")), "temperature is nan; it must be 0 or more"),
+        (lambda model: Request([3], 1, top_p=1.5), "top_p is 1.5; it must be between 0 and 1"),
+        (lambda model: ContinuousBatch(model, max_batch=0), "max_batch is 0; it must be at least 1"),
+        (lambda model: ContinuousBatch(model, prefill_tokens=0), "prefill_tokens is 0; it must be at least 1"),
+        (
+            lambda model: ContinuousBatch(model).submit(Request([3, 97], 1)),
+            "prompt has token 97; ids must be from 0 to 96",
+        ),
+        (
+            lambda model: ContinuousBatch(model).submit(Request([-1], 1)),
+            "prompt has token -1; ids must be from 0 to 96",
+        ),
+    ],
+)
+def test_refuses(model, make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(model)
