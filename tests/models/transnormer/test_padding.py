@@ -110,3 +110,24 @@ def test_refuses_a_mask_of_another_shape(model: TransnormerForCausalLM, ids: Ten
 def test_refuses_positions_of_another_shape(model: TransnormerForCausalLM, ids: Tensor) -> None:
     with pytest.raises(ValueError, match=r"position_ids is \[90\]; it must be \[3 or 1, 90\]"):
         model(ids, position_ids=torch.arange(90))
+
+
+def test_returned_hidden_states_are_on_the_way_to_the_loss(model: TransnormerForCausalLM, ids: Tensor) -> None:
+    mask = torch.tensor(LEFT)
+    out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), output_hidden_states=True)
+    for hidden in out.hidden_states:
+        hidden.retain_grad()
+    out.loss.backward()
+    assert len(out.hidden_states) == 4
+    for hidden in out.hidden_states:
+        gradients = hidden.grad.abs().amax(2)
+        assert gradients[1, :-1].gt(0).all()
+        assert gradients[mask == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", [LEFT[:2], RIGHT[:2]], ids=["left", "right"])
+def test_the_loss_is_that_of_the_real_tokens(model: TransnormerForCausalLM, ids: Tensor, rows: list[list[int]]) -> None:
+    ids, mask = ids[:2], torch.tensor(rows)
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    alone = [model(row[real == 1][None], labels=row[real == 1][None]).loss for row, real in zip(ids, mask, strict=True)]
+    assert torch.allclose(loss, (49 * alone[0] + 89 * alone[1]) / 138, rtol=1e-5)

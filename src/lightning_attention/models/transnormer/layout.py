@@ -60,13 +60,17 @@ def lay_out(
         device: where the tokens are.
         mask: [B, T] bool, false for padding; None where there is none.
         position_ids: [B, T] or [1, T], the positions; None to count the real tokens of each sequence.
-        cu_seqlens: [N+1] boundaries of packed documents; then B is 1 and ``mask`` is None.
+        cu_seqlens: [N+1] boundaries of documents packed in the rows, one row after the other; then ``mask`` is None.
         offsets: [N] int64, the real tokens each sequence read before; None for none.
         step: whether the pass is one token per row, for :meth:`GatedLinearAttention.step`.
     """
     if cu_seqlens is not None:
-        positions = _packed_positions(cu_seqlens, length, offsets) if position_ids is None else position_ids[0]
-        return Layout(positions, cu_seqlens.diff().long(), cu_seqlens)
+        if position_ids is None:
+            positions = _packed_positions(cu_seqlens, batch * length, offsets)
+        else:
+            positions = position_ids.expand(batch, length).flatten()
+        order = None if batch == 1 else torch.arange(batch * length, device=device)
+        return Layout(positions, cu_seqlens.diff().long(), cu_seqlens, order)
     if mask is None:
         positions = torch.arange(length, device=device)
         lengths = torch.full((batch,), length, device=device)
@@ -85,6 +89,34 @@ def lay_out(
     order = (~mask).flatten().to(torch.uint8).argsort(stable=True)
     positions = positions.expand(batch, length).flatten().index_select(0, order)
     return Layout(positions, lengths, F.pad(lengths.cumsum(0), (1, 0)), order)
+
+
+def restarts(position_ids: Tensor) -> Tensor:
+    """Which tokens of each row begin another document, [B, T] bool: those whose position is not past the one before.
+
+    So [0, 1, 2, 0, 0, 1] is three documents, and [0, 2, 4] is one.
+    """
+    return F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0))
+
+
+# Not traced: the number of documents is in the data alone, and a shape made of it would be a guard on every batch.
+@torch.compiler.disable(reason="position_ids say how many documents there are; pass cu_seqlens to stay in one graph")
+def documents(position_ids: Tensor, batch: int) -> Tensor | None:
+    """The boundaries of the documents that ``position_ids`` mark by starting again; waits for the device.
+
+    Args:
+        position_ids: [B, T] or [1, T] integers.
+        batch: B.
+
+    Returns:
+        cu_seqlens, [N+1] int64, over the flattened batch, or None where every row is one document.
+    """
+    begins = restarts(position_ids)
+    begins[:, 0] = True
+    starts = begins.expand(batch, -1).flatten().nonzero().squeeze(1)
+    if len(starts) == batch:
+        return None
+    return F.pad(starts, (0, 1), value=batch * position_ids.shape[1])
 
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -1,9 +1,10 @@
 """TransNormerLLM (arXiv 2307.14995, 2405.17381) with the state-dict names of the released checkpoints."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -14,7 +15,7 @@ from transformers.utils import can_return_tuple
 from lightning_attention import decay
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.layout import document_starts, lay_out
+from lightning_attention.models.transnormer.layout import document_starts, documents, lay_out, restarts
 from lightning_attention.nn import LRPE, SGLU, GatedLinearAttention, SRMSNorm
 
 
@@ -133,6 +134,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Read a batch, from nothing or from where a cache stands.
@@ -142,28 +144,34 @@ class TransnormerModel(TransnormerPreTrainedModel):
             attention_mask: [B, S] with S ≥ T, zero where a token is padding; the last T columns are this call's.
                 Padding may be anywhere, in a continuation too: it changes no state, moves no position, and what is
                 computed for it means nothing.
-            position_ids: [B, T] or [1, T], positions for LRPE; None to count the real tokens of every sequence.
+            position_ids: [B, T] or [1, T], positions for LRPE; None to count the real tokens of every sequence. Without
+                ``attention_mask``, ``past_key_values`` and ``cu_seqlens``, a position that is not past the one before
+                it begins another document, as transformers' ``DataCollatorWithFlattening`` marks them. Looking for
+                these waits for the device; ``cu_seqlens`` says the same without.
             past_key_values: what came before; updated in place by this call.
             inputs_embeds: [B, T, width], already scaled, as ``get_input_embeddings()`` makes them.
             use_cache: whether to return a cache; None for the configuration's choice, or False in training.
             output_hidden_states: whether to return the hidden states before every block and after the last norm.
             cu_seqlens: [N+1] integers on the inputs' device: B is 1 and N documents are packed; each starts from
                 nothing, or from its row of ``past_key_values``. Without ``attention_mask``.
+            cu_seq_lens_q: transformers' name for ``cu_seqlens``, which its collators and trainers use.
             **_: what transformers hands to every model; not used.
 
         Returns:
-            ``last_hidden_state`` [B, T, width], ``past_key_values``, and ``hidden_states`` where asked for.
+            ``last_hidden_state`` [B, T, width], ``past_key_values``, which has a row for every document where they
+            are packed, and ``hidden_states`` where asked for.
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; a mask or positions of another shape;
-                ``cu_seqlens`` together with ``attention_mask`` or with B above 1; ``past_key_values`` together with
-                gradient checkpointing.
+                ``cu_seqlens`` together with ``attention_mask``, with ``cu_seq_lens_q`` or with B above 1;
+                ``past_key_values`` together with gradient checkpointing.
             TypeError: ``past_key_values`` is another kind of cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if past_key_values is not None and not isinstance(past_key_values, TransnormerCache):
             raise TypeError(f"past_key_values is a {type(past_key_values).__name__}; it must be a TransnormerCache")
+        cu_seqlens = _one_of(cu_seqlens, cu_seq_lens_q)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -184,6 +192,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             )
         if position_ids is not None and position_ids.shape not in {(1, length), (batch, length)}:
             raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
+        if cu_seqlens is None and _may_restart(position_ids, attention_mask, past_key_values):
+            cu_seqlens = documents(position_ids, batch)
         if use_cache and past_key_values is None:
             past_key_values = TransnormerCache(self.config)
         offsets = None if past_key_values is None else past_key_values.positions
@@ -206,6 +216,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 history.append(layout.unpack(hidden_states, batch))
+                hidden_states = layout.pack(history[-1])  # by way of what is returned, so that it can have a gradient
             hidden_states = layer(
                 hidden_states,
                 positions=layout.positions,
@@ -251,20 +262,23 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits and, with ``labels``, their loss.
 
         ``labels``, [B, T] token ids, may be the inputs themselves: they are shifted inside, and -100 is nothing to
-        learn. With ``cu_seqlens`` no document is asked for the next one's first token. ``logits_to_keep`` computes
-        the logits of the last that many tokens only (0: all), or of the columns it lists; not with ``labels``. The
-        other arguments, and what is raised, are those of :class:`TransnormerModel`.
+        learn. Where documents are packed, none is asked for the next one's first token, and padding is not asked for
+        the token after it. ``logits_to_keep`` computes the logits of the last that many tokens only (0: all), or of
+        the columns it lists; not with ``labels``. The other arguments, and what is raised, are those of
+        :class:`TransnormerModel`.
 
         Returns:
             ``loss`` (mean negative log-likelihood, nats per token), ``logits`` [B, T, vocab_size],
             ``past_key_values``, and ``hidden_states`` where asked for.
         """
+        cu_seqlens = _one_of(cu_seqlens, cu_seq_lens_q)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -285,6 +299,11 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         if labels is not None:
             if cu_seqlens is not None:
                 labels = labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
+            elif _may_restart(position_ids, attention_mask, past_key_values):
+                labels = labels.masked_fill(restarts(position_ids), -100)
+            elif attention_mask is not None:
+                padding = attention_mask[:, -labels.shape[1] :] == 0
+                labels = labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
@@ -301,6 +320,19 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = TransnormerCache(self.config)
+
+
+def _one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
+    if cu_seqlens is not None and cu_seq_lens_q is not None:
+        raise ValueError("cu_seqlens and cu_seq_lens_q are both given; they are two names of one thing")
+    return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+
+
+def _may_restart(
+    position_ids: Tensor | None, attention_mask: Tensor | None, past_key_values: TransnormerCache | None
+) -> TypeGuard[Tensor]:
+    """Whether positions may mark documents; the condition is the one of transformers' own attention masks."""
+    return position_ids is not None and attention_mask is None and past_key_values is None
 
 
 def _local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
