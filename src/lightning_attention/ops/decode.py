@@ -1,9 +1,8 @@
 """One token for each of many sequences, their states in one pool."""
 
-import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops import backends, registration, validation
 from lightning_attention.ops.attention import cast_for_autocast
 
 
@@ -22,7 +21,7 @@ def lightning_attention_decode(
     Not differentiable. Nothing is read on the host, so a call can be captured in a CUDA graph.
 
     Args:
-        q: [N, H, D], bfloat16, float16 or float32 (or float64); any strides with a unit last one.
+        q: [N, H, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one.
         k: [N, H, D], of q's dtype.
         v: [N, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
@@ -41,12 +40,13 @@ def lightning_attention_decode(
         ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
             a slot past the pool or given twice.
     """
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_qkv(q, k, v, "N")
-    validation.check_log_decay(log_decay, q)
+    if not validation.serves(q, k, v, log_decay, state, slots):
+        validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
+        validation.check_qkv(q, k, v, "N")
+        validation.check_log_decay(log_decay, q)
+        validation.check_pool(state, q, v, slots, q.shape[0])
     validation.check_scale(scale)
-    validation.check_pool(state, q, v, slots, q.shape[0])
-    return torch.ops.lightning_attention.decode(
-        q, k, v, log_decay, state, slots, scale, backends.choose(None, q.device, "decode")
+    return registration.serve(
+        "decode", q, k, v, log_decay, state, slots, scale * 1.0, backends.choose(None, q.device, "decode")
     )

@@ -223,6 +223,14 @@ _register_autograd("attention_backward")
 
 # Serving: one pool of states, updated in place
 
+
+def serve(name: str, *inputs: Any) -> Any:
+    """As ``call``, for operations without a derivative."""
+    if _watched(inputs[0]):
+        return getattr(torch.ops.lightning_attention, name).default(*inputs)
+    return _implementations[name](*inputs)
+
+
 _library.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor? slots, float scale, "
     "str backend) -> Tensor"

@@ -1,9 +1,8 @@
 """Speculative decoding: look at drafts without touching the state, then fold in what was accepted."""
 
-import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops import backends, registration, validation
 from lightning_attention.ops.attention import cast_for_autocast
 
 
@@ -25,7 +24,7 @@ def lightning_attention_verify(
     ``o = scale · q (λ^d S + Σ_a λ^(d − d_a) k_aᵀ v_a)``. Not differentiable.
 
     Args:
-        q: [T, H, D], the drafts of N sequences, packed; bfloat16, float16 or float32 (or float64).
+        q: [T, H, D], the drafts of N sequences, packed; bfloat16, float16 or float32 or, on a CPU, float64.
         k: [T, H, D], of q's dtype.
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
@@ -45,18 +44,21 @@ def lightning_attention_verify(
         ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
             the numbers in the index tensors.
     """
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
     validation.check_qkv(q, k, v, "T")
-    validation.check_log_decay(log_decay, q)
-    validation.check_scale(scale)
     validation.check_cu_seqlens(cu_seqlens, q)
-    validation.check_pool(state, q, v, slots, cu_seqlens.shape[0] - 1)
+    N = cu_seqlens.shape[0] - 1
+    if not validation.serves(q, k, v, log_decay, state, slots, N):
+        validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
+        validation.check_log_decay(log_decay, q)
+        validation.check_pool(state, q, v, slots, N)
+    validation.check_scale(scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
-    return torch.ops.lightning_attention.verify(
-        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, backends.choose(None, q.device, "verify")
-    )
+    return registration.serve(
+        "verify", q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0,
+        backends.choose(None, q.device, "verify"),
+    )  # fmt: skip
 
 
 def lightning_attention_commit(
@@ -85,13 +87,15 @@ def lightning_attention_commit(
         ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
             the numbers in the index tensors.
     """
-    validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
     k, v = cast_for_autocast(k, v)
     validation.check_kv(k, v, "T")
-    validation.check_log_decay(log_decay, k)
     validation.check_cu_seqlens(cu_seqlens, k)
-    validation.check_pool(state, k, v, slots, cu_seqlens.shape[0] - 1)
+    N = cu_seqlens.shape[0] - 1
+    if not validation.serves(k, k, v, log_decay, state, slots, N):
+        validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
+        validation.check_log_decay(log_decay, k)
+        validation.check_pool(state, k, v, slots, N)
     validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
-    torch.ops.lightning_attention.commit(
-        k, v, log_decay, state, cu_seqlens, accepted, slots, backends.choose(None, k.device, "commit")
+    registration.serve(
+        "commit", k, v, log_decay, state, cu_seqlens, accepted, slots, backends.choose(None, k.device, "commit")
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
+_STATES = (torch.float32, torch.bfloat16)
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -148,7 +149,7 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
     if state.ndim != 4 or state.shape[1:] != (q.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[S, H, D, E] = [S, {q.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
         raise ValueError(f"state has shape {list(state.shape)}; it must be {wanted}")
-    check_dtype("state", state, (torch.float32, torch.bfloat16))
+    check_dtype("state", state, _STATES)
     check_device("state", state, q)
     if slots is None:
         if state.shape[0] != num_sequences:
@@ -228,3 +229,69 @@ def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
 
 def _shown(values: list[int]) -> str:
     return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
+
+
+def serves(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    slots: Tensor | None,
+    num_sequences: int | None = None,
+) -> bool:
+    """All of what ``check_no_grad``, ``check_qkv``, ``check_log_decay`` and ``check_pool`` want, in one look.
+
+    A decoding step of one sequence is so short that the time to find out what is wrong would show. ``num_sequences``
+    is q's first size where it is None.
+    """
+    for x in (q, k, v, state):
+        if not isinstance(x, Tensor):
+            return False
+    shape, values, pool = q.shape, v.shape, state.shape
+    if not len(shape) == len(values) == 3 == len(pool) - 1:
+        return False
+    N, H, D = shape
+    E, device, dtype = values[2], q.device, q.dtype
+    if num_sequences is None:
+        num_sequences = N
+    return (
+        k.shape == shape
+        and values == (N, H, E)
+        and pool == (num_sequences if slots is None else pool[0], H, D, E)
+        and H > 0 < D
+        and E > 0
+        and dtype == k.dtype == v.dtype
+        and dtype in FLOATS
+        and state.dtype in _STATES
+        and device == k.device == v.device == state.device
+        and q.stride(2) == k.stride(2) == v.stride(2) == 1
+        and (
+            slots is None
+            or (
+                isinstance(slots, Tensor)
+                and slots.dtype in INDICES
+                and slots.shape == (num_sequences,)
+                and slots.device == device
+            )
+        )
+        and (
+            log_decay is None
+            or (
+                isinstance(log_decay, Tensor)
+                and log_decay.dtype == torch.float32
+                and log_decay.shape == (H,)
+                and log_decay.device == device
+            )
+        )
+        and not (
+            torch.is_grad_enabled()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or state.requires_grad
+                or (log_decay is not None and log_decay.requires_grad)
+            )
+        )
+    )

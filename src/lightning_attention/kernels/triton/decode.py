@@ -1,0 +1,66 @@
+"""One step of the recurrence over a pool of states: every state is read once and written once."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lightning_attention.kernels.triton import launch
+from lightning_attention.kernels.triton.attention import _on_its_device
+from lightning_attention.kernels.triton.step import decode_kernel
+
+
+@cache
+def columns(D: int, E: int, dtype: torch.dtype, state_dtype: torch.dtype, states: int = 1) -> int:
+    """TE, columns of a state that one program has: whole lines of 128 bytes, where registers hold ``states`` of them.
+
+    A tile [128, 32] of float32 is 16 KB, 32 registers a thread, and eight loads of 16 bytes in flight: many programs
+    fit a multiprocessor, and one sequence of 64 heads still makes 256 of them. At 64 registers there is room for four.
+    """
+    launch.tiles((0, 0), D, E, dtype, False)  # raises for what the kernels do not take
+    fits = 64 * 128 // (states * rows(D))
+    return min(128 // state_dtype.itemsize, fits, max(16, triton.next_power_of_2(E)))
+
+
+@cache
+def rows(D: int) -> int:
+    """BD, the power of two that D is padded to."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def aligned(state: Tensor) -> bool:
+    """Whether every row of every state can be read 16 bytes at a time."""
+    slot, head, row, column = state.stride()
+    return column == 1 and not ((slot | head | row) * state.itemsize | state.data_ptr()) & 15
+
+
+def constants(D: int, E: int, TE: int, ALIGNED: bool) -> dict[str, Any]:
+    return {"D": D, "E": E, "BD": rows(D), "TE": TE, "ALIGNED": ALIGNED}
+
+
+@_on_its_device
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
+) -> Tensor:
+    N, H, D = q.shape
+    E = v.shape[2]
+    TE = columns(D, E, q.dtype, state.dtype)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if N == 0:
+        return out
+    if log_decay is not None:
+        log_decay = log_decay.contiguous()
+    if slots is not None:
+        slots = slots.contiguous()
+    sizes = D, E, TE, aligned(state)
+    args = (
+        q, k, v, out, state, slots, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *state.stride(), H,
+        scale,
+    )  # fmt: skip
+    key = (
+        q.get_device(), q.dtype, state.dtype, sizes, log_decay is None, None if slots is None else slots.dtype,
+    )  # fmt: skip
+    launch.run(decode_kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: constants(*sizes))
+    return out
