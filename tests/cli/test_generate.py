@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 
 import pytest
@@ -69,6 +70,116 @@ def test_writes_while_it_generates(run, monkeypatch):
     assert run("the")[0] == 0
     assert writes[0] == "the"
     assert len({*writes}) > 6  # most of the 12 tokens are a piece of text of their own
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    """Write lines, objects or plain text, to a file of prompts."""
+
+    def write(*lines: object) -> str:
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_a_file_of_prompts_gives_each_its_line_as_it_ends(run, prompts_file):
+    asked = [
+        {"prompt": "the state"},
+        {"prompt": "attention naïve 漢字", "id": "kanji", "max_tokens": 3},
+        "",
+        {"prompt": "", "temperature": 0, "seed": 8},
+        {"prompt": "the state", "seed": 0, "top_p": 0.95, "id": 77},
+        {"prompt": "a " * 300, "max_tokens": 1},
+    ]
+    status, out, err = run("--prompts", prompts_file(*asked), "--max-batch", "2")
+    assert status == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["id"] for line in lines] == ["kanji", 1, 4, 6, 77]
+    found = {line["id"]: line for line in lines}
+    assert [(line["tokens"], line["finish_reason"]) for line in lines] == [
+        (3, "length"), (12, "length"), (12, "length"), (1, "length"), (12, "length"),
+    ]  # fmt: skip
+    assert found[77]["text"] == found[1]["text"]
+    alone = {
+        1: ("the state", "--seed", "0"),
+        "kanji": ("attention naïve 漢字", "--seed", "1", "--max-tokens", "3"),
+        4: ("", "--temperature", "0"),
+    }
+    for identity, arguments in alone.items():
+        assert found[identity]["text"] + "\n" == run(*arguments, "--no-echo")[1]
+    assert "5 prompts, 40 tokens, " in err
+    assert len(err.splitlines()) == 1
+
+
+def test_prompts_come_from_standard_input_too(run, prompts_file, monkeypatch):
+    pipe(monkeypatch, '{"prompt": "the"}\n{"prompt": "of"}\n')
+    piped = run("--prompts", "-")[1]
+    assert piped == run("--prompts", prompts_file({"prompt": "the"}, {"prompt": "of"}))[1]
+    assert len(piped.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'prompt': 'a'}", "line 2 is not JSON: Expecting property name"),
+        ('["a"]', """line 2 is ["a"]; wanted is an object, {"prompt": "..."}"""),
+        ("{}", "line 2: prompt is missing; it must be a string"),
+        ({"prompt": ["a"]}, """line 2: prompt is ["a"]; it must be a string"""),
+        ({"prompt": "a", "max_tokens": 0}, "line 2: max_tokens is 0; it must be a whole number, 1 or more"),
+        ({"prompt": "a", "max_tokens": True}, "line 2: max_tokens is true; it must be a whole number, 1 or more"),
+        ({"prompt": "a", "temperature": -1}, "line 2: temperature is -1; it must be a number, 0 or more"),
+        ({"prompt": "a", "temperature": float("nan")}, "line 2: temperature is NaN; it must be a number, 0 or more"),
+        ({"prompt": "a", "top_p": "1"}, """line 2: top_p is "1"; it must be a number from 0 to 1"""),
+        ({"prompt": "a", "seed": 1 << 63}, "line 2: seed is 9223372036854775808; it must be a whole number, 0 or more"),
+        (
+            {"prompt": "a", "temprature": 1},
+            """line 2: there is no field "temprature"; the fields are prompt, id, max""",
+        ),
+        ({"prompt": "a", "id": 1}, "line 2: id is 1, as in line 1; each must be another"),
+        ({"prompt": "a", "id": None}, "line 2: id is null; it must be a string or a whole number"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_generated(run, prompts_file, line, message):
+    status, out, err = run("--prompts", prompts_file({"prompt": "the"}, line))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_files_of_prompts_that_cannot_be_read(run, tmp_path, prompts_file):
+    (tmp_path / "latin").write_bytes(b'{"prompt": "\xff"}\n')
+    for path, message in {
+        tmp_path / "missing": "No such file",
+        tmp_path: "Is a directory",
+        tmp_path / "latin": "can't decode byte 0xff",
+        prompts_file("", " "): 'has no prompts; a line is like {"prompt": "Once upon a time"}',
+    }.items():
+        status, out, err = run("--prompts", str(path))
+        assert (status, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+    status, _, err = run("the", "--prompts", str(tmp_path / "latin"))
+    assert status == 2
+    assert "give either PROMPT or --prompts" in err
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), KeyboardInterrupt()])
+def test_a_reader_that_leaves_and_an_interrupt_end_it_quietly(run, prompts_file, monkeypatch, error):
+    stream = io.StringIO()
+
+    def flush() -> None:
+        if len(stream.getvalue().splitlines()) == 2:
+            raise error
+
+    monkeypatch.setattr(stream, "flush", flush, raising=False)
+    monkeypatch.setattr("sys.stdout", stream)
+    status, _, err = run("--prompts", prompts_file(*[{"prompt": "the"}] * 9), "--max-batch", "1")
+    assert status == (1 if isinstance(error, OSError) else 130)
+    assert "Traceback" not in err
+    first, second = map(json.loads, stream.getvalue().splitlines())  # what had ended is there, whole
+    assert (first["id"], second["id"]) == (1, 2)
 
 
 def test_a_run_its_checkpoint_and_a_plain_hugging_face_folder_are_one(run, checkpoint_folder, tmp_path):

@@ -4,9 +4,9 @@ import itertools
 import pytest
 import torch
 
-from lightning_attention.training import generation
+from lightning_attention.models.transnormer import batching
 from lightning_attention.training.config import InputError
-from lightning_attention.training.generation import Generator, sample
+from lightning_attention.training.generation import Generator, Prompt
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
 from tests.training.tiny import tiny_settings, train
 
@@ -24,9 +24,17 @@ def generator(trained):
     return Generator.load(trained[1], torch.device("cpu"))
 
 
-def texts(generator, prompts, **settings):
-    steps = list(generator.stream(prompts, **{"max_tokens": 40, "ignore_eos": True, **settings}))
-    return ["".join(pieces) for pieces in zip(*steps, strict=True)]
+def asked(prompts, *, seed=0, **settings):
+    how = {"max_tokens": 40, "temperature": 1.0, "top_p": 1.0, "ignore_eos": True, **settings}
+    return [Prompt(text, seed=seed + i, **how) for i, text in enumerate(prompts)]
+
+
+def texts(generator, prompts, *, max_batch=256, **settings):
+    found = [""] * len(prompts)
+    for pieces in generator.stream(asked(prompts, **settings), max_batch=max_batch):
+        for number, text, _ in pieces:
+            found[number] += text
+    return found
 
 
 def test_greedy_text_is_what_the_model_says_token_by_token(trained, generator):
@@ -51,32 +59,52 @@ def test_a_prompts_text_does_not_depend_on_the_others(generator):
     assert together != texts(generator, PROMPTS, seed=6)
 
 
-def test_prompts_longer_than_a_piece_of_prefill(generator, monkeypatch):
+@pytest.mark.parametrize("max_batch", [1, 2, 3])
+def test_prompts_that_wait_for_others_get_the_same(generator, max_batch):
+    many = [*PROMPTS, "", "of the", *PROMPTS]
+    assert texts(generator, many, max_batch=max_batch, seed=2) == texts(generator, many, seed=2)
+
+
+def test_prompts_longer_than_a_step_reads(generator, monkeypatch):
     wanted = texts(generator, PROMPTS, temperature=0)
     for tokens in (1, 3):
-        monkeypatch.setattr(generation, "PREFILL_TOKENS", tokens)
+        monkeypatch.setitem(batching.ContinuousBatch.__init__.__kwdefaults__, "prefill_tokens", tokens)
         assert texts(generator, PROMPTS, temperature=0) == wanted
 
 
 def test_never_broken_characters(generator):
     # At a high temperature the little model throws bytes about; what is complete comes out, whole and in order.
-    steps = list(generator.stream(["漢"], max_tokens=400, temperature=3.0, ignore_eos=True))
-    for (text,) in steps:
+    steps = list(generator.stream(asked(["漢"], max_tokens=400, temperature=3.0)))
+    found = [text for ((_, text, _),) in steps]
+    assert len(found) == 400
+    for text in found:
         assert text.encode("utf-8").decode("utf-8") == text
-    assert any(text == "" for (text,) in steps[:-1])  # some token is a part of a character
+    assert "" in found[:-1]  # some token is a part of a character
+
+
+def script(monkeypatch, *steps):
+    """Let the next tokens be these, a list for every step."""
+    scripted = iter(steps)
+    monkeypatch.setattr(batching, "sample", lambda *_: torch.tensor(next(scripted)))
+    return scripted
 
 
 def test_ends_at_the_end_of_a_document(generator, monkeypatch):
-    scripted = iter([[5, 5], [END_ID, 6], [7, 7], [7, END_ID], [8, 8]])
-    monkeypatch.setattr(generation, "sample", lambda *_: torch.tensor(next(scripted)))
+    scripted = script(monkeypatch, [5, 5], [END_ID, 6], [7], [END_ID], [8])
     decode = generator._tokenizer.backend_tokenizer.decode
     assert texts(generator, ["a", "b"], ignore_eos=False) == [decode([5]), decode([5, 6, 7])]
-    assert next(scripted) == [8, 8]  # nothing was generated after both had ended
+    assert next(scripted) == [8]  # nothing was generated after both had ended
+
+
+def test_says_why_a_text_ended(generator, monkeypatch):
+    script(monkeypatch, [5, 5], [END_ID, 6], [7])
+    steps = list(generator.stream(asked(["a", "b"], max_tokens=3, ignore_eos=False)))
+    assert [[piece.finished for piece in pieces] for pieces in steps] == [[None, None], ["stop", None], ["length"]]
+    assert steps[1][0] == (0, "", "stop")
 
 
 def test_end_of_document_can_be_ignored(generator, monkeypatch):
-    scripted = iter([[5], [END_ID], [7]])
-    monkeypatch.setattr(generation, "sample", lambda *_: torch.tensor(next(scripted)))
+    script(monkeypatch, [5], [END_ID], [7])
     assert texts(generator, ["a"], max_tokens=3) == [generator._tokenizer.backend_tokenizer.decode([5, 7])]
 
 
@@ -90,7 +118,7 @@ def test_memory_is_constant_in_the_length(generator):
         for _ in itertools.islice(stream, tokens):
             pass
 
-    stream = generator.stream(["the state", "a"], max_tokens=3000, ignore_eos=True)
+    stream = generator.stream(asked(["the state", "a"], max_tokens=3000))
     skip(200)
     at_200 = live_bytes()
     skip(1800)
@@ -98,31 +126,6 @@ def test_memory_is_constant_in_the_length(generator):
     # The measure sees what the smallest of growing caches would add: one number for every further token.
     kept = torch.zeros(1800)
     assert live_bytes() == at_200 + kept.nbytes
-
-
-def test_sampling_follows_the_distribution():
-    probabilities = torch.tensor([0.5, 0.05, 0.3, 0.15])
-    draws = (torch.arange(1000) + 0.5) / 1000
-    logits = probabilities.log().expand(1000, 4)
-
-    def shares(**settings):
-        tokens = sample(logits, **{"temperature": 1.0, "top_p": 1.0, **settings}, draws=draws)
-        return (tokens.bincount(minlength=4) / 1000).tolist()
-
-    assert shares() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=2e-3)
-    assert shares(top_p=0.8) == pytest.approx([0.625, 0, 0.375, 0], abs=2e-3)
-    assert shares(top_p=0.81) == pytest.approx([0.5 / 0.95, 0, 0.3 / 0.95, 0.15 / 0.95], abs=2e-3)
-    assert shares(top_p=0.0) == [1, 0, 0, 0]
-    sharpened = probabilities**2 / (probabilities**2).sum()
-    assert shares(temperature=0.5) == pytest.approx(sharpened.tolist(), abs=2e-3)
-    assert shares(temperature=0) == [1, 0, 0, 0]
-
-
-def test_sampling_at_the_edges():
-    logits = torch.tensor([[0.0, -torch.inf, 0.0]])
-    for draw in (0.0, 1 - 2**-24):
-        token = sample(logits, 1.0, 1.0, torch.tensor([draw]))
-        assert token.item() != 1  # what has no probability is not drawn
 
 
 def test_folders_that_hold_no_model_of_this_kind(tmp_path, trained):

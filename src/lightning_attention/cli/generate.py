@@ -1,20 +1,26 @@
-"""`lightning-attention generate`: continue prompts with a trained model, as a stream."""
+"""`lightning-attention generate`: continue prompts with a trained model, as a stream or by the file."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from lightning_attention.training.generation import Piece
+
 
 def generate(
-    prompts: Annotated[
+    texts: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="PROMPT",
@@ -24,6 +30,15 @@ def generate(
         ),
     ] = None,
     *,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines instead, - for standard input: {"prompt": "...", "id": "...", "max_tokens": 50}; '
+            "temperature, top_p and seed too. All but the prompt may be left out.",
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Prompts that run at a time; the others wait.")] = 256,
     model: Annotated[
         Path, typer.Option(metavar="FOLDER", help="A run, one of its checkpoints, or a Hugging Face folder.")
     ] = Path("runs/default"),
@@ -43,23 +58,30 @@ def generate(
 
     Memory does not grow with the length: the model carries a state of fixed size. Several prompts run as one batch;
     the first is printed as it comes, the others after it.
+
+    With --prompts every prompt becomes a line of JSON when it has ended, in that order: its id (the line number where
+    none is given), its text, how many tokens were generated, and whether it ended by itself (stop) or at --max-tokens
+    (length). A prompt that ended makes room for the next.
     """
-    texts = _texts(prompts or [])
+    if prompts is not None and texts:
+        raise typer.BadParameter("give either PROMPT or --prompts", param_hint="--prompts")
+    openings = _texts(texts or []) if prompts is None else []
+    from lightning_attention.cli.prompts import read_prompts
     from lightning_attention.training.checkpoint import find_model
-    from lightning_attention.training.generation import Generator
+    from lightning_attention.training.generation import Generator, Prompt
     from lightning_attention.training.runtime import Runtime
 
+    like = Prompt("", max_tokens, temperature, top_p, seed, ignore_eos)
+    if prompts is not None:
+        ids, wanted = read_prompts(prompts, like)
+    else:
+        wanted = [replace(like, text=text, seed=seed + i) for i, text in enumerate(openings)]
     runtime = Runtime.choose(device, "float32")
-    generator = Generator.load(find_model(model), runtime.device)
-    stream = generator.stream(
-        texts,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        ignore_eos=ignore_eos,
-    )
-    _print_streams(stream, texts if echo else [""] * len(texts))
+    stream = Generator.load(find_model(model), runtime.device).stream(wanted, max_batch=max_batch)
+    if prompts is not None:
+        _print_lines(stream, ids)
+    else:
+        _print_streams(stream, openings if echo else [""] * len(openings))
 
 
 def _texts(prompts: list[str]) -> list[str]:
@@ -72,7 +94,7 @@ def _texts(prompts: list[str]) -> list[str]:
     return prompts
 
 
-def _print_streams(stream: Iterator[list[str]], openings: list[str]) -> None:
+def _print_streams(stream: Iterator[list[Piece]], openings: list[str]) -> None:
     """Print the first text as it comes, and the others, which wait in files meanwhile, after it."""
     out = sys.stdout
     many = len(openings) > 1
@@ -82,12 +104,28 @@ def _print_streams(stream: Iterator[list[str]], openings: list[str]) -> None:
         for number, (sink, opening) in enumerate(zip(sinks, openings, strict=True), 1):
             sink.write(f"=== {number} of {len(openings)} ===\n{opening}" if many else opening)
         out.flush()
-        for texts in stream:
-            for sink, text in zip(sinks, texts, strict=True):
-                sink.write(text)
+        for pieces in stream:
+            for piece in pieces:
+                sinks[piece.prompt].write(piece.text)
             out.flush()
         out.write("\n")
         for file in waiting:
             file.seek(0)
             shutil.copyfileobj(file, out)
             out.write("\n")
+
+
+def _print_lines(stream: Iterator[list[Piece]], ids: list[str | int]) -> None:
+    """Print every prompt's text as a line of JSON when it has ended, and the speed, to standard error, at the end."""
+    running: dict[int, list[str]] = {}
+    tokens, start = 0, time.perf_counter()
+    for pieces in stream:
+        tokens += len(pieces)
+        for prompt, text, finished in pieces:
+            running.setdefault(prompt, []).append(text)
+            if finished:
+                texts = running.pop(prompt)
+                line = {"id": ids[prompt], "text": "".join(texts), "tokens": len(texts), "finish_reason": finished}
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{len(ids)} prompts, {tokens} tokens, {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)

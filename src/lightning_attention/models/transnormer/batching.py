@@ -170,9 +170,9 @@ class ContinuousBatch:
         return bool(self._waiting or self._running)
 
     @property
-    def waiting(self) -> int:
-        """Requests that have no row of the pool yet."""
-        return len(self._waiting)
+    def room(self) -> int:
+        """Rows of the pool that no request has or waits for."""
+        return max(0, len(self._free) - len(self._waiting))
 
     def submit(self, request: Request) -> int:
         """Let a request wait for a row of the pool. Returns the number that its tokens will carry.
