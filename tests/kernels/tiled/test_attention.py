@@ -98,6 +98,37 @@ def test_tokens_past_the_last_sequence_are_never_read(backend: str, bad: float):
         assert not getattr(got, name)[:, 130:].any(), name
 
 
+PER_TOKEN = ("output", "q", "k", "v")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout", "initial_state", "dfinal"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("piece", [1, 2, PIECE])
+def test_one_sequence_does_not_poison_another(piece: int, packed: bool, name: str, bad: float):
+    # The poisoned one ends in a partial block, with neighbours in its own piece; in short pieces it fills several.
+    lengths = [100, 64, 230, 0, 1, 128]
+    clean = make_problem(lengths=lengths, padding=5, D=8, E=6) if packed else make_problem(B=3, T=230, D=8, E=6)
+    sequence = 2 if packed else 1
+    start = sum(lengths[:sequence]) if packed else 0
+    own = (slice(0, 1) if packed else slice(sequence, sequence + 1), slice(start, start + 230))
+    x = getattr(clean, name).clone()
+    if name in ("initial_state", "dfinal"):
+        x[sequence] = bad
+    else:
+        x[own][:, 90] = bad
+    with patch.object(tiled, "PIECE", piece):
+        expected, got = solve_with(clean, "tiled"), solve_with(replace(clean, **{name: x}), "tiled")
+    poisoned = 0
+    for part in (*PER_TOKEN, "final_state", "initial_state"):
+        want, have = getattr(expected, part).clone(), getattr(got, part).clone()
+        place = own if part in PER_TOKEN else sequence
+        poisoned += int(not have[place].isfinite().all())
+        want[place] = have[place] = 0
+        assert torch.equal(have, want), part
+    assert poisoned
+
+
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize("lengths", [None, [0], [0, 0, 0]])
 def test_no_tokens(backend: str, lengths: list[int] | None):

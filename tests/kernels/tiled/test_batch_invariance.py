@@ -1,10 +1,13 @@
 """With batch_invariant, the bits of a sequence's results do not depend on what else is in the batch."""
 
 from dataclasses import fields, replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from lightning_attention.kernels.tiled import attention as tiled
+from lightning_attention.kernels.tiled.layout import layout_of
 from tests.support import Problem, Solution, cumulative, make_problem, solve_with
 
 # Odd sizes too: there the bits of a matrix product depend on where in memory its operands begin.
@@ -65,8 +68,15 @@ def test_a_prefill_in_two_at_the_end_of_a_block(H: int, D: int, E: int, cut: int
     assert torch.equal(last.final_state, expected.final_state)
 
 
-def test_without_it_the_sums_have_another_order():
-    """The option does something: the scan of the states is a matrix product where it is not asked for."""
-    problem = make_problem(T=1000, H=2, D=16)
-    once, invariant = (solve_with(problem, batch_invariant=option) for option in (False, True))
-    assert not torch.equal(once.final_state, invariant.final_state)
+@pytest.mark.parametrize("option", [False, True])
+def test_odd_sizes_are_worked_on_in_whole_cache_lines(option: bool):
+    """The option does something; without it a small odd size is not padded to many times itself."""
+    sizes = set()
+
+    def spy(x: torch.Tensor, *arguments: object) -> object:
+        sizes.add(x.shape[-1])
+        return layout_of(x, *arguments)
+
+    with patch.object(tiled, "layout_of", spy):
+        solve_with(make_problem(T=100, D=5, E=7), batch_invariant=option)
+    assert sizes == {16 if option else 5}
