@@ -11,12 +11,20 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
+from packaging.version import Version, parse
 
 from tests.support import Problem, Solution
+
+interpreted = pytest.mark.skipif(
+    parse(version("triton")) < Version("3.9") and parse(version("numpy")) >= Version("2.4"),
+    reason="Triton's interpreter works with NumPy 2.4 from Triton 3.9 on",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Run:
 
 
 class Interpreter:
-    """Solves problems in the other process, which every test of a session shares."""
+    """Solves problems in the other process, which every test of a session shares (the fixture ``interpreter``)."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -41,13 +49,14 @@ class Interpreter:
         self, problem: Problem, *, segments: bool = False, batch_invariant: bool = False, final: bool = True
     ) -> Run:
         """``segments`` cuts sequences every two blocks; without ``final`` the states after them are not computed."""
-        return self._call(_solve, problem, segments, batch_invariant, final)
+        return self.call(_solve, problem, segments, batch_invariant, final)
 
     def states(self, problem: Problem, *, segments: bool = False) -> torch.Tensor:
         """The final states alone."""
-        return self._call(_states, problem, segments)
+        return self.call(_states, problem, segments)
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function at the top of a module returns there; it is pickled, as its arguments are."""
         # Pickled here: left to multiprocessing, every tensor would be a file in shared memory.
         return pickle.loads(self._pool.submit(_answer, pickle.dumps((function, arguments))).result())
 

@@ -125,6 +125,13 @@ def _on(chip: Chip, segments: bool) -> Iterator[list[Launch]]:
         yield launches
 
 
+def launched_by(call: Callable[[], object], chip: Chip) -> list[Launch]:
+    """What a call on tensors without memory launches."""
+    with _on(chip, False) as launches:
+        call()
+    return launches
+
+
 def launched(
     chip: Chip,
     D: int,

@@ -3,33 +3,21 @@
 Interpreting costs a second or three a problem, nearly whatever its size: few problems, each of many features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib.metadata import version
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version, parse
 from torch import Tensor
 
-from tests.kernels.triton.interpreter import Interpreter
+from tests.kernels.triton.interpreter import Interpreter, interpreted
 from tests.support import Problem, Solution, make_problem, problems, relative_error, solve_exactly
 
-pytestmark = pytest.mark.skipif(
-    parse(version("triton")) < Version("3.9") and parse(version("numpy")) >= Version("2.4"),
-    reason="Triton's interpreter works with NumPy 2.4 from Triton 3.9 on",
-)
+pytestmark = interpreted
 NAN = float("nan")
 ARRAYS = ("q", "k", "v", "dout")
-
-
-@pytest.fixture(scope="session")
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
 
 
 def misses(got: Solution, problem: Problem) -> dict[str, float]:
