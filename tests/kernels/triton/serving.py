@@ -128,19 +128,20 @@ def with_kernels(operation: str, call: Call, without_slots: bool = False) -> tup
 def with_operations(operation: str, call: Call) -> tuple[Tensor | None, Tensor]:
     """Outputs and pool, by the public functions."""
     state = call.state()
-    return run(operation, call, state), state
+    return apply(operation, arguments(operation, call, state)), state
 
 
-def run(operation: str, call: Call, state: Tensor) -> Tensor | None:
+def apply(operation: str, given: tuple[Any, ...]) -> Tensor | None:
+    """The public function, on what ``arguments`` returns."""
     if operation == "decode":
-        q, k, v, log_decay, _, slots, scale = arguments(operation, call, state)
+        q, k, v, log_decay, state, slots, scale = given
         return lightning_attention_decode(q, k, v, log_decay, state, slots=slots, scale=scale)
     if operation == "verify":
-        q, k, v, log_decay, _, cu_seqlens, slots, parents, scale = arguments(operation, call, state)
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale = given
         return lightning_attention_verify(
             q, k, v, log_decay, state, cu_seqlens=cu_seqlens, slots=slots, parents=parents, scale=scale
         )
-    k, v, log_decay, _, cu_seqlens, accepted, slots = arguments(operation, call, state)
+    k, v, log_decay, state, cu_seqlens, accepted, slots = given
     lightning_attention_commit(k, v, log_decay, state, cu_seqlens=cu_seqlens, accepted=accepted, slots=slots)
     return None
 
