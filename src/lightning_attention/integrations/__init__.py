@@ -1,0 +1,1 @@
+"""Lightning attention inside other people's models and behind other libraries' signatures."""
