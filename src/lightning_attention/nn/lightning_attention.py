@@ -1,0 +1,348 @@
+"""Lightning attention as a layer: the published recipes around the operation, one constructor each."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_attention import decay
+from lightning_attention.nn.lrpe import LRPE
+from lightning_attention.nn.rope import rope
+from lightning_attention.ops.attention import lightning_attention
+from lightning_attention.ops.decode import lightning_attention_decode
+from lightning_attention.ops.prefill import lightning_attention_prefill
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "linear": lambda u: u}
+
+
+class _RMSNorm(nn.Module):
+    """Over the last size in equal groups, with or without a weight."""
+
+    def __init__(self, width: int, *, groups: int = 1, weight: bool = True, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(width)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
+        # Apart: with the float32 weight of autocast, rms_norm warns of a bfloat16 x, and takes the slow way.
+        return normed if self.weight is None else normed * self.weight.to(x.dtype)
+
+
+class LightningAttention(nn.Module):
+    """q, k, v = x W_qkv; out = W_out (gate(x W_gate) ⊙ norm(lightning_attention(q, k, v))).
+
+    q, k and v may pass a silu, then q and k an RMSNorm per head, then a position encoding. :meth:`minimax`,
+    :meth:`bailing`, :meth:`minicpm_sala`, :meth:`retnet` and :meth:`transnormer` are the layers of published models;
+    every parameter below is set by at least one of them. The norm over the residual stream before the layer, and the
+    residual itself, are the caller's.
+
+    The state, [N, H, D, E] float32, carries all that the layer has read: :meth:`forward` takes and returns it for any
+    number of tokens, :meth:`step` and :meth:`prefill` update rows of a pool in place. D is ``head_dim``, or twice that
+    with LRPE.
+
+    Args:
+        hidden_size: width of the input and the output.
+        num_heads: H.
+        log_decay: [H] float32, natural logarithm of each head's decay, from :mod:`lightning_attention.decay`. Fixed,
+            and float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004.
+        head_dim: width of a query and a key; None for hidden_size / H.
+        value_dim: E, width of a value; None for ``head_dim``.
+        silu: which of q, k and v pass a silu: "" for none, "qk" or "qkv".
+        qk_norm: whether q and k pass an RMSNorm over ``head_dim``, each with a weight of its own.
+        rope_dim: how many of the first channels of q and k get :func:`~lightning_attention.nn.rope`; even, 0 for none.
+        rope_base: its base.
+        lrpe: whether q and k get :class:`~lightning_attention.nn.LRPE`.
+        scale: factor on the operation's output; None for head_dim^(−1/2).
+        norm_groups: the RMSNorm of the output runs over H · E / norm_groups channels: 1 for all heads together, H for
+            each alone.
+        norm_weight: whether that norm has a weight, [H · E].
+        gate: "sigmoid", "silu" or "linear".
+        eps: of all norms.
+
+    Raises:
+        ValueError: a size is not positive, does not divide or is odd, a choice is none of those above, ``rope_dim``
+            and ``lrpe`` are both given, or ``log_decay`` is not [H] float32 with values (it is on the meta device).
+    """
+
+    log_decay: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        log_decay: Tensor,
+        *,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        silu: str = "",
+        qk_norm: bool = False,
+        rope_dim: int = 0,
+        rope_base: float = 10000.0,
+        lrpe: bool = False,
+        scale: float | None = 1.0,
+        norm_groups: int = 1,
+        norm_weight: bool = True,
+        gate: str = "sigmoid",
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(hidden_size, num_heads, head_dim)
+        value_dim = head_dim if value_dim is None else value_dim
+        if value_dim < 1:
+            raise ValueError(f"value_dim is {value_dim}; it must be at least 1")
+        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
+            raise ValueError(
+                f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
+                f"[{num_heads}] torch.float32 with values"
+            )
+        if silu not in ("", "qk", "qkv"):
+            raise ValueError(f"silu is {silu!r}; it must be '', 'qk' or 'qkv'")
+        if gate not in _GATES:
+            raise ValueError(f"gate is {gate!r}; it must be one of {', '.join(_GATES)}")
+        if rope_dim % 2 or not 0 <= rope_dim <= head_dim:
+            raise ValueError(f"rope_dim is {rope_dim}; it must be even and from 0 to head_dim, {head_dim}")
+        if rope_dim and lrpe:
+            raise ValueError(f"rope_dim is {rope_dim} and lrpe is True; a layer has one position encoding")
+        if norm_groups < 1 or num_heads * value_dim % norm_groups:
+            raise ValueError(f"norm_groups is {norm_groups}; it must divide H · value_dim, {num_heads * value_dim}")
+        self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
+        self.silu, self.gate, self.scale = silu, gate, head_dim**-0.5 if scale is None else scale
+        self.rope_dim, self.rope_base = rope_dim, rope_base
+        width = num_heads * value_dim
+        self.qkv_proj = nn.Linear(hidden_size, 2 * num_heads * head_dim + width, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.out_proj = nn.Linear(width, hidden_size, bias=False)
+        self.q_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.k_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.lrpe = LRPE(num_heads, head_dim) if lrpe else None
+        self.norm = _RMSNorm(width, groups=norm_groups, weight=norm_weight, eps=eps)
+        # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
+        self._log_decay_values: list[float] = log_decay.tolist()
+        self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def minimax(
+        cls, hidden_size: int, num_heads: int, *, layer: int, num_layers: int, head_dim: int | None = None
+    ) -> "LightningAttention":
+        """MiniMax-Text-01 and M1: silu on q, k and v, RMSNorm over all heads, sigmoid gate, no position encoding."""
+        slopes = decay.minimax(num_heads, layer, num_layers)
+        return cls(hidden_size, num_heads, slopes, head_dim=head_dim, silu="qkv")
+
+    @classmethod
+    def bailing(
+        cls,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        layer: int,
+        num_layers: int,
+        head_dim: int | None = None,
+        norm_groups: int = 4,
+        rope_base: float = 600000.0,
+    ) -> "LightningAttention":
+        """Ring-linear-2.0, Ling and Ring 2.5 and 2.6: QK-norm, rope on half a head, group RMSNorm, sigmoid gate.
+
+        ``norm_groups`` and ``rope_base`` are ``group_norm_size`` and ``rope_theta`` of their configurations; the
+        defaults are Ring-mini-linear-2.0's.
+        """
+        slopes, head_dim = decay.bailing(num_heads, layer, num_layers), _head_dim(hidden_size, num_heads, head_dim)
+        return cls(
+            hidden_size, num_heads, slopes, head_dim=head_dim, qk_norm=True, rope_dim=head_dim // 2,
+            rope_base=rope_base, scale=None, norm_groups=norm_groups,
+        )  # fmt: skip
+
+    @classmethod
+    def minicpm_sala(cls, hidden_size: int, num_heads: int, *, head_dim: int | None = None) -> "LightningAttention":
+        """MiniCPM-SALA, the same on every layer: QK-norm, rope, RMSNorm over all heads, sigmoid gate."""
+        slopes, head_dim = decay.alibi(num_heads), _head_dim(hidden_size, num_heads, head_dim)
+        return cls(hidden_size, num_heads, slopes, head_dim=head_dim, qk_norm=True, rope_dim=head_dim, scale=None)
+
+    @classmethod
+    def retnet(cls, hidden_size: int, num_heads: int) -> "LightningAttention":
+        """RetNet, the same on every layer: rope, values twice as wide, RMSNorm per head without weight, silu gate.
+
+        The authors' frequencies end at 1/10000, those of :func:`rope` a step before; a larger base makes them equal.
+        They pair neighbouring channels, which is another order of the rows of W_q and W_k.
+        """
+        slopes, head_dim = decay.retnet(num_heads), _head_dim(hidden_size, num_heads, None)
+        return cls(
+            hidden_size, num_heads, slopes, value_dim=2 * head_dim, rope_dim=head_dim,
+            rope_base=10000.0 ** (head_dim / max(head_dim - 2, 1)), scale=None,
+            norm_groups=num_heads, norm_weight=False, gate="silu",
+        )  # fmt: skip
+
+    @classmethod
+    def transnormer(
+        cls, hidden_size: int, num_heads: int, *, layer: int, num_layers: int, head_dim: int | None = None
+    ) -> "LightningAttention":
+        """TransNormerLLM: silu on q and k, LRPE on layer 0, SRMSNorm over all heads, a gate without activation."""
+        slopes = decay.transnormer(num_heads, layer, num_layers)
+        return cls(
+            hidden_size, num_heads, slopes, head_dim=head_dim, silu="qk", lrpe=layer == 0, norm_weight=False,
+            gate="linear",
+        )  # fmt: skip
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(H, D, E) of one sequence's state."""
+        return self.num_heads, self.head_dim * (1 if self.lrpe is None else 2), self.value_dim
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix any number of tokens, from any state.
+
+        Args:
+            x: [B, T, hidden_size].
+            state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
+            positions: [T] or [B, T] integers, absolute positions for rope or LRPE; None for a count from 0 in every
+                sequence. A layer with neither does not look at them.
+            cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x; later tokens are padding. None: N = B.
+            output_state: whether to return the state after x.
+
+        Returns:
+            The output, like x, and the new state, [N, H, D, E] float32, or None.
+
+        Raises:
+            ValueError: the layer has rope or LRPE, and ``state`` is given without ``positions``.
+        """
+        if positions is None and self._encodes:
+            if state is not None:
+                raise ValueError("positions is None and state is given; rope and LRPE need every token's position")
+            positions = torch.arange(x.shape[1], device=x.device)
+            if cu_seqlens is not None:
+                own = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+                positions = positions - cu_seqlens[own]
+        q, k, v = self._qkv(x, positions)
+        mixed, final = lightning_attention(
+            q,
+            k,
+            v,
+            self.log_decay,
+            scale=self.scale,
+            initial_state=state,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+        return self._finish(mixed, x), final
+
+    def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """Mix one token per sequence and update the state in place; no gradients.
+
+        Args:
+            x: [B, hidden_size].
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            positions: [B] integers, each token's absolute position; required with rope or LRPE.
+            slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
+                left alone and its attention output is zero. None: row i is sequence i's.
+
+        Returns:
+            The output, [B, hidden_size].
+
+        Raises:
+            ValueError: the layer has rope or LRPE, and ``positions`` is None.
+        """
+        q, k, v = self._tokens(x, positions)
+        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale)
+        return self._finish(mixed, x)
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        positions: Tensor | None = None,
+        slots: Tensor | None = None,
+        fresh: Tensor | None = None,
+    ) -> Tensor:
+        """Mix N packed sequences of any lengths and update their states in place; no gradients.
+
+        Args:
+            x: [T, hidden_size].
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
+            positions: [T] integers, each token's absolute position; required with rope or LRPE.
+            slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
+            fresh: [N] bool, true for a sequence that starts from nothing, whatever its row holds; None: none does.
+
+        Returns:
+            The output, [T, hidden_size].
+
+        Raises:
+            ValueError: the layer has rope or LRPE, and ``positions`` is None.
+        """
+        q, k, v = self._tokens(x, positions)
+        mixed = lightning_attention_prefill(
+            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=self.scale
+        )
+        return self._finish(mixed, x)
+
+    @property
+    def _encodes(self) -> bool:
+        return self.rope_dim > 0 or self.lrpe is not None
+
+    def _qkv(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Project x [B, T, hidden_size] to q and k [B, T, H, D] and v [B, T, H, E]."""
+        width = self.num_heads * self.head_dim
+        qkv = self.qkv_proj(x)
+        if self.silu == "qkv":
+            qkv = F.silu(qkv)
+        # One split and one activation for q and k: the backward is then one concatenation.
+        qk, v = qkv.split([2 * width, qkv.shape[-1] - 2 * width], -1)
+        qk = (F.silu(qk) if self.silu == "qk" else qk).unflatten(-1, (2, self.num_heads, self.head_dim))
+        q, k = qk.unbind(-3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if positions is not None and self.rope_dim:
+            q, k = (rope(z, positions, dim=self.rope_dim, base=self.rope_base) for z in (q, k))
+        if positions is not None and self.lrpe is not None:
+            q, k = self.lrpe(q, k, positions)
+        return q, k, v.unflatten(-1, (self.num_heads, self.value_dim))
+
+    def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of tokens of any sequences: [T, H, D] and [T, H, E] from [T, hidden_size]."""
+        if positions is None and self._encodes:
+            raise ValueError(f"positions is None; rope and LRPE need the position of each token, [{len(x)}]")
+        q, k, v = self._qkv(x.unsqueeze(0), positions)
+        return q.squeeze(0), k.squeeze(0), v.squeeze(0)
+
+    def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
+        return self.out_proj(self.norm(mixed.flatten(-2)) * _GATES[self.gate](self.gate_proj(x)))
+
+    def reset_buffers(self) -> None:
+        """Give ``log_decay`` its values again, on the device it is on; for buffers that were moved without them."""
+        self.log_decay = torch.tensor(self._log_decay_values, dtype=torch.float32, device=self.log_decay.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LightningAttention":
+        was_meta = self.log_decay.is_meta
+        super()._apply(fn, recurse)
+        # .to(bfloat16) and .half() cast every buffer, .to_empty() leaves any numbers in them.
+        if self.log_decay.dtype != torch.float32 or was_meta:
+            self.reset_buffers()
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, silu={self.silu!r}, "
+            f"rope_dim={self.rope_dim}, scale={self.scale:.4g}, norm_groups={self.norm.groups}, gate={self.gate!r}"
+        )
+
+
+def _head_dim(hidden_size: int, num_heads: int, head_dim: int | None) -> int:
+    if head_dim is not None:
+        if head_dim < 1:
+            raise ValueError(f"head_dim is {head_dim}; it must be at least 1")
+        return head_dim
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"hidden_size is {hidden_size}; it must be a multiple of num_heads, {num_heads}")
+    return hidden_size // num_heads
