@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import lightning_attention
-from lightning_attention.bench import op
+from lightning_attention.bench import op, serving
 from lightning_attention.bench.op import BOTH, FORWARD
 from lightning_attention.cli.bench import bench
 
@@ -62,9 +62,25 @@ def test_a_failure_of_our_own_is_told_by_the_exit_status(run, tmp_path, monkeypa
     assert sum(r["implementation"] == "sdpa" and "ms" in r for r in content["records"]) == 4
 
 
+def test_serve_leaves_a_table_numbers_and_a_figure(run, tmp_path, monkeypatch):
+    sizes = {"decoder_layers": 1, "decoder_embed_dim": 16, "decoder_attention_heads": 1, "glu_dim": 32, "vocab_size": 9}
+    tiny = serving.Scale((1, 2), {1: (8, 16)}, 8, torch.float32, sizes, steps=1, windows=1)
+    monkeypatch.setitem(serving.SCALES, ("cpu", True), tiny)
+    result = run("serve", "--quick", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "generation, decode steps" in result.stdout
+    assert "batch 1: a step takes " in result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["serve-cpu.json", "serve-cpu.png"]
+    content = json.loads((tmp_path / "serve-cpu.json").read_text())
+    assert content["environment"]["transformers"]
+    assert len(content["records"]) == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("serve", "--suite", "shapes"), "serve has no such choice"),
+        (("serve", "--peers", "fla"), "serve has no such choice"),
         (("--suite", "h200"), "needs a GPU"),
         (("--suite", "speed"), "'speed' is not among lengths, h200"),
         (("--peers", "sdpa,flash"), "'flash' is not among fla, lightning_attn, sdpa"),

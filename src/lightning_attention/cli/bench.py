@@ -2,15 +2,19 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Operation(str, Enum):
     """What there is to measure."""
 
     op = "op"
+    serve = "serve"
 
 
 class Device(str, Enum):
@@ -34,9 +38,9 @@ def _names(text: str, option: str, known: tuple[str, ...]) -> list[str]:
 
 
 def bench(
-    operation: Annotated[Operation, typer.Argument(help="What to measure: op is attention over sequences.")] = (
-        Operation.op
-    ),
+    operation: Annotated[
+        Operation, typer.Argument(help="What to measure: op is attention over sequences, serve is generation.")
+    ] = Operation.op,
     suite: Annotated[
         str,
         typer.Option(
@@ -53,7 +57,7 @@ def bench(
         ),
     ] = "sdpa",
     quick: Annotated[
-        bool, typer.Option("--quick", help="lengths: fewer and shorter, under 40 s on two cores.")
+        bool, typer.Option("--quick", help="lengths and serve: fewer and shorter, under 40 s on two cores.")
     ] = False,
     backend: Annotated[str | None, typer.Option(help="triton, tiled or reference; by device if not given.")] = None,
     device: Annotated[
@@ -81,6 +85,16 @@ def bench(
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch sees no GPU here", param_hint="--device")
     place = torch.device(device.value if device else "cuda" if torch.cuda.is_available() else "cpu")
+    if operation is Operation.serve:
+        for option, changed in {
+            "--suite": suite != "lengths",
+            "--peers": peers != "sdpa",
+            "--backend": backend,
+        }.items():
+            if changed:
+                raise typer.BadParameter("serve has no such choice", param_hint=option)
+        _serve(place, quick, out)
+        return
     parts = [p for name in _names(suite, "--suite", SUITES) for p in (H200 if name == "h200" else (name,))]
     if place.type != "cuda" and parts != ["lengths"]:
         raise typer.BadParameter(f"{suite} needs a GPU, and the device is {place}", param_hint="--suite")
@@ -118,3 +132,26 @@ def bench(
         console.print(f"[red]our own call failed:[/red] {escape(str(failure))}", highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1)
+
+
+def _serve(device: "torch.device", quick: bool, out: Path) -> None:
+    """Generation of our model and of a softmax model: tokens per second, time of a step, memory."""
+    from functools import partial
+
+    from rich.console import Console
+
+    from lightning_attention.bench import serving, serving_report
+    from lightning_attention.bench.report import Report, environment, package_version, slug
+
+    about = environment(device) | {"transformers": package_version("transformers")}
+    report = Report(out / f"serve-{slug(device)}.json", about)
+    serving.serving(report, serving.SCALES[device.type, quick], device, partial(print, flush=True))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    console.print(serving_report.table(report.records))
+    for line in serving_report.constant(report.records):
+        console.print(line, highlight=False, soft_wrap=True)
+    figure = report.path.with_suffix(".png")
+    serving_report.figure(report.records, about, figure)
+    console.print(f"figure   {figure}\nresults  {report.path}", highlight=False, soft_wrap=True)

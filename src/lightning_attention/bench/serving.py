@@ -1,0 +1,303 @@
+"""Tokens per second of generation against batch size and context, beside a softmax model of the same size."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_attention.bench.op import Say
+from lightning_attention.bench.report import Report
+from lightning_attention.bench.timing import synchronize, wall_ms
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from lightning_attention.models.transnormer import TransnormerForCausalLM
+
+SUITE, OURS, SOFTMAX = "serve", "transnormer", "llama"
+LABELS = {OURS: "TransNormerLLM", SOFTMAX: "softmax (Llama)"}
+FIRST_ID = 3  # the ids before it are special tokens
+_ATTENTION = "whole_static_cache"
+_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What to measure: every batch size at the first context, and each of ``contexts``' batch sizes at its contexts.
+
+    ``model`` holds what differs from the 385M of the releases. ``prefill_tokens`` is the same for every context, and
+    no more than the shortest: else the peak of memory would be that of longer pieces, not of a longer context.
+    """
+
+    batches: tuple[int, ...]
+    contexts: dict[int, tuple[int, ...]]
+    prefill_tokens: int
+    dtype: torch.dtype
+    model: dict[str, int] = field(default_factory=dict)
+    steps: int = 40
+    windows: int = 5
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Batch size and context of each measurement."""
+        first = min(min(contexts) for contexts in self.contexts.values())
+        found = {(B, first) for B in self.batches} | {(B, T) for B, Ts in self.contexts.items() for T in Ts}
+        return sorted(found)
+
+
+_K = 1024
+_SMALL = {"decoder_layers": 4, "decoder_embed_dim": 256, "decoder_attention_heads": 4, "glu_dim": 704}
+SCALES = {
+    ("cuda", False): Scale(
+        (1, 4, 16, 64, 256),
+        {1: (_K, 4 * _K, 16 * _K, 64 * _K, 256 * _K, _K * _K), 16: (_K, 4 * _K, 16 * _K, 64 * _K)},
+        _K,
+        torch.bfloat16,
+    ),
+    ("cuda", True): Scale((1, 16, 256), {1: (_K, 64 * _K)}, _K, torch.bfloat16, windows=3),
+    ("cpu", False): Scale(
+        (1, 4, 16), {1: (256, _K, 4 * _K, 16 * _K)}, 256, torch.float32, _SMALL | {"vocab_size": 4096}, 20, 3
+    ),
+    ("cpu", True): Scale((1, 4), {1: (256, 8 * _K)}, 256, torch.float32, _SMALL | {"vocab_size": 4096}, 10, 3),
+}
+
+
+def serving(report: Report, scale: Scale, device: torch.device, say: Say) -> None:
+    """Decode steps of both models at every batch size and context of the scale, as records of the suite ``serve``.
+
+    Ours is what ``lightning-attention generate --prompts`` runs: :class:`ContinuousBatch`, which has read prompts of
+    that many random tokens, with all its scheduling. The softmax model is transformers' Llama with as many weights and
+    a static cache full of random numbers of exactly the context's length, which its attention reads without a mask by
+    the fastest of PyTorch's kernels for the shape; on a GPU it replays one CUDA graph, with no scheduling at all. Both
+    have random weights, take the likeliest token, and fetch every step's tokens, on a GPU one step behind.
+
+    Of each: ``ms`` a step (median of some windows of steps, by the clock), ``min_ms``, ``max_ms``,
+    ``tokens_per_second``, ``state_bytes`` (what it keeps of the context) and, on a GPU, ``peak_bytes`` (of reading the
+    prompt and generating, weights included; of the softmax model only of generating).
+    """
+    for name, build in ((OURS, _transnormer), (SOFTMAX, _llama)):
+        torch.manual_seed(0)
+        with device:
+            model = build(scale).to(scale.dtype).eval()
+        parameters = sum(p.numel() for p in model.parameters())
+        generation = _generate if name == OURS else _generate_softmax
+        _measure(generation, model, 1, scale.prefill_tokens, scale, device)  # compiled and warm
+        for B, context in scale.pairs:
+            row = {
+                "implementation": name,
+                "label": LABELS[name],
+                "parameters": parameters,
+                "B": B,
+                "context": context,
+                "dtype": str(scale.dtype).removeprefix("torch."),
+            }
+            try:
+                result = _measure(generation, model, B, context, scale, device)
+            except torch.OutOfMemoryError as error:
+                result = {"skipped": str(error).partition("\n")[0]}
+            report.add(SUITE, **row, **result)
+            say(f"{LABELS[name]:<16} batch {B:>4}  context {context:>8}  {_line(result)}")
+        del model
+        _clean(device)
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "skipped" in result:
+        return f"skipped: {result['skipped']}"
+    return f"{result['ms']:>9.3f} ms a step  {result['tokens_per_second']:>9.0f} tokens/s"
+
+
+def _transnormer(scale: Scale) -> TransnormerForCausalLM:
+    from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
+
+    return TransnormerForCausalLM(TransnormerConfig.from_name("385M", **scale.model))
+
+
+def _llama(scale: Scale) -> LlamaForCausalLM:
+    """A Llama with our layers, width, heads and vocabulary, its MLP widened to have as many weights in all."""
+    from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+
+    from lightning_attention.models.transnormer import TransnormerConfig
+
+    ours = TransnormerConfig.from_name("385M", **scale.model)
+    width, multiple = ours.decoder_embed_dim, 32
+    # Five projections of ours, with the gate's, against four; both have three in the MLP.
+    intermediate = multiple * round((ours.glu_dim + width / 3) / multiple)
+    AttentionInterface.register(_ATTENTION, _attend)  # for a name without a mask of its own transformers makes none
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=ours.vocab_size,
+            hidden_size=width,
+            num_hidden_layers=ours.decoder_layers,
+            num_attention_heads=ours.decoder_attention_heads,
+            intermediate_size=intermediate,
+            max_position_embeddings=1 << 21,
+        ),
+        attn_implementation=_ATTENTION,
+    )
+
+
+def _attend(
+    module: torch.nn.Module,  # noqa: ARG001 (transformers gives it)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[B, H, 1, D] queries over whole caches, [B, H, context, D]."""
+    assert attention_mask is None  # a mask would keep PyTorch from its fastest kernels
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+
+def _free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+Step = Callable[[], object]
+
+
+def _measure(
+    generation: Callable[..., Any], model: Any, B: int, context: int, scale: Scale, device: torch.device
+) -> dict[str, Any]:
+    """Time and memory of decode steps; ``generation`` gives a step and the bytes kept of the context."""
+    _clean(device)
+    with torch.inference_mode(), generation(model, B, context, scale, device) as (step, state_bytes, notes):
+        for _ in range(3):  # captured, and the first tokens fetched
+            step()
+        samples = []
+        for _ in range(scale.windows):
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(scale.steps):
+                step()
+            synchronize(device)
+            samples.append((time.perf_counter() - start) * 1e3 / scale.steps)
+    ms = median(samples)
+    memory = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    times = {"ms": ms, "min_ms": min(samples), "max_ms": max(samples), "tokens_per_second": B * 1e3 / ms}
+    return times | {"state_bytes": state_bytes} | memory | notes
+
+
+@contextmanager
+def _generate(
+    model: TransnormerForCausalLM, B: int, context: int, scale: Scale, device: torch.device
+) -> Iterator[tuple[Step, int, dict[str, Any]]]:
+    """A running batch that has read a prompt of ``context`` random tokens for each of B requests."""
+    from lightning_attention.models.transnormer.batching import ContinuousBatch, Request
+
+    batch = ContinuousBatch(model, max_batch=B, prefill_tokens=scale.prefill_tokens)
+    random = torch.Generator().manual_seed(context)
+    for _ in range(B):
+        prompt = torch.randint(FIRST_ID, model.config.vocab_size, (context,), generator=random)
+        batch.submit(Request(prompt.tolist(), max_tokens=1 << 40))
+    started: set[int] = set()
+    start = time.perf_counter()
+    while len(started) < B:
+        started.update(token.request for token in batch.step())
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    yield batch.step, sum(state.nbytes for state in batch.states), {"prompt_seconds": seconds}
+
+
+@contextmanager
+def _generate_softmax(
+    model: LlamaForCausalLM, B: int, context: int, scale: Scale, device: torch.device
+) -> Iterator[tuple[Step, int, dict[str, Any]]]:
+    """Decode steps at the last place of a full cache, again and again."""
+    from transformers import StaticCache
+
+    config = model.config
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    needed = 2 * B * context * config.num_hidden_layers * heads * head_dim * scale.dtype.itemsize
+    if needed > _free_bytes(device):
+        raise torch.OutOfMemoryError(
+            f"a cache of {needed / 1e9:.1f} GB in {_free_bytes(device) / 1e9:.1f} GB of memory"
+        )
+    cache = StaticCache(config, max_cache_len=context)
+    cache.early_initialization(B, heads, head_dim, scale.dtype, device)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    ids = torch.full((B, 1), FIRST_ID, device=device)
+    position = torch.full((1, 1), context - 1, device=device)
+
+    def decode() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context - 1)
+        logits = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
+        ids.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
+
+    backend, chosen = _fastest_attention(cache.layers[0], device)
+    with chosen:
+        step = _replayed(decode, ids) if device.type == "cuda" else decode
+    yield step, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), {"attention": backend}
+
+
+def _fastest_attention(layer: Any, device: torch.device) -> tuple[str, Any]:
+    """The name of, and the context that asks for, PyTorch's fastest attention of one query over the layer's cache."""
+    if device.type != "cuda":
+        return "default", nullcontext()
+    query = layer.keys[:, :, :1].clone()
+    times: dict[SDPBackend, float] = {}
+    for backend in _BACKENDS:
+        try:
+            with sdpa_kernel(backend):  # 20 at a time: one is shorter than its launch
+                graph = _captured(
+                    lambda: [F.scaled_dot_product_attention(query, layer.keys, layer.values) for _ in range(20)]
+                )
+        except RuntimeError:  # this GPU or this build has it not
+            continue
+        graph.replay()
+        times[backend] = min(wall_ms(graph.replay, device) for _ in range(3))
+    fastest = min(times, key=lambda backend: times[backend])
+    return fastest.name.lower(), sdpa_kernel(fastest)
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The call as a CUDA graph, after one that warms it up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def _replayed(decode: Callable[[], None], ids: Tensor) -> Step:
+    """The step captured in a CUDA graph; a call starts one and fetches the tokens of the one before."""
+    graph = _captured(decode)
+    fetched: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def step() -> None:
+        graph.replay()
+        tokens, landed = ids.to("cpu", non_blocking=True), torch.cuda.Event()
+        landed.record()
+        fetched.append((tokens, landed))
+        if len(fetched) > 1:
+            tokens, landed = fetched.pop(0)
+            landed.synchronize()
+            tokens.tolist()
+
+    return step
+
+
+def _clean(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
