@@ -39,3 +39,6 @@ def test_saved_as_pretrained(tmp_path, text):
     assert loaded.encode(text) == TOKENIZERS[300].encode(text).ids
     assert loaded.decode(loaded.encode(text)) == text
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (PAD_ID, END_ID, END_ID)
+    assert loaded([text, "a"], padding=True)["attention_mask"][1] == [0] * (len(loaded.encode(text)) - 1) + [1]
+    talk = [{"role": "user", "content": text}, {"role": "assistant", "content": "so be it"}]
+    assert loaded.apply_chat_template(talk, tokenize=False) == f"{text}\nso be it\n"

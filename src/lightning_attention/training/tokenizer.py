@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PAD, END = "<|padding|>", "<|endoftext|>"
 PAD_ID, END_ID = 0, 1
+# A model trained on plain text knows no roles: a conversation is the text of its messages, one after the other.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -50,4 +52,6 @@ def as_pretrained(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         bos_token=END,
         eos_token=END,
         clean_up_tokenization_spaces=False,
+        padding_side="left",  # so that a batch of prompts goes on from its last column
+        chat_template=CHAT_TEMPLATE,
     )

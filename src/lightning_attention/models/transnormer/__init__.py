@@ -1,6 +1,4 @@
-"""TransNormerLLM as transformers classes; importing this package makes the Auto classes know the model."""
-
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+"""TransNormerLLM as transformers classes; importing this package makes transformers know the model."""
 
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
@@ -9,10 +7,9 @@ from lightning_attention.models.transnormer.modeling_transnormer import (
     TransnormerModel,
     TransnormerPreTrainedModel,
 )
+from lightning_attention.models.transnormer.registration import register
 
-AutoConfig.register("transnormer", TransnormerConfig, exist_ok=True)
-AutoModel.register(TransnormerConfig, TransnormerModel, exist_ok=True)
-AutoModelForCausalLM.register(TransnormerConfig, TransnormerForCausalLM, exist_ok=True)
+register()
 
 __all__ = [
     "TransnormerCache",

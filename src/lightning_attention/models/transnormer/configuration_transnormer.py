@@ -1,9 +1,24 @@
 """Configuration of TransNormerLLM, with the field names of the released checkpoints."""
 
+import os
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+# What a saved folder says to a process that has not imported this package: with trust_remote_code, the Auto classes of
+# transformers run the file that `auto_map` names. The file says where the code is; it holds none.
+_POINTER = "transnormer"
+_POINTER_SOURCE = """\
+# For transformers' trust_remote_code: the model's code is the installed package lightning-attention.
+from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM, TransnormerModel
+"""
+_AUTO_MAP = {
+    "AutoConfig": f"{_POINTER}.TransnormerConfig",
+    "AutoModel": f"{_POINTER}.TransnormerModel",
+    "AutoModelForCausalLM": f"{_POINTER}.TransnormerForCausalLM",
+}
 
 # Layers, width, heads, glu_dim, no_scale_embedding. 385M, 1B and 7B as released; the papers name a 3B without its
 # sizes, so these are the releases' proportions: heads of 128 and a glu_dim of 2.7 widths.
@@ -82,7 +97,13 @@ class TransnormerConfig(PreTrainedConfig):
         if not self.linear_use_lrpe_list:
             self.linear_use_lrpe_list = [1] + [0] * (self.decoder_layers - 1)
         self._check()
+        kwargs["auto_map"] = dict(_AUTO_MAP)  # a release names its own files, which a folder saved here does not hold
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write ``config.json`` and, beside it, the file by which ``trust_remote_code`` finds this package."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / f"{_POINTER}.py").write_text(_POINTER_SOURCE, encoding="utf-8")
 
     def _check(self) -> None:
         for name in ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim"):

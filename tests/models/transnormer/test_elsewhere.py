@@ -1,0 +1,122 @@
+"""A folder in a process that has not imported this package, and on other devices than the one it was made on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, pipeline
+
+from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
+from tests.support.numerics import relative_error
+from tests.training.tiny import tiny_settings, train
+
+PROMPTS = ["lightning attention", "the"]
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+
+# What `transformers serve` and `transformers chat` do with a folder, short of opening a port.
+STRANGER = """
+import json, sys
+folder, prompts, greedy = json.loads(sys.argv[1])
+import transformers
+from transformers.cli.serving.model_manager import ModelManager
+assert not any(name.startswith("lightning_attention") for name in sys.modules)
+manager = ModelManager(force_model=folder, trust_remote_code=True, device="cpu")
+model, tokenizer = manager.load_model_and_processor(manager.process_model_name(folder))
+assert manager.get_model_modality(model, tokenizer).name == "LLM"
+talk = tokenizer.apply_chat_template([{"role": "user", "content": prompts[0]}], tokenize=False)
+pipe = transformers.pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu")
+texts = [out[0]["generated_text"] for out in pipe(prompts, batch_size=2, **greedy)]
+same = type(pipe.model) is type(model)
+print(json.dumps({"class": type(model).__module__, "same": same, "talk": talk, "texts": texts}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `lightning-attention train` saves."""
+    where = tmp_path_factory.mktemp("trained")
+    return train(tiny_settings(where, steps=30, eval_every=30, save_every=30))[1].checkpoint
+
+
+def test_in_a_process_that_knows_nothing_of_it(folder: Path) -> None:
+    pipe = pipeline("text-generation", model=str(folder), device="cpu")
+    assert type(pipe.model) is TransnormerForCausalLM
+    expected = [out[0]["generated_text"] for out in pipe(PROMPTS, batch_size=2, **GREEDY)]
+    for prompt, text in zip(PROMPTS, expected, strict=True):  # the shorter one is padded on the left
+        assert pipe(prompt, **GREEDY)[0]["generated_text"] == text
+    assert expected[0].strip()
+    arguments = json.dumps([str(folder), PROMPTS, GREEDY])
+    done = subprocess.run([sys.executable, "-c", STRANGER, arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == {
+        "class": "lightning_attention.models.transnormer.modeling_transnormer",
+        "same": True,
+        "talk": "lightning attention\n",
+        "texts": expected,
+    }
+
+
+def test_the_pointer_is_written_whatever_the_folder_came_with(tmp_path: Path) -> None:
+    released = {"model_type": "transnormer", "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps({**released, "decoder_layers": 1}))
+    config = TransnormerConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "saved")
+    files = {
+        value.split(".")[0] for value in json.loads((tmp_path / "saved/config.json").read_text())["auto_map"].values()
+    }
+    assert files == {"transnormer"}
+    assert "import TransnormerConfig" in (tmp_path / "saved" / "transnormer.py").read_text()
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, "split"])
+def test_device_maps(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path, device_map: str | dict) -> None:
+    pytest.importorskip("accelerate")
+    model.save_pretrained(tmp_path)
+    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "lm_head"]
+    device_map = dict.fromkeys(parts, "cpu") if device_map == "split" else device_map
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, dtype=torch.float32)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_layers_on_the_disk(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    assert loaded.model.layers[1].token_mixer.qkvu_proj.weight.is_meta  # read when it is used
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    mask = torch.ones_like(ids).index_fill_(1, torch.arange(7), 0)
+    packed = {"input_ids": ids[:1], "cu_seqlens": torch.tensor([0, 30, 90])}
+    assert torch.equal(loaded(ids, attention_mask=mask).logits[:, 7:], model(ids, attention_mask=mask).logits[:, 7:])
+    assert torch.equal(loaded(**packed).logits, model(**packed).logits)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(ids, **greedy), model.generate(ids, **greedy))
+
+
+def test_a_block_is_not_split(model: TransnormerForCausalLM) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    whole = sum(p.numel() * 4 for p in model.parameters())
+    # accelerate keeps room for the largest part that must come together, so not all of the 90 % is used.
+    room = {0: 9 * whole // 10, "cpu": whole}
+    places = accelerate.infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    assert set(places.values()) == {0, "cpu"}
+    assert {place for place in places if "layers" in place} == {f"model.layers.{i}" for i in range(3)}
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtypes(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path, name: str) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **{name: torch.bfloat16})
+    assert loaded.dtype == loaded(ids).logits.dtype == torch.bfloat16
+    assert loaded(ids).past_key_values.state(0).dtype == torch.float32
+    assert relative_error(loaded(ids).logits.float(), model(ids).logits) <= 0.05
+    loaded.save_pretrained(tmp_path / "half")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", **{name: "auto"}).dtype == torch.bfloat16
