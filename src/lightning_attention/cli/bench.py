@@ -15,6 +15,7 @@ class Operation(str, Enum):
 
     op = "op"
     serve = "serve"
+    minimax = "minimax"
 
 
 class Device(str, Enum):
@@ -39,7 +40,11 @@ def _names(text: str, option: str, known: tuple[str, ...]) -> list[str]:
 
 def bench(
     operation: Annotated[
-        Operation, typer.Argument(help="What to measure: op is attention over sequences, serve is generation.")
+        Operation,
+        typer.Argument(
+            help="What to measure: op is attention over sequences, serve is generation, minimax is a layer and a small "
+            "model of transformers' MiniMax, with its own attention and with ours."
+        ),
     ] = Operation.op,
     suite: Annotated[
         str,
@@ -85,15 +90,19 @@ def bench(
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch sees no GPU here", param_hint="--device")
     place = torch.device(device.value if device else "cuda" if torch.cuda.is_available() else "cpu")
-    if operation is Operation.serve:
+    if operation is not Operation.op:
         for option, changed in {
             "--suite": suite != "lengths",
             "--peers": peers != "sdpa",
             "--backend": backend,
+            "--quick": quick and operation is Operation.minimax,
         }.items():
             if changed:
-                raise typer.BadParameter("serve has no such choice", param_hint=option)
-        _serve(place, quick, out)
+                raise typer.BadParameter(f"{operation.value} has no such choice", param_hint=option)
+        if operation is Operation.serve:
+            _serve(place, quick, out)
+        else:
+            _minimax(place, out)
         return
     parts = [p for name in _names(suite, "--suite", SUITES) for p in (H200 if name == "h200" else (name,))]
     if place.type != "cuda" and parts != ["lengths"]:
@@ -155,3 +164,29 @@ def _serve(device: "torch.device", quick: bool, out: Path) -> None:
     figure = report.path.with_suffix(".png")
     serving_report.figure(report.records, about, figure)
     console.print(f"figure   {figure}\nresults  {report.path}", highlight=False, soft_wrap=True)
+
+
+def _minimax(device: "torch.device", out: Path) -> None:
+    """Transformers' MiniMax with its own attention and with ours; exit status 1 where ours is not right."""
+    from functools import partial
+
+    from rich.console import Console
+
+    from lightning_attention.bench import minimax
+    from lightning_attention.bench.peers import OURS
+    from lightning_attention.bench.report import Report, environment, package_version, slug
+
+    about = environment(device) | {"transformers": package_version("transformers")}
+    report = Report(out / f"minimax-{slug(device)}.json", about)
+    minimax.run(report, device, partial(print, flush=True))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    for table in minimax.tables(report):
+        console.print(table)
+    console.print(f"results  {report.path}", highlight=False, soft_wrap=True)
+    failures = report.find_errors(OURS)
+    for failure in failures:
+        console.print(f"[red]ours is not right:[/red] {failure['error']}", highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)

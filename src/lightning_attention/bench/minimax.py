@@ -1,0 +1,287 @@
+"""``lightning-attention bench minimax``: transformers' MiniMax with its own attention and with ours.
+
+One linear layer, at the size of MiniMax-Text-01 on a GPU: a prompt, several tokens on a state, one token on a state.
+Each is timed as a whole and between the projections: the three GEMMs are the same in both, and of a long prompt the
+larger part. The errors are against float64, of the same rounded weights, in the same run. Then a small whole model.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
+
+from lightning_attention import lightning_attention
+from lightning_attention.bench.op import Say, relative_error
+from lightning_attention.bench.peers import OURS
+from lightning_attention.bench.report import Report
+from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_ms
+from lightning_attention.integrations.minimax import apply_lightning_attention
+
+THEIRS = "transformers"
+LAYERS, LAYER = 80, 10  # of MiniMax-Text-01, and one of its linear layers
+#: Relative error allowed to ours. bfloat16: q, k and v are rounded, then the output of each of four steps.
+BUDGETS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A layer, what it reads (batch, tokens, whether there is a state), and the prompt of the whole model."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    cases: tuple[tuple[str, int, int], ...]
+    prompt: int
+    new_tokens: int
+    seconds: float
+
+
+SIZES = {
+    "cuda": Size(
+        hidden=6144,
+        heads=64,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        cases=(
+            ("prompt", 1, 32_768),
+            ("continuation", 1, 64),
+            ("continuation", 1, 1024),
+            *(("token", n, 1) for n in (1, 8, 64)),
+        ),
+        prompt=4096,
+        new_tokens=64,
+        seconds=0.3,
+    ),
+    "cpu": Size(
+        hidden=256,
+        heads=4,
+        head_dim=64,
+        dtype=torch.float32,
+        cases=(("prompt", 1, 4096), ("continuation", 1, 64), ("token", 1, 1), ("token", 8, 1)),
+        prompt=128,
+        new_tokens=16,
+        seconds=0.2,
+    ),
+}
+
+
+class Given(nn.Module):
+    """In place of a projection: what it would compute, at no cost."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
+        """The output of the projection that this stands for."""
+        return self.output
+
+
+def make_layer(size: Size, device: torch.device) -> MiniMaxLightningAttention:
+    """One layer in evaluation with random weights that keep the variance, in the size's dtype, buffers too."""
+    config = MiniMaxConfig(
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        head_dim=size.head_dim,
+        num_hidden_layers=LAYERS,
+        layer_types=["linear_attention"] * LAYERS,
+    )
+    torch.manual_seed(0)
+    with device:
+        layer = MiniMaxLightningAttention(config, LAYER)
+        for p in (layer.qkv_proj, layer.output_gate, layer.out_proj):
+            nn.init.normal_(p.weight, std=p.in_features**-0.5)
+    return layer.to(size.dtype).eval()
+
+
+def without_projections(layer: MiniMaxLightningAttention, x: Tensor) -> MiniMaxLightningAttention:
+    """The same layer for this x, its three projections done beforehand or left out."""
+    part = copy.copy(layer)
+    part._modules = dict(layer._modules)
+    part.qkv_proj, part.output_gate, part.out_proj = (
+        Given(layer.qkv_proj(x)),
+        Given(layer.output_gate(x)),
+        nn.Identity(),
+    )
+    return part
+
+
+def in_float64(layer: MiniMaxLightningAttention, x: Tensor, state: Tensor | None) -> Tensor:
+    """What the layer defines, from the weights it has: every step in float64, the attention in plain PyTorch."""
+    heads, dim = layer.num_attention_heads, layer.head_dim
+    x = x.double()
+    qkv = torch.nn.functional.silu(x @ layer.qkv_proj.weight.double().T)
+    q, k, v = qkv.unflatten(-1, (heads, 3 * dim)).split(dim, -1)
+    initial = None if state is None else state.double()
+    log_decay = -layer.slope_rate.flatten().double()
+    out = lightning_attention(q, k, v, log_decay, initial_state=initial, backend="tiled").output.flatten(-2)
+    out = out * (out.square().mean(-1, keepdim=True) + layer.norm.variance_epsilon).rsqrt() * layer.norm.weight.double()
+    out = out * torch.sigmoid(x @ layer.output_gate.weight.double().T)
+    return out @ layer.out_proj.weight.double().T
+
+
+def cache_of(state: Tensor | None, dtype: torch.dtype) -> MiniMaxCache:
+    """A cache that holds a state of its own, in the dtype that the layer keeps it in."""
+    cache = MiniMaxCache()
+    if state is not None:
+        cache.set_linear_cache(LAYER, state.to(dtype, copy=True))
+    return cache
+
+
+def _case(
+    report: Report, say: Say, size: Size, layers: dict[str, MiniMaxLightningAttention], case: tuple[str, int, int]
+) -> None:
+    name, batch, tokens = case
+    theirs = layers[THEIRS]
+    device = theirs.qkv_proj.weight.device
+    x = torch.randn(batch, tokens, size.hidden, dtype=size.dtype, device=device)
+    row: dict[str, Any] = {"case": name, "B": batch, "T": tokens, "dtype": str(size.dtype).removeprefix("torch.")}
+    row |= {"hidden": size.hidden, "H": size.heads, "D": size.head_dim}
+    state = None
+    if name != "prompt":  # one that a prompt leaves, rounded so that both start from the same
+        before = torch.randn(1, 512, size.hidden, dtype=size.dtype, device=device)
+        state = layers[OURS](before, None, None)[1].to(size.dtype).expand(batch, -1, -1, -1)
+    wanted = in_float64(theirs, x, state)
+    errors = {}
+    for which, layer in layers.items():
+        cache = cache_of(state, size.dtype if which == THEIRS else torch.float32)
+        errors[which] = relative_error(layer(x, None, None, cache)[0], wanted)
+    del wanted
+
+    calls: dict[str, Call] = {}
+    for which, layer in layers.items():
+        for part, module in (("layer", layer), ("between projections", without_projections(layer, x))):
+            calls[f"{which}/{part}"] = _call(module, x, state, size.dtype if which == THEIRS else torch.float32)
+    mixed = torch.randn(batch, tokens, size.heads * size.head_dim, dtype=size.dtype, device=device)
+    calls[f"{THEIRS}/projections"] = lambda: (theirs.qkv_proj(x), theirs.output_gate(x), theirs.out_proj(mixed))
+    peaks = {}
+    for key, call in calls.items():
+        wall_ms(call, device)  # compiling, allocating
+        peaks[key] = peak_bytes(call, device)
+    for key, timing in time_calls(calls, device, seconds=size.seconds).items():
+        which, part = key.split("/")
+        record = row | {"part": part, "implementation": which} | asdict(timing) | {"peak_bytes": peaks[key]}
+        if part == "layer":
+            record["relative_error"] = errors[which]
+            if which == OURS and not errors[which] <= BUDGETS[size.dtype]:
+                record["error"] = f"relative error {errors[which]:.1e}, allowed {BUDGETS[size.dtype]:.0e}"
+        report.add("minimax layer", **record)
+        say(f"{name:<13} B {batch:>3}  T {tokens:>6,}  {part:<20} {which:<20} {timing.ms:>10.4f} ms")
+
+
+def _call(layer: MiniMaxLightningAttention, x: Tensor, state: Tensor | None, dtype: torch.dtype) -> Call:
+    if state is None:
+        return lambda: layer(x, None, None, MiniMaxCache())
+    cache = cache_of(state, dtype)  # every call goes on where the one before it stopped
+    return lambda: layer(x, None, None, cache)
+
+
+def layer(report: Report, device: torch.device, say: Say, size: Size) -> None:
+    """One linear layer: the original and ours, in turns, on everything that the size lists."""
+    theirs = make_layer(size, device)
+    ours = copy.deepcopy(theirs)
+    apply_lightning_attention(ours)
+    with torch.no_grad():
+        for case in size.cases:
+            _case(report, say, size, {THEIRS: theirs, OURS: ours}, case)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def make_model(size: Size, device: torch.device) -> MiniMaxForCausalLM:
+    """A small MiniMax in float32, 7 linear layers to 1 softmax layer, with random weights."""
+    config = MiniMaxConfig(
+        vocab_size=4096,
+        hidden_size=min(size.hidden, 1024),
+        intermediate_size=512,
+        num_hidden_layers=8,
+        layer_types=["linear_attention"] * 7 + ["full_attention"],
+        num_attention_heads=min(size.heads, 8),
+        num_key_value_heads=2,
+        head_dim=size.head_dim,
+        num_local_experts=4,
+        initializer_range=0.05,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with device:
+        return MiniMaxForCausalLM(config).eval()
+
+
+def model(report: Report, device: torch.device, say: Say, size: Size) -> None:
+    """A small whole model in float32: greedy text, equal or not, and tokens per second with the prompt's time apart."""
+    theirs = make_model(size, device)
+    ours = copy.deepcopy(theirs)
+    apply_lightning_attention(ours)
+    models = {THEIRS: theirs, OURS: ours}
+    for batch in (1, 8):
+        ids = torch.randint(1, 4096, (batch, size.prompt), device=device)
+        texts: dict[str, Tensor] = {}
+        calls: dict[str, Call] = {}
+        for which, m in models.items():
+            texts[which] = _generate(m, ids, size.new_tokens)
+            calls[which] = partial(_generate, m, ids, size.new_tokens)
+            calls[f"{which}/prompt"] = partial(_generate, m, ids, 1)
+        timings = time_calls(calls, device, seconds=size.seconds, max_repeats=5)
+        equal = torch.equal(texts[THEIRS], texts[OURS])
+        for which in models:
+            ms, prompt_ms = timings[which].ms, timings[f"{which}/prompt"].ms
+            rate = batch * (size.new_tokens - 1) / max(ms - prompt_ms, 1e-3) * 1e3
+            record: dict[str, Any] = {
+                "implementation": which,
+                "B": batch,
+                "prompt": size.prompt,
+                "new_tokens": size.new_tokens,
+            }
+            record |= {"ms": ms, "prompt_ms": prompt_ms, "tokens_per_s": rate, "equal_text": equal}
+            if which == OURS and not equal:
+                record["error"] = "the text differs from that of the original"
+            report.add("minimax model", **record)
+            say(f"model         B {batch:>3}  {which:<20} prompt {prompt_ms:>10.2f} ms  {rate:>10,.0f} tokens/s")
+
+
+def _generate(model: MiniMaxForCausalLM, ids: Tensor, count: int) -> Tensor:
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+
+def run(report: Report, device: torch.device, say: Say, size: Size | None = None) -> None:
+    """Everything, into the report: on a GPU at the published size, on a CPU at a small one."""
+    size = SIZES[device.type] if size is None else size
+    layer(report, device, say, size)
+    model(report, device, say, size)
+
+
+def tables(report: Report) -> Iterable[Table]:
+    """A table for the layer, and one for the model."""
+    table = Table(title="MiniMax, one linear layer", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in ("case", "B", "T", "part", "transformers ms", "ours ms", "faster", "error", "ours"):
+        table.add_column(name, justify="left" if name in ("case", "part") else "right")
+    for r in report.find("minimax layer", implementation=THEIRS):
+        key = {name: r[name] for name in ("case", "B", "T", "part")}
+        ours = next(iter(report.find("minimax layer", implementation=OURS, **key)), None)
+        cells = [r["case"], f"{r['B']:,}", f"{r['T']:,}", r["part"], f"{r['ms']:.4g}"]
+        if ours is not None:
+            cells += [f"{ours['ms']:.4g}", f"{r['ms'] / ours['ms']:.2f} ×"]
+            if "relative_error" in r:
+                cells += [f"{r['relative_error']:.1e}", f"{ours['relative_error']:.1e}"]
+        table.add_row(*cells)
+    yield table
+    table = Table(title="MiniMax, a small model", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in ("attention", "B", "prompt", "prompt ms", "tokens/s", "equal text"):
+        table.add_column(name, justify="left" if name == "attention" else "right")
+    for r in report.find("minimax model"):
+        cells = [f"{r['B']}", f"{r['prompt']:,}", f"{r['prompt_ms']:.4g}", f"{r['tokens_per_s']:,.0f}"]
+        table.add_row(r["implementation"], *cells, "yes" if r["equal_text"] else "NO")
+    yield table
