@@ -204,11 +204,12 @@ def test_pieces_then_steps_equal_the_whole(name: str):
     assert relative_error(state, final) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @every_layer
-def test_packed_sequences_are_each_alone(name: str):
+def test_packed_sequences_are_each_alone(name: str, dtype: torch.dtype):
     layer, x = make(name), torch.randn(1, 105, HIDDEN)
     cuts = [0, 1, 1, 64, 100]
-    out, states = layer(x, cu_seqlens=torch.tensor(cuts), output_state=True)
+    out, states = layer(x, cu_seqlens=torch.tensor(cuts, dtype=dtype), output_state=True)
     for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         if start < stop:
             alone, state = layer(x[:, start:stop], output_state=True)

@@ -220,7 +220,7 @@ class LightningAttention(nn.Module):
                 raise ValueError("positions is None and state is given; rope and LRPE need every token's position")
             positions = torch.arange(x.shape[1], device=x.device)
             if cu_seqlens is not None:
-                own = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+                own = torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1
                 positions = positions - cu_seqlens[own]
         q, k, v = self._qkv(x, positions)
         mixed, final = lightning_attention(
