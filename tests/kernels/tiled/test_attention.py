@@ -105,7 +105,8 @@ PER_TOKEN = ("output", "q", "k", "v")
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout", "initial_state", "dfinal"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("piece", [1, 2, PIECE])
-def test_one_sequence_does_not_poison_another(piece: int, packed: bool, name: str, bad: float):
+@pytest.mark.parametrize("read", [True, False])
+def test_one_sequence_does_not_poison_another(read: bool, piece: int, packed: bool, name: str, bad: float):
     # The poisoned one ends in a partial block, with neighbours in its own piece; in short pieces it fills several.
     lengths = [100, 64, 230, 0, 1, 128]
     clean = make_problem(lengths=lengths, padding=5, D=8, E=6) if packed else make_problem(B=3, T=230, D=8, E=6)
@@ -117,8 +118,11 @@ def test_one_sequence_does_not_poison_another(piece: int, packed: bool, name: st
         x[sequence] = bad
     else:
         x[own][:, 90] = bad
+    # Without reading, as on other devices, what a block starts from is chosen by the tensors themselves.
     with patch.object(tiled, "PIECE", piece):
-        expected, got = solve_with(clean, "tiled"), solve_with(replace(clean, **{name: x}), "tiled")
+        expected = solve_with(clean, "tiled")
+        with patch.object(tiled, "_unbound", tiled._unbound if read else torch.Tensor.unbind):
+            got = solve_with(replace(clean, **{name: x}), "tiled")
     poisoned = 0
     for part in (*PER_TOKEN, "final_state", "initial_state"):
         want, have = getattr(expected, part).clone(), getattr(got, part).clone()

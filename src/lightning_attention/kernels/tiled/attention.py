@@ -67,7 +67,7 @@ def _pass_on(
     """
     before, zero = torch.empty_like(own), own.new_zeros(())
     given = (zero if given is None else given).expand_as(own)
-    edges = edge.tolist() if edge.device.type == "cpu" else edge.unbind()
+    edges = _unbound(edge)
     blocks = list(zip(own.unbind(2), before.unbind(2), given.unbind(2), across.unbind(1), edges, strict=True))
     after = zero if carry is None else carry
     for own_i, before_i, given_i, across_i, edge_i in reversed(blocks) if backward else blocks:
@@ -77,6 +77,11 @@ def _pass_on(
             before_i.copy_(torch.where(edge_i, given_i, after))
         after = own_i.addcmul_(across_i, before_i)
     return before
+
+
+def _unbound(edge: Tensor) -> list[bool] | tuple[Tensor, ...]:
+    """One entry for each block: numbers on a CPU, where reading them costs nothing, else tensors on their device."""
+    return edge.tolist() if edge.device.type == "cpu" else edge.unbind()
 
 
 def _states(
