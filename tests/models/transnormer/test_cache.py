@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,27 @@ def test_reset_forgets_and_an_empty_cache_is_nothing(
     assert torch.equal(model(ids, past_key_values=cache).logits, expected)
     assert cache.state(0).data_ptr() == address
     assert torch.equal(model(ids, past_key_values=TransnormerCache(model.config)).logits, expected)
+
+
+def test_what_transformers_asks_of_a_cache(model: TransnormerForCausalLM, cache: TransnormerCache) -> None:
+    assert (cache.batch_size, cache.is_initialized, len(cache)) == (3, True, 3)
+    assert cache.get_max_length() == -1  # none
+    assert cache.get_query_offset() == 90
+    assert cache.has_previous_state()
+    assert not cache.is_compileable
+    empty = TransnormerCache(model.config)
+    assert (empty.batch_size, empty.is_initialized, empty.get_seq_length()) == (-1, False, 0)
+    assert not empty.has_previous_state()
+
+
+@torch.no_grad()
+def test_written_and_read_back(
+    model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor, tmp_path: Path
+) -> None:
+    torch.save(cache, tmp_path / "prefix.pt")
+    read = torch.load(tmp_path / "prefix.pt", weights_only=False)
+    assert torch.equal(model(ids, past_key_values=read).logits, model(ids, past_key_values=cache).logits)
+    assert read.positions.tolist() == [180] * 3
 
 
 def test_cannot_be_cropped(cache: TransnormerCache) -> None:

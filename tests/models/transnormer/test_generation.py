@@ -1,8 +1,12 @@
 """transformers' generate(), with a state for a cache."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
 
@@ -106,6 +110,92 @@ def test_stops_at_the_end_token(model: TransnormerForCausalLM, ids: Tensor) -> N
     assert text[0, 20:].tolist() == free[: at + 1].tolist()
 
 
-def test_assisted_generation_is_refused(model: TransnormerForCausalLM, ids: Tensor) -> None:
+@pytest.mark.parametrize(
+    "mode", [{"assistant_model": None}, {"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}]
+)
+def test_assisted_generation_is_refused(model: TransnormerForCausalLM, ids: Tensor, mode: dict) -> None:
+    mode = {name: model if value is None else value for name, value in mode.items()}
     with pytest.raises(ValueError, match="not supported with stateful models"):
-        model.generate(ids[:1, :20], assistant_model=model, **FIXED)
+        model.generate(ids[:1, :20], do_sample=False, **mode, **FIXED)
+
+
+def test_assisting_another_model_is_refused(model: TransnormerForCausalLM, ids: Tensor) -> None:
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(RuntimeError, match="a recurrent state cannot give tokens back"):
+        other.generate(ids[:1, :20], assistant_model=model, do_sample=False, **FIXED)
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+def test_another_kind_of_cache_is_refused(model: TransnormerForCausalLM, ids: Tensor, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"cache_implementation is '{kind}'; leave it out"):
+        model.generate(ids[:, :20], cache_implementation=kind, do_sample=False, **FIXED)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_everything_that_may_be_asked_for(
+    model: TransnormerForCausalLM, prompt: tuple[Tensor, Tensor], beams: int
+) -> None:
+    asked = {f"output_{name}": True for name in ("scores", "logits", "hidden_states")}
+    out = model.generate(
+        prompt[0],
+        attention_mask=prompt[1],
+        num_beams=beams,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **asked,
+        **FIXED,
+    )
+    assert out.sequences.shape == (3, 20 + NEW)
+    assert [len(out.scores), len(out.logits), len(out.hidden_states)] == [NEW] * 3
+    # one for every block's input and one after the last norm; the whole prompt first, then single tokens
+    assert [h.shape for h in out.hidden_states[0]] == [(3 * beams, 20, 32)] * 4
+    assert [h.shape for h in out.hidden_states[-1]] == [(3 * beams, 1, 32)] * 4
+    assert out.past_key_values.batch_size == 3 * beams
+    assert out.past_key_values.get_seq_length() == 20 + NEW - 1
+    if beams == 1:
+        for row, real in enumerate(prompt[1].bool()):
+            text = torch.cat([prompt[0][row, real], out.sequences[row, 20:]])
+            expected = model(text[None]).logits[0, -NEW - 1 : -1]
+            torch.testing.assert_close(torch.stack(out.logits)[:, row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_may_be_embedded_and_padded_and_searched(
+    model: TransnormerForCausalLM, prompt: tuple[Tensor, Tensor]
+) -> None:
+    ids, mask = prompt
+    mode = {"attention_mask": mask, "num_beams": 3, "do_sample": False, **FIXED}
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **mode), model.generate(ids, **mode)[:, 20:])
+
+
+def test_positions_may_be_given(model: TransnormerForCausalLM, prompt: tuple[Tensor, Tensor]) -> None:
+    ids, mask = prompt
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    mode = {"attention_mask": mask, "do_sample": False, **FIXED}
+    assert torch.equal(model.generate(ids, position_ids=positions, **mode), model.generate(ids, **mode))
+
+
+def test_a_prefix_is_read_once_for_many_prompts(model: TransnormerForCausalLM, ids: Tensor) -> None:
+    with torch.no_grad():
+        prefix = model(ids[:1, :50], use_cache=True).past_key_values
+    for row in range(3):
+        whole = torch.cat([ids[:1, :50], ids[row : row + 1, 50:60]], 1)
+        expected = model.generate(whole, do_sample=False, **FIXED)
+        said = model.generate(whole, past_key_values=copy.deepcopy(prefix), do_sample=False, **FIXED)
+        assert torch.equal(said, expected)
+
+
+def test_tokens_come_as_a_stream(model: TransnormerForCausalLM, ids: Tensor) -> None:
+    class Streamer(BaseStreamer):
+        tokens: list[int] = []  # noqa: RUF012
+
+        def put(self, value: Tensor) -> None:
+            self.tokens.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    text = model.generate(ids[:1, :20], streamer=Streamer(), do_sample=False, **FIXED)
+    assert Streamer.tokens == [*text[0].tolist(), -1]

@@ -74,6 +74,16 @@ class TransnormerCache(Cache):
         else:
             self.positions += lengths  # in place: a captured decode step counts on
 
+    @property
+    def batch_size(self) -> int:
+        """N, or -1 while the cache is empty."""
+        return -1 if self.positions is None else len(self.positions)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return self.positions is not None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (every layer has read the same)
         """Token columns read so far, padding included: what ``generate`` cuts from the front of its input."""
         return self._columns

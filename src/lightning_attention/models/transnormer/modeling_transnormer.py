@@ -316,7 +316,16 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Give ``generate`` its cache before the prompt is read, so that the prompt can be read in pieces."""
+        """Give ``generate`` its cache before the prompt is read, so that the prompt can be read in pieces.
+
+        Raises:
+            ValueError: another kind of cache is asked for, which transformers would ignore.
+        """
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {kind!r}; leave it out: this model has one kind of cache, whose size is fixed"
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = TransnormerCache(self.config)
