@@ -5,6 +5,7 @@ carries the state from block to block. The pieces keep the working set in cache:
 sequence worked on as one piece took twice as long per token at T = 65536 as at T = 4096.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -79,7 +80,7 @@ def _pass_on(
     return before
 
 
-def _unbound(edge: Tensor) -> list[bool] | tuple[Tensor, ...]:
+def _unbound(edge: Tensor) -> Sequence[bool | Tensor]:
     """One entry for each block: numbers on a CPU, where reading them costs nothing, else tensors on their device."""
     return edge.tolist() if edge.device.type == "cpu" else edge.unbind()
 
