@@ -8,9 +8,19 @@ from pydoc_data import topics
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
+from lightning_attention.cli.app import main
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
+from tests.training.tiny import tiny_settings, train
 
 pytest.importorskip("accelerate")
 
@@ -104,3 +114,29 @@ def test_it_evaluates(tmp_path: Path) -> None:
         alone = [run.model(torch.tensor([f["input_ids"]]), labels=torch.tensor([f["input_ids"]])).loss for f in few]
     lengths = torch.tensor([len(f["input_ids"]) - 1.0 for f in few])
     assert metrics["eval_loss"] == pytest.approx(float((torch.stack(alone) * lengths).sum() / lengths.sum()), rel=1e-4)
+
+
+def test_a_run_of_the_command_goes_on_here_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = train(tiny_settings(tmp_path, steps=4, eval_every=4, save_every=4))[1].checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(begun)
+    texts = [{"input_ids": tokenizer.encode(line)} for line in (tmp_path / "text.txt").read_text("utf-8").splitlines()]
+    run = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(begun),
+        args=TrainingArguments(
+            str(tmp_path / "out"), max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=texts,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    run.train()
+    folder = str(tmp_path / "saved")
+    run.save_model(folder)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", folder, "--max-tokens", "5", "--temperature", "0", "--ignore-eos", "the state"])
+    assert not ended.value.code
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("the state")
+    pipe = pipeline("text-generation", model=folder, device="cpu")
+    mode = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [tokenizer.pad_token_id]}
+    assert pipe("the state", **mode)[0]["generated_text"].rstrip("\n") == said
