@@ -23,8 +23,10 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     Before any check: under autocast q, k and v may come in several dtypes.
     """
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor) or tensors[0].is_meta:
+        return tensors
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if _is_cast(x) else x for x in tensors)

@@ -12,7 +12,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 # The operations that have kernels for CUDA and ROCm devices; the others run on "tiled" there too.
-_WITH_KERNELS = ("attention", "decode", "verify", "commit")
+_WITH_KERNELS = ("attention", "decode", "prefill", "verify", "commit")
 
 
 def choose(backend: str | None, device: torch.device, operation: str) -> str:

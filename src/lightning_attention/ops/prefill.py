@@ -1,9 +1,8 @@
 """A packed batch of prompts, continued chunks and single tokens, their states in one pool."""
 
-import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation  # noqa: F401 - registration defines the operator
+from lightning_attention.ops import backends, registration, validation
 from lightning_attention.ops.attention import cast_for_autocast
 
 
@@ -27,7 +26,7 @@ def lightning_attention_prefill(
     graph.
 
     Args:
-        q: [T, H, D], bfloat16, float16 or float32 (or float64); any strides with a unit last one.
+        q: [T, H, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one.
         k: [T, H, D], of q's dtype.
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
@@ -50,18 +49,19 @@ def lightning_attention_prefill(
         ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
             the numbers in cu_seqlens and the slots.
     """
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     q, k, v = cast_for_autocast(q, k, v)
     validation.check_qkv(q, k, v, "T")
-    validation.check_log_decay(log_decay, q)
-    validation.check_scale(scale)
     validation.check_cu_seqlens(cu_seqlens, q)
     N = cu_seqlens.shape[0] - 1
-    validation.check_pool(state, q, v, slots, N)
+    if not validation.serves(q, k, v, log_decay, state, slots, N):
+        validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
+        validation.check_log_decay(log_decay, q)
+        validation.check_pool(state, q, v, slots, N)
+    validation.check_scale(scale)
     if fresh is not None:
         validation.check_mask("fresh", fresh, (N,), "[N]", q)
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
-    return torch.ops.lightning_attention.prefill(
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
+    return registration.serve(
+        "prefill", q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots,
         backends.choose(None, q.device, "prefill"),
     )  # fmt: skip

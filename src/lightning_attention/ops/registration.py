@@ -27,10 +27,9 @@ def _implement(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     @wraps(run)
     def without_autocast(*args: Any) -> Any:
         # The facade has cast q, k and v. Autocast is still on in here, where it would round states and decays as well.
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch._C._is_any_autocast_enabled():
             return run(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False):
             return run(*args)
 
     def operator(*args: Any) -> Any:
@@ -201,8 +200,10 @@ def _watched(x: Tensor) -> bool:
 
 
 def _autograd(name: str, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return _functions[name].apply(run, *inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return _functions[name].apply(run, *inputs)
     return run(*inputs)
 
 

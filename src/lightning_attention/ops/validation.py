@@ -99,8 +99,15 @@ def check_scale(scale: float) -> None:
 def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
     if log_decay is None:
         return
-    check_tensor("log_decay", log_decay)
     H = q.shape[-2]
+    if (
+        isinstance(log_decay, Tensor)
+        and log_decay.dtype == torch.float32
+        and log_decay.shape == (H,)
+        and log_decay.device == q.device
+    ):
+        return
+    check_tensor("log_decay", log_decay)
     if log_decay.shape != (H,):
         raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of q")
     # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.

@@ -1,125 +1,117 @@
 """Forward and backward on a GPU: what is launched, in which order, over which buffers."""
 
-from collections.abc import Callable
-from functools import cache, wraps
-from typing import Any, NamedTuple, TypeVar
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch, segments, sweep
 from lightning_attention.kernels.triton.decay_gradient import decay_gradient_kernel
 
-#: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
-#: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.
-PACKED_SEGMENT = 16384
-
-
-class Segments(NamedTuple):
-    """The segments of a call. rows: in each but a sequence's last; per_sequence: of a dense batch; slots: in all."""
-
-    rows: int
-    per_sequence: int
-    slots: int
-    cut: bool
-    table: Tensor | None
-    first: Tensor | None
-
-
-def _cut(
-    k: Tensor,
-    cu_seqlens: Tensor | None,
-    tiles: launch.Tiles,
-    programs: int,
-    multiprocessors: int,
-    batch_invariant: bool,
-) -> Segments:
-    """``programs``: how many one segment makes for one head."""
-    B, T, H, _ = k.shape
-    rows = -(-T // tiles.C) * tiles.C
-    if not batch_invariant:
-        places = multiprocessors * tiles.per_multiprocessor
-        rows = launch.segment_rows(programs * H * B, T, tiles.C, places)
-    if cu_seqlens is None:
-        count = -(-T // rows)
-        return Segments(rows, count, B * count, count > 1, None, None)
-    N = cu_seqlens.numel() - 1
-    if not batch_invariant:
-        rows = min(rows, PACKED_SEGMENT)
-    slots = T // rows + N
-    table = torch.empty(slots, 4, dtype=torch.int32, device=k.device)
-    first = torch.empty(N + 1, dtype=torch.int32, device=k.device)
-    launch.run(
-        segments.plan_kernel, (1, 1, 1), (cu_seqlens, table, first, N, rows, slots),
-        (k.device.index, cu_seqlens.dtype), lambda: {"BLOCK": 1024},
-    )  # fmt: skip
-    return Segments(rows, 0, slots, rows < T, table, first)
-
-
-def _scan(
-    cut: Segments,
-    before: Tensor | None,
-    after: Tensor | None,
-    initial: Tensor | None,
-    dfinal: Tensor | None,
-    log_decay: Tensor | None,
-    N: int,
-    T: int,
-) -> None:
-    states = before if before is not None else after
-    assert states is not None
-    _, H, D, E = states.shape
-    block = min(4096, triton.next_power_of_2(D * E))
-    flags = (cut.table is not None, before is not None, after is not None, initial is not None, dfinal is not None)
-    args = (
-        *(_pointer(x, states) for x in (before, after, initial, dfinal)), log_decay, cut.table, cut.first,
-        cut.per_sequence, cut.rows, T, H, D * E,
-    )  # fmt: skip
-    launch.run(
-        segments.scan_kernel, (N, H, -(-D * E // block)), args, (states.device.index, log_decay is None, block, flags),
-        lambda: {**dict(zip(("PACKED", "BEFORE", "AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "BLOCK": block},
-    )  # fmt: skip
-
-
-def _clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor) -> None:
-    x, y, z = (outputs * 3)[:3]
-    widths = [t.shape[2] * t.shape[3] if i < len(outputs) else 0 for i, t in enumerate((x, y, z))]
-    args = (x, y, z, cu_seqlens, cu_seqlens.numel() - 1, T, *widths)
-    key = (x.device.index, x.dtype, cu_seqlens.dtype)
-    launch.run(segments.clear_padding_kernel, (-(-T // 64), 1, 1), args, key, lambda: {"ROWS": 64, "BLOCK": 1024})
-
 
 @cache
-def _hopper() -> Any:
+def hopper() -> Any:
     from lightning_attention.kernels.triton import hopper  # Gluon is not there on every platform
 
     return hopper
 
 
-def _float32_precision(x: Tensor) -> str:
+def float32_precision(x: Tensor) -> str:
     """What PyTorch's float32 matmul precision asks for."""
     return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-Result = TypeVar("Result")
+@lru_cache(maxsize=1024)
+def _forward_constants(
+    tiles: launch.Tiles, packed: bool, flags: tuple[bool, ...], D: int, E: int, precision: str
+) -> dict[str, Any]:
+    """``flags``: SEGMENTED, INITIAL, FINAL, OUTPUT."""
+    values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "FINAL", "OUTPUT"), flags, strict=True))
+    values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "PACKED": packed}
+    values |= {"STAGES": launch.stages(tiles, flags[3])}
+    if not tiles.hopper:
+        values |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": precision}
+    return values
 
 
-def _on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
-    """Triton launches on the current device, which need not be the one that the tensors are on."""
+class Forward:
+    """The sweep of q, k and v [B, T, H, *] to out: ``between`` for the states that segments leave, ``output`` for out.
 
-    @wraps(run)
-    def launched(*args: Any) -> Result:
-        x = args[2]  # k, or q
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return run(*args)
-        with torch.cuda.device(x.device):
-            return run(*args)
+    ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
+    the same strides; where ``fresh[i]`` a sequence starts from zero.
+    """
 
-    return launched
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_decay: Tensor | None, scale: float, tiles: launch.Tiles
+    ) -> None:
+        _, T, H, D = k.shape
+        E = v.shape[3]
+        self._tiles, self._k, self._out, self._log_decay = tiles, k, out, log_decay
+        self._sizes = (T, H, D, E, scale)
+        self._row = row = H * E
+        if tiles.hopper:
+            launch.bind_context(k)
+            C, BD, TE = tiles.C, tiles.BD, tiles.TE
+            describe = launch.Descriptor
+            self._args: tuple[Any, ...] = (
+                describe(q, C, BD), describe(k, C, BD), describe(v, C, TE), describe(out, C, TE), out, T * row, row,
+                log_decay,
+            )  # fmt: skip
+        else:
+            self._args = (q, k, v, out, *_strides(q, k, v), T * row, log_decay)
+
+    def between(self, cut: segments.Segments, between: Tensor) -> None:
+        """What each segment but the last would leave if it started from zero, [states, H, D, E] float32."""
+        self._run(cut, None, None, None, None, between, (False, False, True, False))
+
+    def output(
+        self,
+        cut: segments.Segments,
+        initial: Tensor | None,
+        final: Tensor | None,
+        between: Tensor | None,
+        slots: Tensor | None = None,
+        fresh: Tensor | None = None,
+    ) -> None:
+        """The outputs, from ``initial`` and, where sequences are cut, from the states ``between`` their segments."""
+        flags = (cut.cut, initial is not None, final is not None, True)
+        self._run(cut, initial, final, slots, fresh, between, flags)
+
+    def _run(
+        self,
+        cut: segments.Segments,
+        initial: Tensor | None,
+        final: Tensor | None,
+        slots: Tensor | None,
+        fresh: Tensor | None,
+        between: Tensor | None,
+        flags: tuple[bool, ...],
+    ) -> None:
+        T, H, D, E, scale = self._sizes
+        tiles, out, table = self._tiles, self._out, cut.table
+        states = final if final is not None else initial
+        state_strides = (H * D * E, D * E, E, 1) if states is None else states.stride()
+        args = (
+            *self._args, out if initial is None else initial, out if final is None else final, *state_strides, slots,
+            fresh, out if between is None else between, table, cut.per_sequence, cut.rows, T, H, D, E, scale,
+        )  # fmt: skip
+        grid = (cut.count * H * -(-E // tiles.TE), 1, 1)
+        packed = table is not None
+        if tiles.hopper:
+            index, dtype = self._k.device.index, self._k.dtype
+            key: tuple[Any, ...] = (index, dtype, tiles, packed, flags, self._log_decay is None, self._row & 15)
+            if states is not None and (slots is not None or fresh is not None or states.dtype != torch.float32):
+                key = (*key, states.dtype, *(None if x is None else x.dtype for x in (slots, fresh)))
+            launch.run(
+                hopper().forward_kernel, grid, args, key, lambda: _forward_constants(tiles, packed, flags, D, E, "")
+            )
+        else:
+            constants = _forward_constants(tiles, packed, flags, D, E, float32_precision(self._k))
+            _launch(sweep.forward_kernel, grid, args, constants, tiles.warps)
 
 
-@_on_its_device
+@launch.on_its_device
 def attention(
     q: Tensor | None,
     k: Tensor,
@@ -135,7 +127,7 @@ def attention(
     q = k if q is None else q
     B, T, H, D = k.shape
     E = v.shape[3]
-    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device) if output_final_state else None
     if initial_state is not None:
@@ -144,55 +136,31 @@ def attention(
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return out, final
-    capability, multiprocessors = launch.device(k)
-    aligned = launch.copyable(q) and launch.copyable(k) and launch.copyable(v) and launch.copyable(out)
-    tiles = launch.tiles(capability, D, E, k.dtype, aligned)
-    e_tiles = -(-E // tiles.TE)
-    cut = _cut(k, cu_seqlens, tiles, e_tiles, multiprocessors, batch_invariant)
-    before = torch.empty(cut.slots, H, D, E, dtype=torch.float32, device=v.device) if cut.cut else None
-    grid = (cut.slots * H * e_tiles, 1, 1)
-    sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
-    packed, o_row = cut.table is not None, H * E
-    if tiles.hopper:
-        launch.bind_context(k)
-        C = tiles.C
-        args: tuple[Any, ...] = (
-            launch.Descriptor(q, C, tiles.BD), launch.Descriptor(k, C, tiles.BD), launch.Descriptor(v, C, tiles.TE),
-            launch.Descriptor(out, C, tiles.TE), out, T * o_row, o_row, log_decay,
-        )  # fmt: skip
+    tiles, places = tiling(q, k, v, out)
+    programs = H * -(-E // tiles.TE)
+    if cu_seqlens is None:
+        cut = segments.dense(B, T, tiles.C, programs, places, batch_invariant)
     else:
-        args = (q, k, v, out, *_strides(q, k, v), T * o_row, log_decay)
-
-    def sweep_all(initial: Tensor | None, final: Tensor | None, segmented: bool, output: bool) -> None:
-        flags = (segmented, initial is not None, final is not None, output)
-        every = (*args, _pointer(initial, out), _pointer(final, out), *sizes)
-
-        def constants() -> dict[str, Any]:
-            values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "FINAL", "OUTPUT"), flags, strict=True))
-            values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "PACKED": packed}
-            values |= {"STAGES": launch.stages(tiles, output)}
-            if not tiles.hopper:
-                values |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": _float32_precision(k)}
-            return values
-
-        if tiles.hopper:
-            key = (k.device.index, k.dtype, tiles, packed, flags, log_decay is None, o_row & 15)
-            launch.run(_hopper().forward_kernel, grid, every, key, constants)
-        else:
-            _launch(sweep.forward_kernel, grid, every, constants(), tiles.warps)
-
-    if before is not None:
-        sweep_all(None, before, True, False)
-        _scan(cut, before, None, initial_state, None, log_decay, N, T)
-    sweep_all(initial_state if before is None else before, final, cut.cut, True)
+        cut = segments.packed(cu_seqlens, T, tiles.C, programs, places, batch_invariant)
+    forward = Forward(q, k, v, out, log_decay, scale, tiles)
+    between = None
+    if cut.cut:
+        between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
+        forward.between(cut, between)
+        segments.scan(cut, between, None, initial_state, None, log_decay, cu_seqlens, N, T)
+    forward.output(cut, initial_state, final, between)
     if cu_seqlens is not None:
-        _clear_padding(cu_seqlens, T, out)
+        segments.clear_padding(cu_seqlens, T, out)
     return out, final
 
 
-def _pointer(x: Tensor | None, other: Tensor) -> Tensor:
-    """Where a kernel's pointer is not used it still adds to it, so it gets another."""
-    return other if x is None else x
+def tiling(*tensors: Tensor) -> tuple[launch.Tiles, int]:
+    """Of q, k, v and others that programs copy: tile sizes, and how many programs run at once."""
+    _, k, v = tensors[:3]
+    capability, multiprocessors = launch.device(k)
+    aligned = all(map(launch.copyable, tensors))
+    tiles = launch.tiles(capability, k.shape[3], v.shape[3], k.dtype, aligned)
+    return tiles, multiprocessors * tiles.per_multiprocessor
 
 
 def _launch(
@@ -205,7 +173,21 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in (x.stride(0), x.stride(1), x.stride(2))]
 
 
-@_on_its_device
+@lru_cache(maxsize=1024)
+def _backward_constants(
+    tiles: launch.Tiles, packed: bool, flags: tuple[bool, ...], D: int, E: int, precision: str
+) -> dict[str, Any]:
+    """``flags``: SEGMENTED, INITIAL, DFINAL, DINITIAL, OUTPUT."""
+    values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "DFINAL", "DINITIAL", "OUTPUT"), flags, strict=True))
+    values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
+    values |= {"PACKED": packed, "STAGES": launch.stages(tiles, flags[4])}
+    if not tiles.hopper:
+        values |= {"EVEN_D": tiles.BD == D, "EVEN_TD": D % tiles.TD == 0, "PRECISION": precision}
+        values |= {"EVEN_E": tiles.BE == E, "EVEN_TE": E % tiles.TE == 0}
+    return values
+
+
+@launch.on_its_device
 def attention_backward(
     dout: Tensor,
     dfinal: Tensor | None,
@@ -222,7 +204,7 @@ def attention_backward(
     """Gradients of q, k, v, log_decay [H] and initial_state [N, H, D, E] (None where there is none)."""
     B, T, H, D = k.shape
     E = v.shape[3]
-    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if initial_state is not None:
@@ -235,71 +217,68 @@ def attention_backward(
         return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
-    capability, multiprocessors = launch.device(k)
-    aligned = all(launch.copyable(x) for x in (q, k, v, dout, dq, dv))
-    tiles = launch.tiles(capability, D, E, k.dtype, aligned)
+    tiles, places = tiling(q, k, v, dout, dq, dv)
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
-    cut = _cut(k, cu_seqlens, tiles, 2 * d_tiles + e_tiles, multiprocessors, batch_invariant)
+    programs = H * (2 * d_tiles + e_tiles)
+    if cu_seqlens is None:
+        cut = segments.dense(B, T, tiles.C, programs, places, batch_invariant)
+    else:
+        cut = segments.packed(cu_seqlens, T, tiles.C, programs, places, batch_invariant)
     before = after = None
     if cut.cut:
-        before, after = torch.empty(2, cut.slots, H, D, E, dtype=torch.float32, device=v.device)
-    sizes = (cut.table, cut.per_sequence, cut.rows, T, H, D, E, scale)
-    packed, d_row, e_row = cut.table is not None, H * D, H * E
+        before, after = torch.empty(2, cut.states, H, D, E, dtype=torch.float32, device=v.device)
+    table = cut.table
+    states = [dq if x is None else x for x in (initial_state, dfinal, dinitial, before, after)]
+    sizes = (table, cut.per_sequence, cut.rows, T, H, D, E, scale)
+    packed, d_row, e_row = table is not None, H * D, H * E
     if tiles.hopper:
         launch.bind_context(k)
         C, BD, BE, TD, TE = tiles.C, tiles.BD, tiles.BE, tiles.TD, tiles.TE
-        pairs = (
-            (q, BD), (k, BD), (v, BE), (dout, BE), (q, TD), (k, TD), (dout, TE), (dq, TD), (dk, TD), (dv, TE),
+        describe = launch.Descriptor
+        args: tuple[Any, ...] = (
+            describe(q, C, BD), describe(k, C, BD), describe(v, C, BE), describe(dout, C, BE), describe(q, C, TD),
+            describe(k, C, TD), describe(dout, C, TE), describe(dq, C, TD), describe(dk, C, TD), describe(dv, C, TE),
+            dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay, *states, *sizes,
         )  # fmt: skip
-        descriptors = [launch.Descriptor(x, C, width) for x, width in pairs]
-        args: tuple[Any, ...] = (*descriptors, dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay)
     else:
-        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay)
+        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay, *states, *sizes)
 
-    def sweep_all(
-        before: Tensor | None, after: Tensor | None, before_out: Tensor | None, after_out: Tensor | None, output: bool
-    ) -> None:
-        flags = (cut.cut, before is not None, after is not None, after_out is not None, output)
-        every = (*args, *(_pointer(x, dq) for x in (before, after, before_out, after_out)), *sizes)
-        grid = (cut.slots * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
-
-        def constants() -> dict[str, Any]:
-            names = ("SEGMENTED", "BEFORE", "AFTER", "AFTER_OUT", "OUTPUT")
-            values: dict[str, Any] = dict(zip(names, flags, strict=True))
-            values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.BE, "TD": tiles.TD, "TE": tiles.TE}
-            values |= {"PACKED": packed, "STAGES": launch.stages(tiles, output)}
-            if not tiles.hopper:
-                values |= {"EVEN_D": tiles.BD == D, "EVEN_TD": D % tiles.TD == 0, "PRECISION": _float32_precision(k)}
-                values |= {"EVEN_E": tiles.BE == E, "EVEN_TE": E % tiles.TE == 0}
-            return values
-
+    def sweep_all(output: bool) -> None:
+        flags = (
+            output and cut.cut, output and initial_state is not None, output and dfinal is not None,
+            output and dinitial is not None, output,
+        )  # fmt: skip
+        grid = (cut.count * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
         if tiles.hopper:
             key = (k.device.index, k.dtype, tiles, packed, flags, log_decay is None, d_row & 15, e_row & 15)
-            launch.run(_hopper().backward_kernel, grid, every, key, constants)
+            launch.run(
+                hopper().backward_kernel, grid, args, key, lambda: _backward_constants(tiles, packed, flags, D, E, "")
+            )
         else:
-            _launch(sweep.backward_kernel, grid, every, constants(), tiles.warps)
+            constants = _backward_constants(tiles, packed, flags, D, E, float32_precision(k))
+            _launch(sweep.backward_kernel, grid, args, constants, tiles.warps)
 
     if cut.cut:
-        sweep_all(None, None, before, after, False)
-        _scan(cut, before, after, initial_state, dfinal, log_decay, N, T)
-    else:
-        before, after = initial_state, dfinal
-    sweep_all(before, after, None, dinitial, True)
+        sweep_all(False)
+        segments.scan(cut, before, after, initial_state, dfinal, log_decay, cu_seqlens, N, T)
+    sweep_all(True)
     if cu_seqlens is not None:
-        _clear_padding(cu_seqlens, T, dq, dk, dv)
+        segments.clear_padding(cu_seqlens, T, dq, dk, dv)
 
     dlog_decay = None
     if need_dlog_decay:
         width = min(tiles.TE, 32)
         e_tiles = -(-E // width)
-        partials = torch.empty(cut.slots, H, e_tiles, dtype=torch.float32, device=v.device)
+        partials = torch.empty(cut.count, H, e_tiles, dtype=torch.float32, device=v.device)
         constants = {
             "C": min(tiles.C, 32), "BD": tiles.BD, "BE": width, "STAGES": 2, "EVEN_D": tiles.BD == D,
-            "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut, "BEFORE": before is not None,
-            "AFTER": after is not None, "PRECISION": _float32_precision(k),
+            "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut, "INITIAL": initial_state is not None,
+            "DFINAL": dfinal is not None, "PRECISION": float32_precision(k),
         }  # fmt: skip
-        states = [_pointer(x, dq) for x in (before, after)]
-        args = (q, k, v, dout, *_strides(q, k, v, dout), log_decay, *states, partials, *sizes)
+        initial, ahead, _, before, after = states
+        args = (
+            q, k, v, dout, *_strides(q, k, v, dout), log_decay, initial, ahead, before, after, partials, *sizes
+        )  # fmt: skip
         _launch(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles.warps)
         dlog_decay = partials.sum((0, 2))
     return dq, dk, dv, dlog_decay, dinitial

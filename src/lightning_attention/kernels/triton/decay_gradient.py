@@ -13,23 +13,23 @@ what it does to the state after it is weighed with that state's gradient, which 
 import triton
 import triton.language as tl
 
-from lightning_attention.kernels.triton.sweep import load_rows, log2_decay, segment, state_pointers
+from lightning_attention.kernels.triton.sweep import first_state, is_alone, load_rows, log2_decay, segment
 
 
 @triton.jit(do_not_specialize=["segments", "L", "T"])
 def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row, k_head: "i64",
-                          v_batch: "i64", v_row, v_head: "i64", g_batch: "i64", g_row, g_head: "i64", log_decay, before,
-                          after, partial, table, segments, L, T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr,
-                          BE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, PACKED: tl.constexpr,
-                          SEGMENTED: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, PRECISION: tl.constexpr,
-                          STAGES: tl.constexpr):  # fmt: skip
+                          v_batch: "i64", v_row, v_head: "i64", g_batch: "i64", g_row, g_head: "i64", log_decay,
+                          initial, dfinal, before, after, partial, table, segments, L, T, H, D, E, scale,
+                          C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
+                          EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
+                          DFINAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """partial [slots, H, tiles]: each program's part of the sum."""
     tiles = tl.cdiv(E, BE)
     pid = tl.program_id(0)
     tile = pid % tiles
     head = pid // tiles % H
-    slot = pid // tiles // H
-    sequence, batch, start, stop, _, _ = segment(table, slot, segments, L, T, PACKED)
+    place = pid // tiles // H
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         tl.store(partial + pid, 0.0)
         return
@@ -38,12 +38,11 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     g += batch * g_batch + head * g_head
-    of = ((slot if SEGMENTED else sequence).to(tl.int64) * H + head) * D * E
-    if BEFORE:
-        where, exists = state_pointers(before + of, tile * BE, D, E, E, 1, BD, BE)
-        state = tl.load(where, mask=exists, other=0.0)
-    else:
-        state = tl.zeros([BE, BD], tl.float32)
+    of_sequence = (sequence.to(tl.int64) * H + head) * D * E
+    of_segment = (slot.to(tl.int64) * H + head) * D * E
+    alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
+    state = first_state(initial + of_sequence, alone, before + of_segment, alone, tile * BE, D, E, E, 1, E, 1, BD, BE,
+                        INITIAL, SEGMENTED)  # fmt: skip
     drift = tl.zeros([BE, BD], tl.float32)
     total = tl.zeros([C], tl.float32)
     row = tl.arange(0, C)
@@ -70,7 +69,8 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
         weighted = (vt.to(tl.float32) * to_end[None, :]).to(vt.dtype)
         state = tl.dot(weighted, kt, state * across, input_precision=PRECISION)
     result = scale * tl.sum(total, 0)
-    if AFTER:
-        where, exists = state_pointers(after + of, tile * BE, D, E, E, 1, BD, BE)
-        result += tl.sum(tl.sum(drift * tl.load(where, mask=exists, other=0.0), 1), 0)
+    # What the segment does to the state after it, weighed with that state's gradient.
+    ahead = first_state(dfinal + of_sequence, alone, after + of_segment, alone, tile * BE, D, E, E, 1, E, 1, BD, BE,
+                        DFINAL, SEGMENTED)  # fmt: skip
+    result += tl.sum(tl.sum(drift * ahead, 1), 0)
     tl.store(partial + pid, result)

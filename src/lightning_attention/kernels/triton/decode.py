@@ -8,7 +8,6 @@ import triton
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch
-from lightning_attention.kernels.triton.attention import _on_its_device
 from lightning_attention.kernels.triton.step import decode_kernel
 
 
@@ -40,7 +39,7 @@ def constants(D: int, E: int, TE: int, ALIGNED: bool) -> dict[str, Any]:
     return {"D": D, "E": E, "BD": rows(D), "TE": TE, "ALIGNED": ALIGNED}
 
 
-@_on_its_device
+@launch.on_its_device
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:

@@ -71,11 +71,33 @@ def state_pointers(base, BE: gl.constexpr, BD: gl.constexpr, layout: gl.constexp
 
 
 @gluon.jit
-def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, final, keep, b_stride, c_stride, batch, head, start, stop,
-          column, b_width, c_width, rate, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
-          STAGES: gl.constexpr, PACKED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
-          OUTPUT: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
-    """Rows start … stop of one head, from the state at ``initial`` to the state at ``final``, stored if ``keep``.
+def first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between, c_between,
+                BE: gl.constexpr, BD: gl.constexpr, layout: gl.constexpr, INITIAL: gl.constexpr,
+                SEGMENTED: gl.constexpr):  # fmt: skip
+    """What a program starts from.
+
+    The sequence's state where the segment is ``alone`` in it and it ``inherits`` one, what the scan left ``between``
+    its segments, or zero.
+    """
+    state = gl.zeros([BE, BD], gl.float32, layout)
+    if SEGMENTED:
+        if not alone:
+            where, exists = state_pointers(between, BE, BD, layout, column, b_width, c_width, b_between, c_between)
+            state = gl.load(where, mask=exists, other=0.0)
+    if INITIAL:
+        if inherits:
+            where, exists = state_pointers(initial, BE, BD, layout, column, b_width, c_width, b_stride, c_stride)
+            state = gl.load(where, mask=exists, other=0.0).to(gl.float32)
+    return state
+
+
+@gluon.jit
+def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, alone, final, keep, b_stride,
+          c_stride, b_between, c_between,
+          batch, head, start, stop, column, b_width, c_width, rate, scale, C: gl.constexpr, BD: gl.constexpr,
+          BE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, INITIAL: gl.constexpr,
+          SEGMENTED: gl.constexpr, FINAL: gl.constexpr, OUTPUT: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
+    """Rows start … stop of one head, from its ``first_state`` to the state at ``final``, stored if ``keep``.
 
     With time reversed the state is that of the rows after. ``o`` is for the last block of a packed sequence alone,
     which a copy of C rows would overrun.
@@ -109,11 +131,8 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, final, keep, b_stri
         fetch(a_desc, b_desc, c_desc, a_smem, b_smem, c_smem, ready, s, batch, first + s * step, head, column,
               s < blocks, C, BD, BE, OUTPUT)  # fmt: skip
 
-    if INITIAL:
-        where, exists = state_pointers(initial, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
-        state = gl.load(where, mask=exists, other=0.0)
-    else:
-        state = gl.zeros([BE, BD], gl.float32, state_layout)
+    state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between,
+                        c_between, BE, BD, state_layout, INITIAL, SEGMENTED)  # fmt: skip
     c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
     if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
@@ -193,25 +212,32 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, final, keep, b_stri
     if FINAL:
         if keep:
             where, exists = state_pointers(final, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
-            gl.store(where, state, mask=exists)
+            gl.store(where, state.to(final.dtype.element_ty), mask=exists)
 
 
 @gluon.jit
-def segment(table, slot, segments, L, T, PACKED: gl.constexpr):
-    """Of a program's segment: its sequence (-1: none), its batch row, its rows start … stop, whether first and last."""
+def segment(table, place, segments, L, T, PACKED: gl.constexpr):
+    """What the program's segment is.
+
+    Its sequence (-1: none), its batch row, its rows start … stop, whether it is the first and the last of its sequence,
+    and the slot of the state before it.
+    """
     if PACKED:
-        sequence = gl.load(table + slot * 4)
-        start = gl.load(table + slot * 4 + 1)
-        stop = gl.load(table + slot * 4 + 2)
-        ends = gl.load(table + slot * 4 + 3)
+        row = table + place * 5
+        sequence = gl.load(row)
+        start = gl.load(row + 1)
+        stop = gl.load(row + 2)
+        ends = gl.load(row + 3)
+        slot = gl.load(row + 4)
         batch = 0
     else:
+        slot = place
         sequence = slot // segments
         start = (slot % segments) * L
         stop = gl.minimum(start + L, T)
         ends = (start == 0).to(gl.int32) + (stop == T).to(gl.int32) * 2
         batch = sequence
-    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0
+    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0, slot
 
 
 @gluon.jit
@@ -231,52 +257,104 @@ def log2_decay(log_decay, head):
     return rate
 
 
+@gluon.jit
+def is_alone(is_first, is_last, SEGMENTED: gl.constexpr, PACKED: gl.constexpr):
+    """Whether a segment is all of its sequence; known without looking but where packed sequences are cut."""
+    alone = not SEGMENTED
+    if SEGMENTED and PACKED:
+        alone = is_first & is_last
+    return alone
+
+
+@gluon.jit
+def of_state(slots, sequence, state_slot):
+    """Where a sequence's state begins, in numbers from the first one's."""
+    row = sequence
+    if slots is not None:
+        row = gl.load(slots + sequence)
+    return row.to(gl.int64) * state_slot
+
+
+@gluon.jit
+def inherits(fresh, sequence):
+    """Whether a sequence starts from the state that is there."""
+    inherited = True
+    if fresh is not None:
+        inherited = gl.load(fresh + sequence) == 0
+    return inherited
+
+
+@gluon.jit
+def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
+    """Of a snapshot: its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
+    start = gl.load(cu_seqlens + sequence).to(gl.int32)
+    length = gl.load(cu_seqlens + sequence + 1).to(gl.int32) - start
+    rows = gl.load(at + item).to(gl.int32)
+    wanted = (gl.load(to + item) >= 0) & (rows >= 0) & (rows <= length)
+    if slots is not None:
+        wanted = wanted & (gl.load(slots + sequence) >= 0)
+    return start, rows, gl.maximum(rows - 1, 0) // L, wanted
+
+
 # Nothing but alignment is specialized, which a call by ``launch.run`` relies on: a kernel compiled for one set of
 # numbers serves every other.
 NUMBERS = ["log_decay", "table", "segments", "L", "T", "H", "D", "E", "scale"]
+STATES = [
+    "initial", "final", "state_slot", "state_head", "state_d", "state_e", "slots", "fresh", "between", "dfinal",
+    "dinitial", "before", "after",
+]  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=[*NUMBERS, "o_batch", "initial", "final"])
+@gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "o_batch"])
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log_decay, initial, final,
-                   table, segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                   state_slot: "i64", state_head: "i64", state_d: "i64", state_e: "i64", slots, fresh, between, table,
+                   segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
                    STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr,
                    FINAL: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
-    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero."""
+    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero.
+
+    ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
+    are the states before segments.
+    """
     tiles = gl.cdiv(E, BE)
     pid = gl.program_id(0)
     tile = pid % tiles
     head = pid // tiles % H
-    slot = pid // tiles // H
-    sequence, batch, start, stop, _, is_last = segment(table, slot, segments, L, T, PACKED)
+    place = pid // tiles // H
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
-    of_sequence = (sequence.to(gl.int64) * H + head) * D * E
-    of_slot = (slot.to(gl.int64) * H + head) * D * E
-    keep = is_last
-    if not OUTPUT:
+    of_segment = between + (slot.to(gl.int64) * H + head) * D * E
+    of_sequence = of_state(slots, sequence, state_slot) + head * state_head
+    if OUTPUT:
+        alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
+        sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * E, o_row, initial + of_sequence,
+              alone & inherits(fresh, sequence), of_segment, alone, final + of_sequence, is_last, state_d, state_e, E,
+              1, batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL,
+              SEGMENTED, FINAL, True, False)  # fmt: skip
+    else:
         if is_last:
             return
-        keep = not is_last
         start = gl.maximum(start, stop - reach(rate, L, C))
-    sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * E, o_row,
-          initial + (of_slot if SEGMENTED else of_sequence), final + (of_sequence if OUTPUT else of_slot), keep,
-          E, 1, batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, FINAL,
-          OUTPUT, False)  # fmt: skip
+        sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1, E, 1,
+              batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, False, False, True,
+              False, False)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=[*NUMBERS, "d_batch", "e_batch", "before", "after", "before_out", "after_out"])
+@gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "d_batch", "e_batch"])
 def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_desc, dk_desc, dv_desc, dq, dk, dv,
-                    d_batch: "i64", d_row, e_batch: "i64", e_row, log_decay, before, after, before_out, after_out,
+                    d_batch: "i64", d_row, e_batch: "i64", e_row, log_decay, initial, dfinal, dinitial, before, after,
                     table, segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
                     TD: gl.constexpr, TE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
-                    SEGMENTED: gl.constexpr, BEFORE: gl.constexpr, AFTER: gl.constexpr, AFTER_OUT: gl.constexpr,
+                    SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, DFINAL: gl.constexpr, DINITIAL: gl.constexpr,
                     OUTPUT: gl.constexpr):  # fmt: skip
     """dv = reverse sweep(k, q, do); dk = reverse sweep(v, do, q); dq = sweep(do, v, k), one role a program.
 
-    ``before`` holds the states before and ``after`` the gradients of the states after each sequence or segment;
-    ``after_out`` takes the gradient of the initial states. The roles of a segment are neighbours, so that what one
-    reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by itself.
+    ``initial``, ``dfinal`` and ``dinitial`` are states of sequences and their gradients; ``before`` holds the states
+    before and ``after`` the gradients of the states after each segment. The roles of a segment are neighbours, so that
+    what one reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by
+    itself.
     """
     e_tiles = gl.cdiv(E, TE)
     d_tiles = gl.cdiv(D, TD)
@@ -284,37 +362,70 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
     pid = gl.program_id(0)
     role = pid % roles
     head = pid // roles % H
-    slot = pid // roles // H
-    sequence, batch, start, stop, is_first, is_last = segment(table, slot, segments, L, T, PACKED)
+    place = pid // roles // H
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
     of_sequence = (sequence.to(gl.int64) * H + head) * D * E
-    of_slot = (slot.to(gl.int64) * H + head) * D * E
-    of_start = of_slot if SEGMENTED else of_sequence
-    if role < e_tiles:
-        keep = is_first
-        if not OUTPUT:
-            if is_first:
-                return
-            keep = not is_first
-            stop = gl.minimum(stop, start + reach(rate, L, C))
-        sweep(k_desc, q_desc, g_tile, dv_desc, dv + batch * e_batch + head * E, e_row, after + of_start,
-              after_out + (of_sequence if OUTPUT else of_slot), keep, E, 1, batch, head, start, stop, role * TE, D, E,
-              rate, scale, C, BD, TE, STAGES, PACKED, AFTER, AFTER_OUT, OUTPUT, True)  # fmt: skip
-    elif role < e_tiles + d_tiles:
-        keep = False
-        if not OUTPUT:
-            if is_last:
-                return
-            keep = not is_last
-            start = gl.maximum(start, stop - reach(rate, L, C))
-        column = (role - e_tiles) * TD
-        sweep(g_desc, v_desc, k_tile, dq_desc, dq + batch * d_batch + head * D, d_row, before + of_start,
-              before_out + of_slot, keep, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE, TD, STAGES,
-              PACKED, BEFORE, not OUTPUT, OUTPUT, False)  # fmt: skip
-    elif OUTPUT:
-        column = (role - e_tiles - d_tiles) * TD
-        sweep(v_desc, g_desc, q_tile, dk_desc, dk + batch * d_batch + head * D, d_row, after + of_start, after_out,
-              False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE, TD, STAGES, PACKED, AFTER,
-              False, True, True)  # fmt: skip
+    of_segment = (slot.to(gl.int64) * H + head) * D * E
+    before += of_segment
+    after += of_segment
+    alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
+    if OUTPUT:
+        if role < e_tiles:
+            sweep(k_desc, q_desc, g_tile, dv_desc, dv + batch * e_batch + head * E, e_row, dfinal + of_sequence, alone,
+                  after, alone, dinitial + of_sequence, is_first, E, 1, E, 1, batch, head, start, stop, role * TE, D, E,
+                  rate, scale, C, BD, TE, STAGES, PACKED, DFINAL, SEGMENTED, DINITIAL, True, True)  # fmt: skip
+        elif role < e_tiles + d_tiles:
+            column = (role - e_tiles) * TD
+            sweep(g_desc, v_desc, k_tile, dq_desc, dq + batch * d_batch + head * D, d_row, initial + of_sequence, alone,
+                  before, alone, before, False, 1, E, 1, E, batch, head, start, stop, column, E, D, rate, scale, C,
+                  BE, TD, STAGES, PACKED, INITIAL, SEGMENTED, False, True, False)  # fmt: skip
+        else:
+            column = (role - e_tiles - d_tiles) * TD
+            sweep(v_desc, g_desc, q_tile, dk_desc, dk + batch * d_batch + head * D, d_row, dfinal + of_sequence, alone,
+                  after, alone, after, False, 1, E, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE,
+                  TD, STAGES, PACKED, DFINAL, SEGMENTED, False, True, True)  # fmt: skip
+    elif role < e_tiles:
+        if is_first:
+            return
+        stop = gl.minimum(stop, start + reach(rate, L, C))
+        sweep(k_desc, q_desc, g_tile, dv_desc, dv, e_row, dfinal, False, after, True, after, True, E, 1, E, 1, batch,
+              head, start, stop, role * TE, D, E, rate, scale, C, BD, TE, STAGES, PACKED, False, False, True, False,
+              True)  # fmt: skip
+    else:
+        if is_last:
+            return
+        start = gl.maximum(start, stop - reach(rate, L, C))
+        sweep(g_desc, v_desc, k_tile, dq_desc, dq, d_row, initial, False, before, True, before, True, 1, E, 1, E,
+              batch, head, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, STAGES, PACKED, False,
+              False, True, False, False)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "state", "cu_seqlens", "first", "at", "to", "P"])
+def snapshot_kernel(k_desc, v_desc, log_decay, state, state_slot: "i64", state_head: "i64", state_d: "i64",
+                    state_e: "i64", slots, fresh, between, cu_seqlens, first, at, to, P, L, H, D, E, C: gl.constexpr,
+                    BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Write the state after ``at`` [N, P] rows of each packed sequence to the row ``to`` [N, P] of the pool ``state``.
+
+    From the state before the segment that the snapshot is in, over its rows up to there.
+    """
+    tiles = gl.cdiv(E, BE)
+    pid = gl.program_id(0)
+    tile = pid % tiles
+    head = pid // tiles % H
+    item = pid // tiles // H
+    sequence = item // P
+    start, rows, segment_, wanted = snapshot(cu_seqlens, slots, at, to, item, sequence, L)
+    if not wanted:
+        return
+    alone = segment_ == 0
+    between += ((gl.load(first + sequence) + segment_).to(gl.int64) * H + head) * D * E
+    stop = start + rows
+    start += segment_ * L
+    target = of_state(to, item, state_slot) + head * state_head
+    sweep(k_desc, k_desc, v_desc, v_desc, state, 0, state + of_state(slots, sequence, state_slot) + head * state_head,
+          alone & inherits(fresh, sequence), between, alone, state + target, True, state_d, state_e, E, 1, 0, head,
+          start, stop, tile * BE, D, E, log2_decay(log_decay, head), 1.0, C, BD, BE, STAGES, True, True, True,
+          True, False, False)  # fmt: skip

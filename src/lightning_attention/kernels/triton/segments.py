@@ -1,54 +1,204 @@
 """Cutting sequences into segments that are swept at once, and joining the states between them.
 
-Nothing is specialized, which the calls by ``launch.run`` rely on.
+No kernel here is specialized on a number, which the calls by ``launch.run`` rely on.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lightning_attention.kernels.triton.sweep import log2_decay
+from lightning_attention.kernels.triton import launch
+from lightning_attention.kernels.triton.sweep import inherits, log2_decay, of_state
+
+#: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
+#: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.
+PACKED_SEGMENT = 16384
 
 
-@triton.jit(do_not_specialize=["cu_seqlens", "N", "L", "slots"])
-def plan_kernel(cu_seqlens, table, first, N, L, slots, BLOCK: tl.constexpr):
+class Segments(NamedTuple):
+    """The segments of a call.
+
+    rows: in each but a sequence's last; per_sequence: of a dense batch; count: of all, at most; cut: whether any
+    sequence may have two; states: how many lie between segments, at most; table [count, 5] and first [N + 1], of a
+    packed batch: what ``plan_kernel`` writes.
+    """
+
+    rows: int
+    per_sequence: int
+    count: int
+    cut: bool
+    states: int
+    table: Tensor | None = None
+    first: Tensor | None = None
+
+
+def dense(B: int, T: int, C: int, programs: int, places: int, batch_invariant: bool) -> Segments:
+    """``programs``: how many one segment of one sequence makes; ``places``: how many run at once."""
+    rows = -(-T // C) * C if batch_invariant else launch.segment_rows(programs * B, T, C, places)
+    count = -(-T // rows)
+    return Segments(rows, count, B * count, count > 1, B * count)
+
+
+def packed(
+    cu_seqlens: Tensor,
+    T: int,
+    C: int,
+    programs: int,
+    places: int,
+    batch_invariant: bool,
+    slots: Tensor | None = None,
+    short: int = -1,
+) -> Segments:
+    """The same of a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get none."""
+    rows = -(-T // C) * C
+    if not batch_invariant:
+        rows = min(PACKED_SEGMENT, launch.segment_rows(programs, T, C, places))
+    N = cu_seqlens.shape[0] - 1
+    count = T // rows + N
+    buffer = torch.empty(5 * count + N + 1, dtype=torch.int32, device=cu_seqlens.device)
+    table, first = buffer[: 5 * count], buffer[5 * count :]
+    args = (cu_seqlens, slots, table, first, N, rows, count, short)
+    key = (cu_seqlens.device.index, cu_seqlens.dtype, None if slots is None else slots.dtype)
+    launch.run(plan_kernel, (1, 1, 1), args, key, lambda: {"BLOCK": 1024})
+    return Segments(rows, 0, count, rows < T, 2 * (T // rows), table, first)
+
+
+def scan(
+    cut: Segments,
+    before: Tensor | None,
+    after: Tensor | None,
+    initial: Tensor | None,
+    dfinal: Tensor | None,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    N: int,
+    T: int,
+    slots: Tensor | None = None,
+    fresh: Tensor | None = None,
+) -> None:
+    """Turn what each segment leaves by itself into what comes before it, or after it, in place; [states, H, D, E]."""
+    states = before if before is not None else after
+    assert states is not None
+    _, H, D, E = states.shape
+    block = min(4096, triton.next_power_of_2(D * E))
+    flags = (before is not None, after is not None, initial is not None, dfinal is not None)
+    of_pool = initial if initial is not None else states
+    args = (
+        *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride(), slots, fresh,
+        log_decay, cu_seqlens, cut.first, cut.per_sequence, cut.rows, T, H, D * E, E,
+    )  # fmt: skip
+    indices = tuple(None if x is None else x.dtype for x in (cu_seqlens, slots, fresh))
+    launch.run(
+        scan_kernel, (N, H, -(-D * E // block)), args,
+        (states.device.index, log_decay is None, block, flags, indices, of_pool.dtype),
+        lambda: {**dict(zip(("BEFORE", "AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "BLOCK": block},
+    )  # fmt: skip
+
+
+def clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor, slots: Tensor | None = None) -> None:
+    """Zero the rows, of up to three contiguous outputs of T rows, that belong to no sequence or to one without slot."""
+    x, y, z = (outputs * 3)[:3]
+    widths = [t.shape[-2] * t.shape[-1] if i < len(outputs) else 0 for i, t in enumerate((x, y, z))]
+    N = cu_seqlens.shape[0] - 1
+    sequences = 0 if slots is None else N
+    args = (x, y, z, cu_seqlens, slots, N, sequences, T, *widths)
+    key = (x.device.index, x.dtype, cu_seqlens.dtype, None if slots is None else slots.dtype)
+    grid = (sequences + -(-T // 64), 1, 1)
+    launch.run(clear_padding_kernel, grid, args, key, lambda: {"ROWS": 64, "BLOCK": 1024})
+
+
+@triton.jit
+def lengths(cu_seqlens, slots, sequence, N, short):
+    """Of sequences, a vector: first row, number of rows, and whether they get segments."""
+    real = sequence < N
+    start = tl.load(cu_seqlens + sequence, mask=real, other=0).to(tl.int32)
+    stop = tl.load(cu_seqlens + sequence + 1, mask=real, other=0).to(tl.int32)
+    taken = real & (stop - start > short)
+    if slots is not None:
+        taken = taken & (tl.load(slots + sequence, mask=real, other=-1) >= 0)
+    return start, stop - start, taken
+
+
+@triton.jit
+def write_segment(table, place, sequence, begin, end, is_first, is_last, slot, here):
+    row = table + place * 5
+    tl.store(row, sequence, mask=here)
+    tl.store(row + 1, begin, mask=here)
+    tl.store(row + 2, end, mask=here)
+    tl.store(row + 3, tl.where(is_first, 1, 0) + tl.where(is_last, 2, 0), mask=here)
+    tl.store(row + 4, slot, mask=here)
+
+
+@triton.jit(do_not_specialize=["cu_seqlens", "slots", "table", "first", "N", "L", "count", "short"])
+def plan_kernel(cu_seqlens, slots, table, first, N, L, count, short, BLOCK: tl.constexpr):
     """Lay out the segments of a packed batch, with no look at the lengths on the host.
 
-    table [slots, 4]: sequence (-1: none), first row, row past the last, 1 · first of its sequence + 2 · last of it.
-    first [N + 1]: the slot of each sequence's first segment, and the number of segments. A sequence with no row has one
-    segment with none, which carries its state over.
+    table [count, 5], in the order in which programs are started, long segments first: sequence (-1: none), first row,
+    row past the last, 1 · first of its sequence + 2 · last of it, and slot, the place of the state before it, where its
+    sequence has more than one. first [N + 1]: the slot of each sequence's first segment, and the number of slots. A
+    sequence with no row has one segment with none, which carries its state over.
     """
     used = 0
+    placed = 0
     for n in range(0, N, BLOCK):
         sequence = n + tl.arange(0, BLOCK)
-        real = sequence < N
-        start = tl.load(cu_seqlens + sequence, mask=real, other=0).to(tl.int32)
-        stop = tl.load(cu_seqlens + sequence + 1, mask=real, other=0).to(tl.int32)
-        count = tl.where(real, tl.maximum(tl.cdiv(stop - start, L), 1), 0)
-        slot = used + tl.cumsum(count, 0) - count
-        tl.store(first + sequence, slot, mask=real)
-        for i in range(0, tl.max(count, 0)):
-            row = table + (slot + i) * 4
-            here = i < count
+        start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
+        pieces = tl.where(taken, tl.maximum(tl.cdiv(length, L), 1), 0)
+        states = tl.where(pieces > 1, pieces, 0)
+        slot = used + tl.cumsum(states, 0) - states
+        tl.store(first + sequence, slot, mask=sequence < N)
+        full = tl.where(taken, length // L, 0)
+        place = placed + tl.cumsum(full, 0) - full
+        for i in range(0, tl.max(full, 0)):
             begin = start + i * L
-            tl.store(row, sequence, mask=here)
-            tl.store(row + 1, begin, mask=here)
-            tl.store(row + 2, tl.minimum(begin + L, stop), mask=here)
-            tl.store(row + 3, tl.where(begin == start, 1, 0) + tl.where(i == count - 1, 2, 0), mask=here)
-        used += tl.sum(count, 0)
+            write_segment(table, place + i, sequence, begin, begin + L, i == 0, i == pieces - 1, slot + i, i < full)
+        used += tl.sum(states, 0)
+        placed += tl.sum(full, 0)
     tl.store(first + N, used)
-    for n in range(used, slots, BLOCK):
-        slot = n + tl.arange(0, BLOCK)
-        tl.store(table + slot * 4, -1, mask=slot < slots)
+    # What is left of each sequence: at least half of L rows, an eighth, or fewer.
+    upper = L
+    for part in tl.static_range(3):
+        lower = 0
+        if part == 0:
+            lower = tl.cdiv(L, 2)
+        elif part == 1:
+            lower = tl.cdiv(L, 8)
+        used = 0
+        for n in range(0, N, BLOCK):
+            sequence = n + tl.arange(0, BLOCK)
+            start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
+            pieces = tl.where(taken, tl.maximum(tl.cdiv(length, L), 1), 0)
+            states = tl.where(pieces > 1, pieces, 0)
+            slot = used + tl.cumsum(states, 0) - 1
+            full = length // L
+            rest = length - full * L
+            here = taken & (pieces > full) & (rest >= lower) & (rest < upper)
+            place = placed + tl.cumsum(here.to(tl.int32), 0) - 1
+            begin = start + full * L
+            write_segment(table, place, sequence, begin, begin + rest, full == 0, full >= 0, slot, here)
+            used += tl.sum(states, 0)
+            placed += tl.sum(here.to(tl.int32), 0)
+        upper = lower
+    for n in range(placed, count, BLOCK):
+        place = n + tl.arange(0, BLOCK)
+        tl.store(table + place * 5, -1, mask=place < count)
 
 
-@triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "log_decay", "segments", "L", "T", "H", "SIZE"])
-def scan_kernel(before, after, initial, dfinal, log_decay, table, first, segments, L, T, H, SIZE, PACKED: tl.constexpr,
-                BEFORE: tl.constexpr, AFTER: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "state_slot", "state_head", "state_d",
+                               "state_e", "slots", "fresh", "log_decay", "cu_seqlens", "first", "segments", "L", "T",
+                               "H", "SIZE", "E"])  # fmt: skip
+def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "i64", state_d: "i64",
+                state_e: "i64", slots, fresh, log_decay, cu_seqlens, first, segments,
+                L, T, H, SIZE, E, BEFORE: tl.constexpr, AFTER: tl.constexpr, INITIAL: tl.constexpr,
+                DFINAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Turn what each segment leaves by itself into what comes before it (or, backwards in time, after it), in place.
 
-    S_before[s] = λ^len(s−1) S_before[s−1] + own[s−1], and the mirror of it for the gradients. States are [slots, H,
-    SIZE]; they differ by one factor a head, so they are scanned as flat numbers.
+    S_before[s] = λ^len(s−1) S_before[s−1] + own[s−1], and the mirror of it for the gradients. States are [states, H,
+    SIZE]; they differ by one factor a head, so they are scanned as flat numbers. Packed sequences of one segment are
+    left alone: their states are where they were.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -57,15 +207,26 @@ def scan_kernel(before, after, initial, dfinal, log_decay, table, first, segment
     rate = log2_decay(log_decay, head)
     begin = sequence * segments
     end = begin + segments
-    if PACKED:
+    length = T
+    if cu_seqlens is not None:
         begin = tl.load(first + sequence)
         end = tl.load(first + sequence + 1)
-    at = (sequence.to(tl.int64) * H + head) * SIZE + col
+        if end - begin < 2:
+            return
+        length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
     across = tl.exp2(rate * L)
     if BEFORE:
         state = tl.zeros([BLOCK], tl.float32)
         if INITIAL:
-            state = tl.load(initial + at, mask=inside)
+            if inherits(fresh, sequence):
+                where = (
+                    initial
+                    + of_state(slots, sequence, state_slot)
+                    + head * state_head
+                    + col // E * state_d
+                    + col % E * state_e
+                )
+                state = tl.load(where, mask=inside).to(tl.float32)
         for i in range(0, end - begin):
             s = begin + i
             where = before + (s.to(tl.int64) * H + head) * SIZE + col
@@ -75,12 +236,9 @@ def scan_kernel(before, after, initial, dfinal, log_decay, table, first, segment
     if AFTER:
         state = tl.zeros([BLOCK], tl.float32)
         if DFINAL:
-            state = tl.load(dfinal + at, mask=inside)
+            state = tl.load(dfinal + (sequence.to(tl.int64) * H + head) * SIZE + col, mask=inside)
         # Only a sequence's last segment can have fewer rows.
-        rows = T - (segments - 1) * L
-        if PACKED:
-            rows = tl.load(table + (end - 1) * 4 + 2) - tl.load(table + (end - 1) * 4 + 1)
-        factor = tl.exp2(rate * rows)
+        factor = tl.exp2(rate * (length - (end - begin - 1) * L))
         for i in range(0, end - begin):
             s = end - 1 - i
             where = after + (s.to(tl.int64) * H + head) * SIZE + col
@@ -90,21 +248,35 @@ def scan_kernel(before, after, initial, dfinal, log_decay, table, first, segment
             factor = across
 
 
-@triton.jit(do_not_specialize=["x", "y", "z", "cu_seqlens", "N", "T", "x_width", "y_width", "z_width"])
-def clear_padding_kernel(x, y, z, cu_seqlens, N, T, x_width, y_width, z_width, ROWS: tl.constexpr,
+@triton.jit
+def clear_rows(x, start, stop, width, BLOCK: tl.constexpr):
+    for row in range(start, stop):
+        for column in range(0, width, BLOCK):
+            col = column + tl.arange(0, BLOCK)
+            tl.store(x + row * width + col, 0.0, mask=col < width)
+
+
+@triton.jit(do_not_specialize=["x", "y", "z", "cu_seqlens", "slots", "N", "sequences", "T", "x_width", "y_width",
+                               "z_width"])  # fmt: skip
+def clear_padding_kernel(x, y, z, cu_seqlens, slots, N, sequences, T, x_width, y_width, z_width, ROWS: tl.constexpr,
                          BLOCK: tl.constexpr):  # fmt: skip
-    """Zero the rows of up to three contiguous [T, width] past the last sequence; most programs have none to do."""
+    """Zero rows of up to three contiguous [T, width]; most programs have none to do.
+
+    Those of the first ``sequences`` sequences that have no slot, and those past the last sequence.
+    """
+    pid = tl.program_id(0)
     first = tl.load(cu_seqlens + N).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    if start + ROWS <= first:
+    start = (pid - sequences).to(tl.int64) * ROWS
+    stop = tl.minimum(start + ROWS, T)
+    start = tl.maximum(start, first)
+    if slots is not None:
+        if pid < sequences:
+            start = tl.load(cu_seqlens + pid).to(tl.int64)
+            stop = start
+            if tl.load(slots + pid) < 0:
+                stop = tl.load(cu_seqlens + pid + 1).to(tl.int64)
+    if start >= stop:
         return
-    for row in range(tl.maximum(start, first), tl.minimum(start + ROWS, T)):
-        for column in range(0, x_width, BLOCK):
-            col = column + tl.arange(0, BLOCK)
-            tl.store(x + row * x_width + col, 0.0, mask=col < x_width)
-        for column in range(0, y_width, BLOCK):
-            col = column + tl.arange(0, BLOCK)
-            tl.store(y + row * y_width + col, 0.0, mask=col < y_width)
-        for column in range(0, z_width, BLOCK):
-            col = column + tl.arange(0, BLOCK)
-            tl.store(z + row * z_width + col, 0.0, mask=col < z_width)
+    clear_rows(x, start, stop, x_width, BLOCK)
+    clear_rows(y, start, stop, y_width, BLOCK)
+    clear_rows(z, start, stop, z_width, BLOCK)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch
-from lightning_attention.kernels.triton.attention import _on_its_device
 from lightning_attention.kernels.triton.decode import aligned, columns, constants
 from lightning_attention.kernels.triton.step import commit_kernel, verify_kernel
 
 
-@_on_its_device
+@launch.on_its_device
 def verify(
     q: Tensor,
     k: Tensor,
@@ -58,7 +57,7 @@ def commit(
     _commit(state, k, v, log_decay, cu_seqlens, accepted, slots)
 
 
-@_on_its_device
+@launch.on_its_device
 def _commit(
     state: Tensor,
     k: Tensor,

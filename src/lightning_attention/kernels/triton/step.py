@@ -8,7 +8,7 @@ on.
 import triton
 import triton.language as tl
 
-from lightning_attention.kernels.triton.sweep import log2_decay
+from lightning_attention.kernels.triton.sweep import inherits, log2_decay
 
 
 @triton.jit
@@ -161,4 +161,36 @@ def commit_kernel(k, v, state, cu_seqlens, accepted, slots, log_decay, k_token: 
             k_row = load_row(k + t * k_token, 0, D, BD)
             v_row = load_row(v + t * v_token, column, E, TE)
             S = step(S, k_row, v_row, decay)
+    tl.store(where, S, mask=exists)
+
+
+@triton.jit(do_not_specialize=["q", "k", "v", "out", "state", "cu_seqlens", "slots", "fresh", "log_decay", "q_token",
+                               "q_head", "k_token", "k_head", "v_token", "v_head", "s_slot", "s_head", "s_row",
+                               "s_column", "H", "short"])  # fmt: skip
+def short_kernel(q, k, v, out, state, cu_seqlens, slots, fresh, log_decay, q_token: "i64", q_head: "i64",
+                 k_token: "i64", k_head: "i64", v_token: "i64", v_head: "i64", s_slot: "i64", s_head: "i64",
+                 s_row: "i64", s_column: "i64", H, short, scale, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+                 TE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """Of a packed batch the sequences of at most ``short`` rows; a fresh one of none leaves zero."""
+    n, head, column = place(tl.program_id(0), H, E, TE)
+    first = tl.load(cu_seqlens + n).to(tl.int64)
+    last = tl.load(cu_seqlens + n + 1).to(tl.int64)
+    slot = slot_of(slots, n)
+    inherited = inherits(fresh, n)
+    if (slot < 0) | (last - first > short) | ((last == first) & inherited):
+        return
+    where, exists = state_tile(state, slot, head, column, s_slot, s_head, s_row, s_column, D, E, BD, TE, ALIGNED)
+    S = tl.zeros([BD, TE], tl.float32)
+    if inherited:
+        S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
+    decay = tl.exp2(log2_decay(log_decay, head))
+    q += head * q_head
+    k += head * k_head
+    v += head * v_head
+    for t in range(first, last):
+        k_row = load_row(k + t * k_token, 0, D, BD)
+        v_row = load_row(v + t * v_token, column, E, TE)
+        q_row = load_row(q + t * q_token, 0, D, BD)
+        S = step(S, k_row, v_row, decay)
+        store_row(out + (t * H + head) * E, column, E, tl.sum(q_row[:, None] * S, 0) * scale, TE)
     tl.store(where, S, mask=exists)

@@ -37,19 +37,38 @@ def state_pointers(base, column, b_width, c_width, b_stride, c_stride, BD: tl.co
 
 
 @triton.jit
-def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, final, keep, b_stride, c_stride, start, stop, column,
-          b_width, c_width, rate, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_B: tl.constexpr,
-          EVEN_C: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, OUTPUT: tl.constexpr,
-          REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Rows start … stop of one head, from the state at ``initial`` to the state at ``final``, stored if ``keep``.
+def first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between, c_between,
+                BD: tl.constexpr, BE: tl.constexpr, INITIAL: tl.constexpr, SEGMENTED: tl.constexpr):  # fmt: skip
+    """What a program starts from.
+
+    The sequence's state where the segment is ``alone`` in it and it ``inherits`` one, what the scan left ``between``
+    its segments, or zero.
+    """
+    state = tl.zeros([BE, BD], tl.float32)
+    if SEGMENTED:
+        if not alone:
+            where, exists = state_pointers(between, column, b_width, c_width, b_between, c_between, BD, BE)
+            state = tl.load(where, mask=exists, other=0.0)
+    if INITIAL:
+        if inherits:
+            where, exists = state_pointers(initial, column, b_width, c_width, b_stride, c_stride, BD, BE)
+            state = tl.load(where, mask=exists, other=0.0).to(tl.float32)
+    return state
+
+
+@triton.jit
+def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, alone, final, keep, b_stride, c_stride,
+          b_between, c_between,
+          start, stop, column, b_width, c_width, rate, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+          EVEN_B: tl.constexpr, EVEN_C: tl.constexpr, INITIAL: tl.constexpr, SEGMENTED: tl.constexpr,
+          FINAL: tl.constexpr, OUTPUT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+          STAGES: tl.constexpr):  # fmt: skip
+    """Rows start … stop of one head, from its ``first_state`` to the state at ``final``, stored if ``keep``.
 
     With time reversed the state is that of the rows after.
     """
-    if INITIAL:
-        where, exists = state_pointers(initial, column, b_width, c_width, b_stride, c_stride, BD, BE)
-        state = tl.load(where, mask=exists, other=0.0)
-    else:
-        state = tl.zeros([BE, BD], tl.float32)
+    state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between,
+                        c_between, BD, BE, INITIAL, SEGMENTED)  # fmt: skip
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -89,25 +108,32 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, final, keep, b_stride
     if FINAL:
         if keep:
             where, exists = state_pointers(final, column, b_width, c_width, b_stride, c_stride, BD, BE)
-            tl.store(where, state, mask=exists)
+            tl.store(where, state.to(final.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def segment(table, slot, segments, L, T, PACKED: tl.constexpr):
-    """Of a program's segment: its sequence (-1: none), its batch row, its rows start … stop, whether first and last."""
+def segment(table, place, segments, L, T, PACKED: tl.constexpr):
+    """What the program's segment is.
+
+    Its sequence (-1: none), its batch row, its rows start … stop, whether it is the first and the last of its sequence,
+    and the slot of the state before it.
+    """
     if PACKED:
-        sequence = tl.load(table + slot * 4)
-        start = tl.load(table + slot * 4 + 1)
-        stop = tl.load(table + slot * 4 + 2)
-        ends = tl.load(table + slot * 4 + 3)
+        row = table + place * 5
+        sequence = tl.load(row)
+        start = tl.load(row + 1)
+        stop = tl.load(row + 2)
+        ends = tl.load(row + 3)
+        slot = tl.load(row + 4)
         batch = 0
     else:
+        slot = place
         sequence = slot // segments
         start = (slot % segments) * L
         stop = tl.minimum(start + L, T)
         ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
         batch = sequence
-    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0
+    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0, slot
 
 
 @triton.jit
@@ -127,52 +153,103 @@ def log2_decay(log_decay, head):
     return rate
 
 
-@triton.jit(do_not_specialize=["segments", "L", "T"])
+@triton.jit
+def is_alone(is_first, is_last, SEGMENTED: tl.constexpr, PACKED: tl.constexpr):
+    """Whether a segment is all of its sequence; known without looking but where packed sequences are cut."""
+    alone = not SEGMENTED
+    if SEGMENTED and PACKED:
+        alone = is_first & is_last
+    return alone
+
+
+@triton.jit
+def of_state(slots, sequence, state_slot):
+    """Where a sequence's state begins, in numbers from the first one's."""
+    row = sequence
+    if slots is not None:
+        row = tl.load(slots + sequence)
+    return row.to(tl.int64) * state_slot
+
+
+@triton.jit
+def inherits(fresh, sequence):
+    """Whether a sequence starts from the state that is there."""
+    inherited = True
+    if fresh is not None:
+        inherited = tl.load(fresh + sequence) == 0
+    return inherited
+
+
+@triton.jit
+def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
+    """Of a snapshot: its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
+    start = tl.load(cu_seqlens + sequence).to(tl.int32)
+    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start
+    rows = tl.load(at + item).to(tl.int32)
+    wanted = (tl.load(to + item) >= 0) & (rows >= 0) & (rows <= length)
+    if slots is not None:
+        wanted = wanted & (tl.load(slots + sequence) >= 0)
+    return start, rows, tl.maximum(rows - 1, 0) // L, wanted
+
+
+@triton.jit(do_not_specialize=["segments", "L", "T", "state_slot", "state_head", "state_d", "state_e"])
 def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row, k_head: "i64",
-                   v_batch: "i64", v_row, v_head: "i64", o_batch: "i64", log_decay, initial, final, table, segments, L,
-                   T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
+                   v_batch: "i64", v_row, v_head: "i64", o_batch: "i64", log_decay, initial, final, state_slot: "i64",
+                   state_head: "i64", state_d: "i64", state_e: "i64", slots, fresh, between, table, segments, L, T, H,
+                   D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
                    EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
                    FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
-    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero."""
+    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero.
+
+    ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
+    are the states before segments.
+    """
     tiles = tl.cdiv(E, BE)
     pid = tl.program_id(0)
     tile = pid % tiles
     head = pid // tiles % H
-    slot = pid // tiles // H
-    sequence, batch, start, stop, _, is_last = segment(table, slot, segments, L, T, PACKED)
+    place = pid // tiles // H
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
-    of_sequence = (sequence.to(tl.int64) * H + head) * D * E
-    of_slot = (slot.to(tl.int64) * H + head) * D * E
-    keep = is_last
-    if not OUTPUT:
+    of_segment = between + (slot.to(tl.int64) * H + head) * D * E
+    of_sequence = of_state(slots, sequence, state_slot) + head * state_head
+    q += batch * q_batch + head * q_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    o += batch * o_batch + head * E
+    if OUTPUT:
+        alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
+        sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial + of_sequence, alone & inherits(fresh, sequence),
+              of_segment, alone, final + of_sequence, is_last, state_d, state_e, E, 1, start, stop, tile * BE, D, E,
+              rate, scale, C, BD, BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION,
+              STAGES)  # fmt: skip
+    else:
         if is_last:
             return
-        keep = not is_last
         start = tl.maximum(start, stop - reach(rate, L, C))
-    sweep(q + batch * q_batch + head * q_head, k + batch * k_batch + head * k_head,
-          v + batch * v_batch + head * v_head, o + batch * o_batch + head * E, q_row, k_row, v_row, H * E,
-          initial + (of_slot if SEGMENTED else of_sequence), final + (of_sequence if OUTPUT else of_slot), keep, E, 1,
-          start, stop, tile * BE, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, INITIAL, FINAL, OUTPUT, False,
-          PRECISION, STAGES)  # fmt: skip
+        sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1, E, 1,
+              start, stop, tile * BE, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False, False,
+              PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["segments", "L", "T"])
 def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row,
                     k_head: "i64", v_batch: "i64", v_row, v_head: "i64", g_batch: "i64", g_row, g_head: "i64",
-                    d_batch: "i64", e_batch: "i64", log_decay, before, after, before_out, after_out, table, segments, L,
-                    T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, TD: tl.constexpr,
-                    TE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, EVEN_TD: tl.constexpr,
-                    EVEN_TE: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, BEFORE: tl.constexpr,
-                    AFTER: tl.constexpr, AFTER_OUT: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
-                    STAGES: tl.constexpr):  # fmt: skip
+                    d_batch: "i64", e_batch: "i64", log_decay, initial, dfinal, dinitial, before, after, table,
+                    segments, L, T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+                    TD: tl.constexpr, TE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
+                    EVEN_TD: tl.constexpr, EVEN_TE: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr,
+                    INITIAL: tl.constexpr, DFINAL: tl.constexpr, DINITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+                    PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dv = reverse sweep(k, q, do); dk = reverse sweep(v, do, q); dq = sweep(do, v, k), one role a program.
 
-    ``before`` holds the states before and ``after`` the gradients of the states after each sequence or segment;
-    ``after_out`` takes the gradient of the initial states. The roles of a segment are neighbours, so that what one
-    reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by itself.
+    ``initial``, ``dfinal`` and ``dinitial`` are states of sequences and their gradients; ``before`` holds the states
+    before and ``after`` the gradients of the states after each segment. The roles of a segment are neighbours, so that
+    what one reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by
+    itself.
     """
     e_tiles = tl.cdiv(E, TE)
     d_tiles = tl.cdiv(D, TD)
@@ -182,39 +259,76 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
     pid = tl.program_id(0)
     role = pid % roles
     head = pid // roles % H
-    slot = pid // roles // H
-    sequence, batch, start, stop, is_first, is_last = segment(table, slot, segments, L, T, PACKED)
+    place = pid // roles // H
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
     of_sequence = (sequence.to(tl.int64) * H + head) * D * E
-    of_slot = (slot.to(tl.int64) * H + head) * D * E
-    of_start = of_slot if SEGMENTED else of_sequence
+    of_segment = (slot.to(tl.int64) * H + head) * D * E
+    before += of_segment
+    after += of_segment
+    alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     g += batch * g_batch + head * g_head
-    if role < e_tiles:
-        keep = is_first
-        if not OUTPUT:
-            if is_first:
-                return
-            keep = not is_first
-            stop = tl.minimum(stop, start + reach(rate, L, C))
-        sweep(k, q, g, dv + batch * e_batch + head * E, k_row, q_row, g_row, H * E, after + of_start,
-              after_out + (of_sequence if OUTPUT else of_slot), keep, E, 1, start, stop, role * TE, D, E, rate, scale,
-              C, BD, TE, EVEN_D, EVEN_TE, AFTER, AFTER_OUT, OUTPUT, True, PRECISION, STAGES)  # fmt: skip
-    elif role < e_tiles + d_tiles:
-        keep = False
-        if not OUTPUT:
-            if is_last:
-                return
-            keep = not is_last
-            start = tl.maximum(start, stop - reach(rate, L, C))
-        sweep(g, v, k, dq + batch * d_batch + head * D, g_row, v_row, k_row, H * D, before + of_start,
-              before_out + of_slot, keep, 1, E, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD,
-              EVEN_E, EVEN_TD, BEFORE, not OUTPUT, OUTPUT, False, PRECISION, STAGES)  # fmt: skip
-    elif OUTPUT:
-        sweep(v, g, q, dk + batch * d_batch + head * D, v_row, g_row, q_row, H * D, after + of_start, after_out, False,
-              1, E, start, stop, (role - e_tiles - d_tiles) * TD, E, D, rate, scale, C, BE, TD, EVEN_E, EVEN_TD, AFTER,
-              False, True, True, PRECISION, STAGES)  # fmt: skip
+    if OUTPUT:
+        if role < e_tiles:
+            sweep(k, q, g, dv + batch * e_batch + head * E, k_row, q_row, g_row, H * E, dfinal + of_sequence, alone,
+                  after, alone, dinitial + of_sequence, is_first, E, 1, E, 1, start, stop, role * TE, D, E, rate,
+                  scale, C, BD, TE, EVEN_D, EVEN_TE, DFINAL, SEGMENTED, DINITIAL, True, True, PRECISION,
+                  STAGES)  # fmt: skip
+        elif role < e_tiles + d_tiles:
+            sweep(g, v, k, dq + batch * d_batch + head * D, g_row, v_row, k_row, H * D, initial + of_sequence, alone,
+                  before, alone, before, False, 1, E, 1, E, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C,
+                  BE, TD, EVEN_E, EVEN_TD, INITIAL, SEGMENTED, False, True, False, PRECISION, STAGES)  # fmt: skip
+        else:
+            sweep(v, g, q, dk + batch * d_batch + head * D, v_row, g_row, q_row, H * D, dfinal + of_sequence, alone,
+                  after, alone, after, False, 1, E, 1, E, start, stop, (role - e_tiles - d_tiles) * TD, E, D, rate,
+                  scale, C, BE, TD, EVEN_E, EVEN_TD, DFINAL, SEGMENTED, False, True, True, PRECISION,
+                  STAGES)  # fmt: skip
+    elif role < e_tiles:
+        if is_first:
+            return
+        stop = tl.minimum(stop, start + reach(rate, L, C))
+        sweep(k, q, g, dv, k_row, q_row, g_row, H * E, dfinal, False, after, True, after, True, E, 1, E, 1, start, stop,
+              role * TE, D, E, rate, scale, C, BD, TE, EVEN_D, EVEN_TE, False, False, True, False, True, PRECISION,
+              STAGES)  # fmt: skip
+    else:
+        if is_last:
+            return
+        start = tl.maximum(start, stop - reach(rate, L, C))
+        sweep(g, v, k, dq, g_row, v_row, k_row, H * D, initial, False, before, True, before, True, 1, E, 1, E, start,
+              stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, EVEN_E, EVEN_TD, False, False, True, False,
+              False, PRECISION, STAGES)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["slots", "fresh", "cu_seqlens", "first", "at", "to", "P", "L", "H"])
+def snapshot_kernel(k, v, k_row, k_head: "i64", v_row, v_head: "i64", log_decay, state, state_slot: "i64",
+                    state_head: "i64", state_d: "i64", state_e: "i64", slots, fresh, between, cu_seqlens, first, at, to,
+                    P, L, H, D, E, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
+                    EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
+                    STAGES: tl.constexpr):  # fmt: skip
+    """Write the state after ``at`` [N, P] rows of each packed sequence to the row ``to`` [N, P] of the pool ``state``.
+
+    From the state before the segment that the snapshot is in, over its rows up to there.
+    """
+    tiles = tl.cdiv(E, BE)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    head = pid // tiles % H
+    item = pid // tiles // H
+    sequence = item // P
+    start, rows, segment_, wanted = snapshot(cu_seqlens, slots, at, to, item, sequence, L)
+    if not wanted:
+        return
+    alone = segment_ == 0
+    between += ((tl.load(first + sequence) + segment_).to(tl.int64) * H + head) * D * E
+    stop = start + rows
+    start += segment_ * L
+    target = of_state(to, item, state_slot) + head * state_head
+    sweep(k, k + head * k_head, v + head * v_head, v, k_row, k_row, v_row, 0,
+          state + of_state(slots, sequence, state_slot) + head * state_head, alone & inherits(fresh, sequence), between,
+          alone, state + target, True, state_d, state_e, E, 1, start, stop, tile * BE, D, E, log2_decay(log_decay,
+          head), 1.0, C, BD, BE, EVEN_D, EVEN_E, True, True, True, False, False, PRECISION, STAGES)  # fmt: skip

@@ -1,0 +1,166 @@
+"""Prefill on a GPU: everything the interpreter is asked, in bfloat16 too, captured, and over pools past 2^31."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_attention import lightning_attention, lightning_attention_prefill
+from tests.kernels.triton.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
+from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, moved, prefilled
+from tests.kernels.triton.serving import bits
+from tests.support import relative_error
+
+pytestmark = needs_gpu
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(700, 8), (-1, -1)]]
+TOLERANCE = {BF16: 4e-3, FP16: 6e-4, FP32: 4e-6}
+
+
+def run(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Outputs and pool, by the public function, in poisoned memory."""
+    state = batch.pool.clone()
+    q, k, v, log_decay, _, cu_seqlens, slots, fresh, scale, at, to = batch.arguments(state)
+    with poisoned():
+        out = lightning_attention_prefill(
+            q, k, v, log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
+            snapshot_slots=to,
+        )  # fmt: skip
+    return out, state
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160)])
+@pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
+def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tuple[int, int], segments: bool):
+    batch = make_batch(
+        [2, 70, 0, 1000, 64, 1, 65], [3, 1, 2, 5, -1, -2, 10], fresh=[False, True, True, False, False, False, False],
+        snapshots=[*SNAPSHOTS, [(1, 11), (2, 12)], [(1, 13), (1, 14)], [(33, 15), (65, 16)]], rows=18, D=width[0],
+        E=width[1], dtype=dtype, state_dtype=state_dtype, padding=77,
+    )  # fmt: skip
+    with poisoned():
+        got = prefilled(moved(batch, DEVICE), segments)
+    assert_right(batch, *got, TOLERANCE[torch.promote_types(dtype, BF16) if state_dtype == FP32 else BF16])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_batch(data: st.DataObject):
+    dtype = data.draw(st.sampled_from([BF16, FP16, FP32]))
+    edges = (5, 63, 64, 65, 127, 129, 300)
+    batch = data.draw(batches(edges=edges, D=64, E=64, H=3, dtype=dtype))
+    with poisoned():
+        got = prefilled(moved(batch, DEVICE), data.draw(st.booleans()))
+    # Of few terms, forgotten at once, the rounding of one stands alone.
+    assert_right(batch, *got, 1.5 * TOLERANCE[dtype])
+
+
+def test_long_and_short_ones_as_training_has_them():
+    """200 single tokens, two chunks and a long prompt, against ``lightning_attention`` on each."""
+    lengths = [1] * 200 + [700, 4096, 20000]
+    batch = moved(make_batch(lengths, rows=len(lengths), H=4, D=128, E=128, dtype=BF16, scale=1.0), DEVICE)
+    out, state = run(batch)
+    start = 0
+    for n in (0, 117, 200, 201, 202):
+        start = sum(lengths[:n])
+        own = slice(start, start + lengths[n])
+        expected, final = lightning_attention(
+            batch.q[None, own], batch.k[None, own], batch.v[None, own], batch.log_decay,
+            initial_state=batch.pool[n : n + 1], output_final_state=True,
+        )  # fmt: skip
+        assert relative_error(out[own], expected[0]) <= 4e-3
+        assert relative_error(state[n], final[0]) <= 2e-3
+
+
+def test_a_captured_call_heeds_new_contents():
+    """Lengths, slots, fresh, snapshots, tokens and the pool change between replays; the graph does not."""
+    sizes = {"H": 4, "D": 128, "E": 128, "dtype": BF16}
+    contents = [
+        make_batch([100, 1, 200, 0], [0, 1, 2, 3], fresh=[True, False, False, False],
+                   snapshots=[[(64, 4)], [(1, 5)], [(-1, -1)], [(0, 6)]], padding=99, seed=1, **sizes),
+        make_batch([1, 1, 1, 397], [8, 2, -1, 1], fresh=[False, True, False, False],
+                   snapshots=[[(0, -1)], [(1, 5)], [(1, 0)], [(300, 6)]], seed=2, **sizes),
+        make_batch([0, 0, 0, 0], [3, 2, 1, 0], fresh=[True, False, False, True],
+                   snapshots=[[(0, 4)], [(0, 5)], [(1, 6)], [(0, 7)]], padding=400, seed=3, **sizes),
+    ]  # fmt: skip
+    first = moved(contents[0], DEVICE)
+    state = first.pool.clone()
+    fixed = first.arguments(state)
+
+    def call() -> Tensor:
+        q, k, v, log_decay, pool, cu_seqlens, slots, fresh, scale, at, to = fixed
+        return lightning_attention_prefill(
+            q, k, v, log_decay, pool, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
+            snapshot_slots=to,
+        )  # fmt: skip
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for batch in (contents[1], contents[2], contents[0]):
+        new = moved(batch, DEVICE)
+        state.copy_(new.pool)
+        for old, value in zip(fixed, new.arguments(state), strict=True):
+            if isinstance(old, Tensor) and old is not state:
+                old.copy_(value)
+        graph.replay()
+        assert_right(batch, out, state, TOLERANCE[BF16])
+
+
+def test_nothing_is_read_on_the_host_and_nothing_compiled_anew():
+    sizes = {"H": 4, "D": 128, "E": 128, "dtype": BF16}
+    run(moved(make_batch([100, 3], snapshots=[[(5, 4)], [(2, 5)]], fresh=[False, True], **sizes), DEVICE))
+    others = [
+        make_batch([1], [7], snapshots=[[(1, 3)]], fresh=[False], **sizes),
+        make_batch([40000, 5, 1, 1], snapshots=[[(30000, 5)]] * 4, fresh=[True] * 4, padding=3, **sizes),
+    ]
+    others = [moved(replace(b, snapshots=[[(p[0], p[1] + n) for p in s] for n, s in enumerate(b.snapshots)]), DEVICE)
+              for b in others]  # fmt: skip
+    with counting_compilations() as compiled:
+        for batch in others:
+            run(batch)
+    assert not compiled
+    given_ = others[1].arguments(others[1].pool)
+    q, k, v, log_decay, pool, cu_seqlens, slots, fresh, scale, at, to = given_
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lightning_attention_prefill(
+            q, k, v, log_decay, pool, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
+            snapshot_slots=to,
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pool_past_2_to_the_31():
+    H, D = 8, 128
+    rows = 2**31 // (H * D * D) + 40
+    room_for(rows * H * D * D * 2 / 1e9 + 2)
+    pool = torch.zeros(rows, H, D, D, dtype=BF16, device=DEVICE)
+    slots = torch.tensor([rows - 1, rows - 20, 3], device=DEVICE)
+    batch = moved(make_batch([1, 300, 70], rows=3, H=H, D=D, E=D, dtype=BF16, state_dtype=BF16), DEVICE)
+    pool[slots] = batch.pool
+    q, k, v, log_decay, small, cu_seqlens, own, *_ = batch.arguments(batch.pool.clone())
+    out = lightning_attention_prefill(q, k, v, log_decay, pool, cu_seqlens=cu_seqlens, slots=slots)
+    expected = lightning_attention_prefill(q, k, v, log_decay, small, cu_seqlens=cu_seqlens, slots=own)
+    assert torch.equal(out, expected)
+    assert torch.equal(pool[slots], small)
+    pool[slots] = 0
+    assert not any(part.any() for part in pool.split(64))
+
+
+def test_runs_have_the_same_bits():
+    batch = moved(make_batch([1, 5000, 3, 700, 64], H=8, D=128, E=128, dtype=BF16), DEVICE)
+    expected = run(batch)
+    for _ in range(50):
+        got = run(batch)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(bits(got[1]), bits(expected[1]))

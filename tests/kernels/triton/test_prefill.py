@@ -1,0 +1,112 @@
+"""Prefill with the portable kernels: interpreted on the CPU against float64, and compiled for absent chips."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from lightning_attention.kernels.triton.prefill import prefill
+from tests.kernels.triton.interpreter import Interpreter, interpreted
+from tests.kernels.triton.offline import CHIPS, Launch, launched_by
+from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, prefilled
+from tests.support import relative_error
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(9, 8), (-1, -1)]]
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, torch.float16])
+def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.dtype):
+    batch = make_batch(
+        [2, 70, 0, 130], [3, 1, 2, 5], fresh=[False, True, True, False], snapshots=SNAPSHOTS, D=24, E=20, dtype=dtype,
+        padding=5,
+    )  # fmt: skip
+    assert_right(batch, *interpreter.call(prefilled, batch, segments))
+
+
+@interpreted
+@settings(max_examples=8)
+@given(batch=batches(D=20, E=5, H=1))
+def test_any_batch(interpreter: Interpreter, batch: Batch):
+    assert_right(batch, *interpreter.call(prefilled, batch, True))
+
+
+@interpreted
+def test_the_check_notices(interpreter: Interpreter):
+    batch = make_batch([40, 33], snapshots=[[(32, 4)], [(32, 5)]])
+    out, state = interpreter.call(prefilled, batch, True)
+    assert_right(batch, out, state)
+    for wrong in (
+        replace(batch, slots=[1, 0]),
+        replace(batch, fresh=[False, True]),
+        replace(batch, snapshots=[[(31, 4)], [(32, 5)]]),
+        replace(batch, scale=0.51),
+        replace(batch, lengths=[41, 32]),
+    ):
+        with pytest.raises(AssertionError):
+            assert_right(wrong, out, state)
+
+
+def _pieces(batch: Batch, cuts: list[int]) -> tuple[Tensor, Tensor]:
+    """Its one sequence in one call after another."""
+    outputs = []
+    for start, stop in zip([0, *cuts], [*cuts, len(batch.q)], strict=True):
+        part = {name: getattr(batch, name)[start:stop] for name in "qkv"}
+        out, pool = prefilled(replace(batch, lengths=[stop - start], **part))
+        batch = replace(batch, pool=pool)
+        outputs.append(out)
+    return torch.cat(outputs), batch.pool
+
+
+@interpreted
+def test_in_pieces(interpreter: Interpreter):
+    batch = make_batch([100], [2])
+    whole, pool = interpreter.call(prefilled, batch)
+    at_blocks, same = interpreter.call(_pieces, batch, [32, 96])  # of float32 a block has 32 rows
+    assert torch.equal(at_blocks, whole[:100])
+    assert torch.equal(same[2], pool[2])
+    anywhere, alike = interpreter.call(_pieces, batch, [1, 4, 50])
+    assert relative_error(anywhere, whole) <= 1e-6
+    assert relative_error(alike[2], pool[2]) <= 1e-6
+
+
+NAMES = {"plan_kernel", "forward_kernel", "scan_kernel", "snapshot_kernel", "short_kernel", "clear_padding_kernel"}
+
+
+def launched(chip: str, D: int, state_dtype: torch.dtype, *, T: int = 4096, N: int = 3, rows: int = 9) -> list[Launch]:
+    H, P = 4, 2
+
+    def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = tensor(T, H, 3 * D).split(D, 2)
+    state, log_decay = tensor(rows, H, D, D, dtype=state_dtype), tensor(H, dtype=FP32)
+    cu_seqlens, slots, at, to = (tensor(*n, dtype=torch.int32) for n in ((N + 1,), (N,), (N, P), (N, P)))
+    fresh = tensor(N, dtype=torch.bool)
+    launches = launched_by(
+        lambda: prefill(q, k, v, log_decay, state, cu_seqlens, slots, fresh, 1.0, at, to), CHIPS[chip]
+    )
+    for launch in launches:
+        print(launch)
+    return launches
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_120", "gfx942"])
+def test_compiles_and_fits(chip: str):
+    names = [x.name for x in launched(chip, 128, FP32)]
+    assert set(names) == NAMES
+    for launch in launched(chip, 128, FP32):
+        assert launch.shared <= CHIPS[chip].shared, launch
+    if chip == "sm_90":
+        assert all(x.stack == 0 for x in launched(chip, 128, BF16) if x.name != "forward_kernel")
+
+
+def test_another_batch_or_pool_compiles_nothing():
+    first = [x.compiled for x in launched("sm_90", 64, FP32)]
+    for T, N, rows in ((1, 1, 1), (77, 16, 17), (100_003, 1000, 2**26)):
+        others = [x.compiled for x in launched("sm_90", 64, FP32, T=T, N=N, rows=rows)]
+        assert others == first, (T, N, rows)
