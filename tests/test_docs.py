@@ -42,11 +42,16 @@ def measured(folder: Path) -> None:
     op.lengths(report, [ours()], tiny, cpu, "lengths", lambda _: None)
 
 
+# peft 0.21 asks transformers 5.23 by a name that it calls old.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 # The example of distributed.md is a program for four processes: tests/distributed/test_sequence_parallel.py runs it.
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if d.name != "distributed.md" and any(snippets(d))], ids=lambda d: d.name
 )
 def test_snippets_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if document.name == "transformers.md":
+        pytest.importorskip("accelerate")
+        pytest.importorskip("peft")
     measured(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert run(document) > 0
