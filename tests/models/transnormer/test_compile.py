@@ -69,6 +69,22 @@ def test_batches(model: TransnormerForCausalLM, ids: Tensor, kind: str) -> None:
     assert relative_error(compiled(**inputs).logits[real], model(**inputs).logits[real]) <= 1e-6
 
 
+# torch says this of its own look at a tensor between two graphs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_documents_marked_by_positions_break_the_graph_and_nothing_else(
+    model: TransnormerForCausalLM, ids: Tensor
+) -> None:
+    positions = torch.cat([torch.arange(30), torch.arange(60)])[None]
+    inputs = {"input_ids": ids[:1], "labels": ids[:1], "position_ids": positions}
+    compiled = torch.compile(model, backend="aot_eager")(**inputs)
+    expected = model(ids[:1], labels=ids[:1], cu_seqlens=torch.tensor([0, 30, 90]))
+    assert relative_error(compiled.logits, expected.logits) <= 1e-6
+    assert relative_error(compiled.loss, expected.loss) <= 1e-6
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="pass cu_seqlens to stay in one graph"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+
+
 @torch.no_grad()
 def test_decoding_is_not_compiled_anew_for_every_token(model: TransnormerForCausalLM, ids: Tensor) -> None:
     counter = CompileCounter()

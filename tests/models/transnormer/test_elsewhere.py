@@ -120,3 +120,17 @@ def test_dtypes(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path, name
     assert relative_error(loaded(ids).logits.float(), model(ids).logits) <= 0.05
     loaded.save_pretrained(tmp_path / "half")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", **{name: "auto"}).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_code_that_came_with_a_release_is_not_run(model: TransnormerForCausalLM, tmp_path: Path, trust: bool) -> None:
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "theirs.TransnormerConfig",
+        "AutoModelForCausalLM": "theirs.TransnormerForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text("raise RuntimeError('the code of the release')")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
+    assert type(loaded) is TransnormerForCausalLM

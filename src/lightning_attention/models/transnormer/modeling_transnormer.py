@@ -183,8 +183,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 )
             use_cache = False
 
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = hidden_states.shape[:2]
+        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
         if cu_seqlens is not None and (batch != 1 or attention_mask is not None):
             raise ValueError(
                 f"cu_seqlens is given with {batch} rows and {'no' if attention_mask is None else 'an'} attention_mask; "
@@ -194,6 +193,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
             raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
         if cu_seqlens is None and _may_restart(position_ids, attention_mask, past_key_values):
             cu_seqlens = documents(position_ids, batch)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = TransnormerCache(self.config)
         offsets = None if past_key_values is None else past_key_values.positions
