@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import lightning_attention
-from lightning_attention.bench import op, serving
+from lightning_attention.bench import op, serving, serving_ops
 from lightning_attention.bench.op import BOTH, FORWARD
 from lightning_attention.cli.bench import bench
 
@@ -76,12 +76,29 @@ def test_serve_leaves_a_table_numbers_and_a_figure(run, tmp_path, monkeypatch):
     assert len(content["records"]) == 6
 
 
+def test_the_serving_suite_leaves_a_table_numbers_and_a_figure(run, tmp_path, monkeypatch):
+    tiny = serving_ops.Scale(2, 16, torch.float32, (1, 2), (("mixed", (9, 1), False),), (2, 2), seconds=0.001)
+    monkeypatch.setitem(serving_ops.SCALES, "cpu", tiny)
+    monkeypatch.setitem(__import__("sys").modules, "fla", None)
+    result = run("--suite", "serving,lengths", "--quick", "--peers", "fla", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "Serving operations" in result.stdout
+    assert "verify + commit: a decode call for each draft takes " in result.stdout
+    content = json.loads((tmp_path / "op-serving-lengths-cpu.json").read_text())
+    assert content["environment"]["peers"].keys() == {"fla", "flash-linear-attention"}
+    assert {r["suite"] for r in content["records"]} == {"copy", "serving", "lengths"}
+    assert (tmp_path / "op-serving-cpu.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("serve", "--suite", "shapes"), "serve has no such choice"),
         (("serve", "--peers", "fla"), "serve has no such choice"),
         (("--suite", "h200"), "needs a GPU"),
+        (("--suite", "serving,shapes"), "needs a GPU"),
+        (("--suite", "serving", "--backend", "tiled"), "serving has no such choice"),
+        (("--suite", "serving", "--peers", "sdpa"), "'sdpa' is not among seg_la, fla, vllm"),
         (("--suite", "speed"), "'speed' is not among lengths, h200"),
         (("--peers", "sdpa,flash"), "'flash' is not among fla, lightning_attn, sdpa"),
         (("train",), "'train' is not"),

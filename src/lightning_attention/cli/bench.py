@@ -27,7 +27,7 @@ class Device(str, Enum):
 
 #: The GPU suites that ``h200`` stands for, in the order they run: what matters most comes first.
 H200 = ("shapes", "host", "packed", "constancy")
-SUITES = ("lengths", "h200", *H200)
+SUITES = ("lengths", "h200", *H200, "serving")
 
 
 def _names(text: str, option: str, known: tuple[str, ...]) -> list[str]:
@@ -52,15 +52,16 @@ def bench(
             help="lengths: time and memory per token against T, on any device. h200: all of the following, for a GPU "
             "with 80 GB or more. shapes: training shapes, against the memory floor and float64. host: CPU time of a "
             "call. packed: batches of mixed lengths. constancy: T from 2,048 to 1,048,576 at equal B·T. "
-            "Several with commas."
+            "serving: decode, prefill and speculation over a pool of states, on any device. Several with commas."
         ),
     ] = "lengths",
     peers: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What to compare with, with commas: sdpa (PyTorch's softmax attention), fla, lightning_attn."
+            help="What to compare with, with commas: sdpa (PyTorch's softmax attention; what is compared with if this "
+            "is not given), fla, lightning_attn; for serving seg_la and vllm (both from SGLang's wheel), fla."
         ),
-    ] = "sdpa",
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="lengths and serve: fewer and shorter, under 40 s on two cores.")
     ] = False,
@@ -82,10 +83,11 @@ def bench(
     from rich.console import Console
     from rich.markup import escape
 
-    from lightning_attention.bench import op, plot, suites, tables
+    from lightning_attention.bench import op, plot, serving_ops, serving_ops_report, suites, tables
     from lightning_attention.bench.peers import PEERS, ours
     from lightning_attention.bench.peers import peers as peers_named
-    from lightning_attention.bench.report import Report, environment, slug
+    from lightning_attention.bench.report import Report, environment, package_version, slug
+    from lightning_attention.bench.serving_peers import SERVING_PEERS, servers
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch sees no GPU here", param_hint="--device")
@@ -93,7 +95,7 @@ def bench(
     if operation is not Operation.op:
         for option, changed in {
             "--suite": suite != "lengths",
-            "--peers": peers != "sdpa",
+            "--peers": peers is not None,
             "--backend": backend,
             "--quick": quick and operation is Operation.minimax,
         }.items():
@@ -105,12 +107,23 @@ def bench(
             _minimax(place, out)
         return
     parts = [p for name in _names(suite, "--suite", SUITES) for p in (H200 if name == "h200" else (name,))]
-    if place.type != "cuda" and parts != ["lengths"]:
+    if place.type != "cuda" and not {"lengths", "serving"}.issuperset(parts):
         raise typer.BadParameter(f"{suite} needs a GPU, and the device is {place}", param_hint="--suite")
-    implementations = [ours(backend), *peers_named(_names(peers, "--peers", PEERS), place)]
+    if backend and "serving" in parts:
+        raise typer.BadParameter("serving has no such choice", param_hint="--backend")
+    of_sequences = set(parts) != {"serving"}
+    known = (*(PEERS if of_sequences else ()), *(SERVING_PEERS if "serving" in parts else ()))
+    chosen = _names(
+        ("sdpa" if of_sequences else "") if peers is None else peers, "--peers", tuple(dict.fromkeys(known))
+    )
+    implementations = [ours(backend), *peers_named([x for x in chosen if of_sequences and x in PEERS], place)]
+    serving_servers = servers([x for x in chosen if x in SERVING_PEERS])
 
     stem = f"{operation.value}-{{}}-{slug(place)}"
-    report = Report(out / (stem.format(suite.replace(",", "-")) + ".json"), environment(place, implementations))
+    about = environment(place, implementations)
+    if "serving" in parts:
+        about["peers"] |= {s.package: package_version(s.package) for s in serving_servers if s.name in SERVING_PEERS}
+    report = Report(out / (stem.format(suite.replace(",", "-")) + ".json"), about)
     say = partial(print, flush=True)
     runs = {
         "lengths": lambda: op.lengths(report, implementations, op.SWEEPS[place.type, quick], place, "lengths", say),
@@ -118,6 +131,7 @@ def bench(
         "host": lambda: suites.host(report, implementations, place, say),
         "packed": lambda: suites.packed(report, place, say, backend=backend),
         "constancy": lambda: suites.constancy(report, implementations, place, say),
+        "serving": lambda: serving_ops.serving(report, serving_servers, serving_ops.SCALES[place.type], place, say),
     }
     for part in parts:
         runs[part]()
@@ -127,6 +141,14 @@ def bench(
         console.width = max(console.width, 200)
     for part in parts:
         records = report.find(part)
+        if part == "serving":
+            console.print(serving_ops_report.table(records))
+            for line in serving_ops_report.summary(records):
+                console.print(line, highlight=False)
+            figure = out / (stem.format(part) + ".png")
+            serving_ops_report.figure(records, report.environment, figure)
+            console.print(f"figure   {figure}", highlight=False, soft_wrap=True)
+            continue
         for table in tables.of_suite(part, records, report):
             console.print(table)
         if part in ("lengths", "constancy") and any("ms" in r for r in records):

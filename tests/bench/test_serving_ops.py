@@ -1,0 +1,200 @@
+import sys
+from io import StringIO
+from types import ModuleType
+
+import matplotlib.image
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_attention import decay, lightning_attention
+from lightning_attention.bench import serving_ops, serving_ops_report, serving_peers
+from lightning_attention.bench.peers import OURS
+from lightning_attention.bench.serving_ops import HOST, SUITE, Case, Scale
+from lightning_attention.bench.serving_peers import DECODE, PREFILL, SPECULATE, servers
+
+PACKINGS = (("equal", (5,) * 8, True), ("mixed", (40, 1, 1, 23), False))
+SCALE = Scale(2, 16, torch.float32, (1, 3), PACKINGS, drafts=(3, 4), seconds=0.001)
+RATE = 1e9
+
+SEG_LA = """
+from dataclasses import dataclass
+import torch
+from lightning_attention import lightning_attention
+
+@dataclass
+class SegLaMeta:
+    batch_size: int
+    max_q_length: int
+    q_offsets: torch.Tensor
+    s_offsets: torch.Tensor
+    q_lengths: torch.Tensor
+    s_scales: torch.Tensor
+    mask: "torch.Tensor | None" = None
+
+def seg_la_fwd(q, k, v, s, decay_scales, meta, caches=None, cache_indices=None, softmax_scale=None):
+    assert meta.q_lengths.tolist() == meta.q_offsets.diff().tolist()
+    assert meta.batch_size == len(meta.s_offsets) == len(meta.s_scales)
+    slots = meta.s_offsets.long()
+    initial = s[slots].to(q.dtype) * meta.s_scales[:, None, None, None]
+    out, final = lightning_attention(q[None], k[None], v[None], -decay_scales, scale=softmax_scale,
+        initial_state=initial, cu_seqlens=meta.q_offsets, output_final_state=True)
+    if caches is None:
+        s[slots] = final.to(s.dtype)
+    else:  # the state after every draft; the last one is what is committed
+        caches[cache_indices.long(), -1] = final.to(s.dtype)
+    return out[0]
+"""
+LIGHTNING_ATTN = """
+import torch
+
+def linear_decode_forward_triton(q, k, v, kv_caches, slope_rate, slot_idx, BLOCK_SIZE=32):
+    slots = slot_idx.long()
+    new = kv_caches[slots] * torch.exp(-slope_rate)[:, None, None] + k.transpose(2, 3) * v
+    kv_caches[slots] = new.to(kv_caches.dtype)
+    return (q @ new).squeeze(2).flatten(1)
+"""
+
+
+def fused_recurrent_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False):
+    assert g is None
+    return lightning_attention(
+        q, k, v, g_gamma, scale=scale, initial_state=initial_state, output_final_state=output_final_state
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    """A copy rate and a time on the host that take no time to measure."""
+    monkeypatch.setattr(serving_ops, "copy_rate", lambda _: RATE)
+    monkeypatch.setattr(serving_ops, "host_us", lambda call, _: call() is None or 7.0)
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """The peers need a GPU; modules with their signatures show that the arguments mean the same.
+
+    SGLang's package refuses to be imported: only the files that have the kernels may be.
+    """
+    folder = tmp_path / "site" / "sglang" / "kernels" / "ops" / "attention" / "linear"
+    folder.mkdir(parents=True)
+    (tmp_path / "site" / "sglang" / "__init__.py").write_text("raise ImportError('a server was imported')")
+    (folder / "seg_la.py").write_text(SEG_LA)
+    (folder / "lightning_attn.py").write_text(LIGHTNING_ATTN)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in ("seg_la", "lightning_attn"):
+        monkeypatch.setitem(sys.modules, f"_sglang_{name}", None)  # put back what was there
+        monkeypatch.delitem(sys.modules, f"_sglang_{name}")
+    fla, ops, simple_gla = (ModuleType(name) for name in ("fla", "fla.ops", "fla.ops.simple_gla"))
+    simple_gla.fused_recurrent_simple_gla = fused_recurrent_simple_gla
+    for module in (fla, ops, simple_gla):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    yield folder
+    for name in ("seg_la", "lightning_attn"):
+        sys.modules.pop(f"_sglang_{name}", None)
+
+
+def test_ours_is_measured_everywhere_beside_the_training_forward(report, cpu, tmp_path):
+    serving_ops.serving(report, servers([]), SCALE, cpu, len)
+    found = [(r["what"], r["size"], r["state"], r["implementation"]) for r in report.find(SUITE)]
+    assert found == [
+        *((DECODE, f"N = {N}", state, OURS) for state in ("float32", "bfloat16") for N in (1, 3)),
+        (HOST, "N = 1", "float32", OURS),
+        *((PREFILL, size, "float32", name) for size in ("equal", "mixed") for name in (OURS, "forward", "dense")),
+        (SPECULATE, "N = 3, 4 drafts", "float32", OURS),
+        (SPECULATE, "N = 3, 4 drafts", "float32", "decodes"),
+    ]
+    for r in report.find(SUITE):
+        if r["implementation"] != "dense":  # another function
+            assert 0 < r["output_error"] < 1e-6
+            assert 0 < r["state_error"] < (1e-6 if r["state"] == "float32" else 3e-3)
+        assert r["us"] == 7 if r["what"] == HOST else r["ms"] > 0
+
+    unit, state = 2 * 16 * 4, 2 * 16 * 16 * 4  # bytes of a row of q, and of a state
+    for (what, size), moved in {
+        (DECODE, "N = 3"): 4 * 3 * unit + 2 * 3 * state,
+        (PREFILL, "equal"): 4 * 40 * unit + 8 * state,  # the states are only written
+        (PREFILL, "mixed"): 4 * 65 * unit + 2 * 4 * state,
+    }.items():
+        (r,) = report.find(SUITE, what=what, size=size, state="float32", implementation=OURS)
+        assert r["copy_fraction"] == pytest.approx(moved / RATE / (r["ms"] * 1e-3), rel=1e-4)
+
+    records = report.find(SUITE)
+    assert serving_ops_report.table(records).row_count == 8
+    lines = serving_ops_report.summary(records)
+    assert [line.partition(":")[0] for line in lines] == ["decode, N = 3", PREFILL, PREFILL, SPECULATE]
+    slow, fast = (report.find(SUITE, what=DECODE, size="N = 3", state=s)[0]["ms"] for s in ("float32", "bfloat16"))
+    assert f"{slow / fast:.2f} times as fast" in lines[0]
+    serving_ops_report.figure(records, report.environment, tmp_path / "decode.png")
+    assert matplotlib.image.imread(tmp_path / "decode.png").shape[1] > 1500
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_peers_signatures_give_the_same_functions(report, cpu):
+    serving_ops.serving(report, servers(["seg_la", "fla", "vllm"]), SCALE, cpu, len)
+    assert not [r for r in report.find(SUITE) if "error" in r]
+    found = {(r["what"], r["state"]): [] for r in report.find(SUITE)}
+    for r in report.find(SUITE):
+        found[r["what"], r["state"]].append(r["implementation"])
+        if r["implementation"] != "dense":
+            assert r["output_error"] < 1e-6
+            assert r["state_error"] < (1e-6 if r["state"] == "float32" else 3e-3)
+    assert found[DECODE, "float32"] == [OURS, "seg_la", "fla", "vllm"] * 2
+    assert found[DECODE, "bfloat16"] == [OURS, "seg_la", "vllm"] * 2  # fla's states leave in float32
+    assert found[PREFILL, "float32"] == [OURS, "seg_la", "forward", "dense"] * 2
+    assert found[SPECULATE, "float32"] == [OURS, "seg_la", "decodes"]
+
+
+def test_a_missing_peer_is_reported_and_the_others_are_measured(report, cpu, monkeypatch):
+    monkeypatch.setattr(serving_peers, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "fla", None)
+    said = []
+    serving_ops.serving(report, servers(["seg_la", "fla"]), SCALE, cpu, said.append)
+    missing = report.find(SUITE, what=DECODE, size="N = 1", state="float32")
+    assert missing[1]["error"].startswith("ModuleNotFoundError: sglang is not installed")
+    assert missing[2]["error"].startswith("ModuleNotFoundError")
+    assert all("ms" in r or "us" in r for r in report.find(SUITE, implementation=OURS))
+    assert any("sglang is not installed" in line for line in said)
+    console = Console(width=200, file=StringIO())
+    console.print(serving_ops_report.table(report.find(SUITE)))
+    assert "failed" in console.file.getvalue()
+
+
+def test_a_wrong_peer_is_not_timed(report, cpu, stand_ins):
+    wrong = LIGHTNING_ATTN.replace("* torch.exp(-slope_rate)[:, None, None]", "")
+    (stand_ins / "lightning_attn.py").write_text(wrong)
+    serving_ops.serving(report, servers(["vllm"]), SCALE, cpu, len)
+    records = report.find(SUITE, implementation="vllm")
+    assert len(records) == 5
+    assert all(r["error"].startswith("ArithmeticError: output_error is ") and "ms" not in r for r in records)
+
+
+def test_our_own_wrong_numbers_are_a_failure(report, cpu, monkeypatch):
+    monkeypatch.setattr(serving_peers, "lightning_attention_decode", lambda q, *_, **__: torch.zeros_like(q))
+    serving_ops.serving(report, servers([]), SCALE, cpu, len)
+    assert [r["what"] for r in report.find_errors(OURS)] == [DECODE] * 4 + [HOST]
+
+
+def test_a_state_in_the_wrong_slot_is_past_the_budget(cpu):
+    case = Case(SCALE, (3, 1, 7), torch.float32, False, cpu)
+    b = case.batch
+    out, final = lightning_attention(
+        b.q[None], b.k[None], b.v[None], decay.alibi(2), initial_state=b.initial(), cu_seqlens=b.cu_seqlens,
+        output_final_state=True,
+    )  # fmt: skip
+    assert case.errors(out[0], final)["state_error"] < 1e-6
+    with pytest.raises(ArithmeticError, match="state_error"):
+        case.errors(out[0], final[[1, 0, 2]])
+    with pytest.raises(ArithmeticError, match="output_error"):
+        case.errors(1.01 * out[0], final)
+
+
+def test_the_gpu_scale_has_the_sizes_that_are_reported():
+    scale = serving_ops.SCALES["cuda"]
+    assert (scale.H, scale.D, scale.dtype, scale.decode) == (64, 128, torch.bfloat16, (1, 8, 64, 256))
+    assert [(len(lengths), sum(lengths)) for _, lengths, _ in scale.packings] == [(8, 16384), (8, 16384), (202, 8392)]
+
+
+def test_an_unknown_peer_is_an_error():
+    with pytest.raises(ValueError, match="names has 'flash'; it must be among 'seg_la', 'fla', 'vllm'"):
+        servers(["flash"])
