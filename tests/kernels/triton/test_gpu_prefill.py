@@ -14,7 +14,8 @@ from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_b
 from tests.kernels.triton.serving import bits
 from tests.support import relative_error
 
-pytestmark = needs_gpu
+# That mode calls itself a prototype.
+pytestmark = [*needs_gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(700, 8), (-1, -1)]]
 TOLERANCE = {BF16: 4e-3, FP16: 6e-4, FP32: 4e-6}
@@ -43,7 +44,7 @@ def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tu
     )  # fmt: skip
     with poisoned():
         got = prefilled(moved(batch, DEVICE), segments)
-    assert_right(batch, *got, TOLERANCE[torch.promote_types(dtype, BF16) if state_dtype == FP32 else BF16])
+    assert_right(batch, *got, max(TOLERANCE[dtype], 3e-3 * (state_dtype == BF16)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,6 +131,7 @@ def test_nothing_is_read_on_the_host_and_nothing_compiled_anew():
     assert not compiled
     given_ = others[1].arguments(others[1].pool)
     q, k, v, log_decay, pool, cu_seqlens, slots, fresh, scale, at, to = given_
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         lightning_attention_prefill(

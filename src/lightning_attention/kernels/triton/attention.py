@@ -39,7 +39,7 @@ class Forward:
     """The sweep of q, k and v [B, T, H, *] to out: ``between`` for the states that segments leave, ``output`` for out.
 
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
-    the same strides; where ``fresh[i]`` a sequence starts from zero.
+    the same strides, each of them contiguous; where ``fresh[i]`` a sequence starts from zero.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Forward:
         fresh: Tensor | None = None,
     ) -> None:
         """The outputs, from ``initial`` and, where sequences are cut, from the states ``between`` their segments."""
-        flags = (cut.cut, initial is not None, final is not None, True)
+        flags = (cut.cut, initial is not None and cut.reads_sequences, final is not None, True)
         self._run(cut, initial, final, slots, fresh, between, flags)
 
     def _run(
@@ -91,7 +91,7 @@ class Forward:
         T, H, D, E, scale = self._sizes
         tiles, out, table = self._tiles, self._out, cut.table
         states = final if final is not None else initial
-        state_strides = (H * D * E, D * E, E, 1) if states is None else states.stride()
+        state_strides = (H * D * E, D * E) if states is None else states.stride()[:2]
         args = (
             *self._args, out if initial is None else initial, out if final is None else final, *state_strides, slots,
             fresh, out if between is None else between, table, cut.per_sequence, cut.rows, T, H, D, E, scale,
@@ -243,9 +243,11 @@ def attention_backward(
     else:
         args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay, *states, *sizes)
 
+    reads = cut.reads_sequences
+
     def sweep_all(output: bool) -> None:
         flags = (
-            output and cut.cut, output and initial_state is not None, output and dfinal is not None,
+            output and cut.cut, output and reads and initial_state is not None, output and reads and dfinal is not None,
             output and dinitial is not None, output,
         )  # fmt: skip
         grid = (cut.count * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
@@ -272,8 +274,9 @@ def attention_backward(
         partials = torch.empty(cut.count, H, e_tiles, dtype=torch.float32, device=v.device)
         constants = {
             "C": min(tiles.C, 32), "BD": tiles.BD, "BE": width, "STAGES": 2, "EVEN_D": tiles.BD == D,
-            "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut, "INITIAL": initial_state is not None,
-            "DFINAL": dfinal is not None, "PRECISION": float32_precision(k),
+            "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut,
+            "INITIAL": reads and initial_state is not None, "DFINAL": reads and dfinal is not None,
+            "PRECISION": float32_precision(k),
         }  # fmt: skip
         initial, ahead, _, before, after = states
         args = (

@@ -41,7 +41,7 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
     of_sequence = (sequence.to(tl.int64) * H + head) * D * E
     of_segment = (slot.to(tl.int64) * H + head) * D * E
     alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
-    state = first_state(initial + of_sequence, alone, before + of_segment, alone, tile * BE, D, E, E, 1, E, 1, BD, BE,
+    state = first_state(initial + of_sequence, alone, before + of_segment, alone, tile * BE, D, E, E, 1, BD, BE,
                         INITIAL, SEGMENTED)  # fmt: skip
     drift = tl.zeros([BE, BD], tl.float32)
     total = tl.zeros([C], tl.float32)
@@ -70,7 +70,7 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
         state = tl.dot(weighted, kt, state * across, input_precision=PRECISION)
     result = scale * tl.sum(total, 0)
     # What the segment does to the state after it, weighed with that state's gradient.
-    ahead = first_state(dfinal + of_sequence, alone, after + of_segment, alone, tile * BE, D, E, E, 1, E, 1, BD, BE,
+    ahead = first_state(dfinal + of_sequence, alone, after + of_segment, alone, tile * BE, D, E, E, 1, BD, BE,
                         DFINAL, SEGMENTED)  # fmt: skip
     result += tl.sum(tl.sum(drift * ahead, 1), 0)
     tl.store(partial + pid, result)

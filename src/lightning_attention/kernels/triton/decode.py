@@ -12,15 +12,14 @@ from lightning_attention.kernels.triton.step import decode_kernel
 
 
 @cache
-def columns(D: int, E: int, dtype: torch.dtype, state_dtype: torch.dtype, states: int = 1) -> int:
-    """TE, columns of a state that one program has: whole lines of 128 bytes, where registers hold ``states`` of them.
+def columns(D: int, E: int, dtype: torch.dtype, states: int = 1) -> int:
+    """TE, columns of a state that one program has, where registers hold ``states`` of them.
 
-    A tile [128, 32] of float32 is 16 KB, 32 registers a thread, and eight loads of 16 bytes in flight: many programs
-    fit a multiprocessor, and one sequence of 64 heads still makes 256 of them. At 64 registers there is room for four.
+    Measured on an H200, H 64, D 128, of the copy rate at N 8, 64, 256: float32 with 64 columns 0.74, 0.92, 0.95, with
+    32 0.75, 0.86, 0.88, with 128 0.71, 0.89, 0.93; bfloat16 0.60, 0.80, 0.86 with 64 and 0.61, 0.59, 0.58 with 32.
     """
     launch.tiles((0, 0), D, E, dtype, False)  # raises for what the kernels do not take
-    fits = 64 * 128 // (states * rows(D))
-    return min(128 // state_dtype.itemsize, fits, max(16, triton.next_power_of_2(E)))
+    return min(64, 64 * 128 // (states * rows(D)), max(16, triton.next_power_of_2(E)))
 
 
 @cache
@@ -45,7 +44,7 @@ def decode(
 ) -> Tensor:
     N, H, D = q.shape
     E = v.shape[2]
-    TE = columns(D, E, q.dtype, state.dtype)
+    TE = columns(D, E, q.dtype)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
         return out

@@ -71,7 +71,7 @@ def state_pointers(base, BE: gl.constexpr, BD: gl.constexpr, layout: gl.constexp
 
 
 @gluon.jit
-def first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between, c_between,
+def first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride,
                 BE: gl.constexpr, BD: gl.constexpr, layout: gl.constexpr, INITIAL: gl.constexpr,
                 SEGMENTED: gl.constexpr):  # fmt: skip
     """What a program starts from.
@@ -81,9 +81,12 @@ def first_state(initial, inherits, between, alone, column, b_width, c_width, b_s
     """
     state = gl.zeros([BE, BD], gl.float32, layout)
     if SEGMENTED:
-        if not alone:
-            where, exists = state_pointers(between, BE, BD, layout, column, b_width, c_width, b_between, c_between)
-            state = gl.load(where, mask=exists, other=0.0)
+        left, exists = state_pointers(between, BE, BD, layout, column, b_width, c_width, b_stride, c_stride)
+        if INITIAL:
+            if not alone:
+                state = gl.load(left, mask=exists, other=0.0)
+        else:  # a mask, where a branch takes registers that Hopper's loop does not have
+            state = gl.load(left, mask=exists & (not alone), other=0.0)
     if INITIAL:
         if inherits:
             where, exists = state_pointers(initial, BE, BD, layout, column, b_width, c_width, b_stride, c_stride)
@@ -93,7 +96,7 @@ def first_state(initial, inherits, between, alone, column, b_width, c_width, b_s
 
 @gluon.jit
 def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, alone, final, keep, b_stride,
-          c_stride, b_between, c_between,
+          c_stride,
           batch, head, start, stop, column, b_width, c_width, rate, scale, C: gl.constexpr, BD: gl.constexpr,
           BE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, INITIAL: gl.constexpr,
           SEGMENTED: gl.constexpr, FINAL: gl.constexpr, OUTPUT: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
@@ -131,8 +134,8 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
         fetch(a_desc, b_desc, c_desc, a_smem, b_smem, c_smem, ready, s, batch, first + s * step, head, column,
               s < blocks, C, BD, BE, OUTPUT)  # fmt: skip
 
-    state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between,
-                        c_between, BE, BD, state_layout, INITIAL, SEGMENTED)  # fmt: skip
+    state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, BE, BD,
+                        state_layout, INITIAL, SEGMENTED)  # fmt: skip
     c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
     if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
@@ -300,14 +303,14 @@ def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
 # numbers serves every other.
 NUMBERS = ["log_decay", "table", "segments", "L", "T", "H", "D", "E", "scale"]
 STATES = [
-    "initial", "final", "state_slot", "state_head", "state_d", "state_e", "slots", "fresh", "between", "dfinal",
+    "initial", "final", "state_slot", "state_head", "slots", "fresh", "between", "dfinal",
     "dinitial", "before", "after",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "o_batch"])
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log_decay, initial, final,
-                   state_slot: "i64", state_head: "i64", state_d: "i64", state_e: "i64", slots, fresh, between, table,
+                   state_slot: "i64", state_head: "i64", slots, fresh, between, table,
                    segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
                    STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr,
                    FINAL: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
@@ -330,14 +333,14 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log
     if OUTPUT:
         alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
         sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * E, o_row, initial + of_sequence,
-              alone & inherits(fresh, sequence), of_segment, alone, final + of_sequence, is_last, state_d, state_e, E,
-              1, batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL,
-              SEGMENTED, FINAL, True, False)  # fmt: skip
+              alone & inherits(fresh, sequence), of_segment, alone, final + of_sequence, is_last, E, 1, batch, head,
+              start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, SEGMENTED, FINAL, True,
+              False)  # fmt: skip
     else:
         if is_last:
             return
         start = gl.maximum(start, stop - reach(rate, L, C))
-        sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1, E, 1,
+        sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1,
               batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, False, False, True,
               False, False)  # fmt: skip
 
@@ -375,38 +378,38 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
     if OUTPUT:
         if role < e_tiles:
             sweep(k_desc, q_desc, g_tile, dv_desc, dv + batch * e_batch + head * E, e_row, dfinal + of_sequence, alone,
-                  after, alone, dinitial + of_sequence, is_first, E, 1, E, 1, batch, head, start, stop, role * TE, D, E,
+                  after, alone, dinitial + of_sequence, is_first, E, 1, batch, head, start, stop, role * TE, D, E,
                   rate, scale, C, BD, TE, STAGES, PACKED, DFINAL, SEGMENTED, DINITIAL, True, True)  # fmt: skip
         elif role < e_tiles + d_tiles:
             column = (role - e_tiles) * TD
             sweep(g_desc, v_desc, k_tile, dq_desc, dq + batch * d_batch + head * D, d_row, initial + of_sequence, alone,
-                  before, alone, before, False, 1, E, 1, E, batch, head, start, stop, column, E, D, rate, scale, C,
+                  before, alone, before, False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C,
                   BE, TD, STAGES, PACKED, INITIAL, SEGMENTED, False, True, False)  # fmt: skip
         else:
             column = (role - e_tiles - d_tiles) * TD
             sweep(v_desc, g_desc, q_tile, dk_desc, dk + batch * d_batch + head * D, d_row, dfinal + of_sequence, alone,
-                  after, alone, after, False, 1, E, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE,
+                  after, alone, after, False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE,
                   TD, STAGES, PACKED, DFINAL, SEGMENTED, False, True, True)  # fmt: skip
     elif role < e_tiles:
         if is_first:
             return
         stop = gl.minimum(stop, start + reach(rate, L, C))
-        sweep(k_desc, q_desc, g_tile, dv_desc, dv, e_row, dfinal, False, after, True, after, True, E, 1, E, 1, batch,
+        sweep(k_desc, q_desc, g_tile, dv_desc, dv, e_row, dfinal, False, after, True, after, True, E, 1, batch,
               head, start, stop, role * TE, D, E, rate, scale, C, BD, TE, STAGES, PACKED, False, False, True, False,
               True)  # fmt: skip
     else:
         if is_last:
             return
         start = gl.maximum(start, stop - reach(rate, L, C))
-        sweep(g_desc, v_desc, k_tile, dq_desc, dq, d_row, initial, False, before, True, before, True, 1, E, 1, E,
+        sweep(g_desc, v_desc, k_tile, dq_desc, dq, d_row, initial, False, before, True, before, True, 1, E,
               batch, head, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, STAGES, PACKED, False,
               False, True, False, False)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "state", "cu_seqlens", "first", "at", "to", "P"])
-def snapshot_kernel(k_desc, v_desc, log_decay, state, state_slot: "i64", state_head: "i64", state_d: "i64",
-                    state_e: "i64", slots, fresh, between, cu_seqlens, first, at, to, P, L, H, D, E, C: gl.constexpr,
-                    BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def snapshot_kernel(k_desc, v_desc, log_decay, state, state_slot: "i64", state_head: "i64", slots, fresh, between,
+                    cu_seqlens, first, at, to, P, L, H, D, E, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                    STAGES: gl.constexpr):  # fmt: skip
     """Write the state after ``at`` [N, P] rows of each packed sequence to the row ``to`` [N, P] of the pool ``state``.
 
     From the state before the segment that the snapshot is in, over its rows up to there.
@@ -426,6 +429,6 @@ def snapshot_kernel(k_desc, v_desc, log_decay, state, state_slot: "i64", state_h
     start += segment_ * L
     target = of_state(to, item, state_slot) + head * state_head
     sweep(k_desc, k_desc, v_desc, v_desc, state, 0, state + of_state(slots, sequence, state_slot) + head * state_head,
-          alone & inherits(fresh, sequence), between, alone, state + target, True, state_d, state_e, E, 1, 0, head,
+          alone & inherits(fresh, sequence), between, alone, state + target, True, E, 1, 0, head,
           start, stop, tile * BE, D, E, log2_decay(log_decay, head), 1.0, C, BD, BE, STAGES, True, True, True,
           True, False, False)  # fmt: skip

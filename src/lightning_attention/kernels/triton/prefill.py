@@ -35,6 +35,11 @@ def prefill(
 ) -> Tensor:
     T, H, D = k.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
+    if state.stride()[2:] != (E, 1):
+        raise ValueError(
+            f"state has strides {list(state.stride())}; backend 'triton' wants each [D, E] contiguous, the last two "
+            f"[{E}, 1], to prefill"
+        )
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     q, k, v, o = q[None], k[None], v[None], out[None]
     cu_seqlens = cu_seqlens.contiguous()
@@ -74,7 +79,7 @@ def _short(
 ) -> None:
     _, H, D = q.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
-    TE = columns(D, E, q.dtype, state.dtype)
+    TE = columns(D, E, q.dtype)
     sizes = D, E, TE, aligned(state)
     args = (
         q, k, v, out, state, cu_seqlens, slots, fresh, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -108,7 +113,7 @@ def _snapshots(
     if grid[0] == 0:
         return
     states = (
-        log_decay, state, *state.stride(), slots, fresh, between, cu_seqlens, cut.first,
+        log_decay, state, *state.stride()[:2], slots, fresh, between, cu_seqlens, cut.first,
         at, to, P, cut.rows, H, D, E,
     )  # fmt: skip
     constants: dict[str, Any] = {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "STAGES": launch.stages(tiles, False)}

@@ -34,6 +34,11 @@ class Segments(NamedTuple):
     table: Tensor | None = None
     first: Tensor | None = None
 
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether any segment starts from its sequence's state; of a dense batch that is cut the scan has them all."""
+        return self.table is not None or not self.cut
+
 
 def dense(B: int, T: int, C: int, programs: int, places: int, batch_invariant: bool) -> Segments:
     """``programs``: how many one segment of one sequence makes; ``places``: how many run at once."""
@@ -87,8 +92,8 @@ def scan(
     flags = (before is not None, after is not None, initial is not None, dfinal is not None)
     of_pool = initial if initial is not None else states
     args = (
-        *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride(), slots, fresh,
-        log_decay, cu_seqlens, cut.first, cut.per_sequence, cut.rows, T, H, D * E, E,
+        *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride()[:2], slots, fresh,
+        log_decay, cu_seqlens, cut.first, cut.per_sequence, cut.rows, T, H, D * E,
     )  # fmt: skip
     indices = tuple(None if x is None else x.dtype for x in (cu_seqlens, slots, fresh))
     launch.run(
@@ -187,13 +192,11 @@ def plan_kernel(cu_seqlens, slots, table, first, N, L, count, short, BLOCK: tl.c
         tl.store(table + place * 5, -1, mask=place < count)
 
 
-@triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "state_slot", "state_head", "state_d",
-                               "state_e", "slots", "fresh", "log_decay", "cu_seqlens", "first", "segments", "L", "T",
-                               "H", "SIZE", "E"])  # fmt: skip
-def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "i64", state_d: "i64",
-                state_e: "i64", slots, fresh, log_decay, cu_seqlens, first, segments,
-                L, T, H, SIZE, E, BEFORE: tl.constexpr, AFTER: tl.constexpr, INITIAL: tl.constexpr,
-                DFINAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "state_slot", "state_head", "slots", "fresh",
+                               "log_decay", "cu_seqlens", "first", "segments", "L", "T", "H", "SIZE"])  # fmt: skip
+def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "i64", slots, fresh, log_decay,
+                cu_seqlens, first, segments, L, T, H, SIZE, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+                INITIAL: tl.constexpr, DFINAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Turn what each segment leaves by itself into what comes before it (or, backwards in time, after it), in place.
 
     S_before[s] = λ^len(s−1) S_before[s−1] + own[s−1], and the mirror of it for the gradients. States are [states, H,
@@ -219,13 +222,7 @@ def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "
         state = tl.zeros([BLOCK], tl.float32)
         if INITIAL:
             if inherits(fresh, sequence):
-                where = (
-                    initial
-                    + of_state(slots, sequence, state_slot)
-                    + head * state_head
-                    + col // E * state_d
-                    + col % E * state_e
-                )
+                where = initial + of_state(slots, sequence, state_slot) + head * state_head + col
                 state = tl.load(where, mask=inside).to(tl.float32)
         for i in range(0, end - begin):
             s = begin + i

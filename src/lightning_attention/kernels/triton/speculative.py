@@ -26,7 +26,7 @@ def verify(
 ) -> Tensor:
     T, H, D = q.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
-    TE = columns(D, E, q.dtype, state.dtype, 1 if parents is None else 2)
+    TE = columns(D, E, q.dtype, 1 if parents is None else 2)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
         return out
@@ -69,7 +69,7 @@ def _commit(
 ) -> None:
     T, H, D = k.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
-    TE = columns(D, E, k.dtype, state.dtype)
+    TE = columns(D, E, k.dtype)
     if T == 0:
         return
     cu_seqlens, accepted = cu_seqlens.contiguous(), accepted.contiguous()

@@ -37,7 +37,7 @@ def state_pointers(base, column, b_width, c_width, b_stride, c_stride, BD: tl.co
 
 
 @triton.jit
-def first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between, c_between,
+def first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride,
                 BD: tl.constexpr, BE: tl.constexpr, INITIAL: tl.constexpr, SEGMENTED: tl.constexpr):  # fmt: skip
     """What a program starts from.
 
@@ -46,9 +46,12 @@ def first_state(initial, inherits, between, alone, column, b_width, c_width, b_s
     """
     state = tl.zeros([BE, BD], tl.float32)
     if SEGMENTED:
-        if not alone:
-            where, exists = state_pointers(between, column, b_width, c_width, b_between, c_between, BD, BE)
-            state = tl.load(where, mask=exists, other=0.0)
+        left, exists = state_pointers(between, column, b_width, c_width, b_stride, c_stride, BD, BE)
+        if INITIAL:
+            if not alone:
+                state = tl.load(left, mask=exists, other=0.0)
+        else:  # a mask, where a branch takes registers that Hopper's loop does not have
+            state = tl.load(left, mask=exists & (not alone), other=0.0)
     if INITIAL:
         if inherits:
             where, exists = state_pointers(initial, column, b_width, c_width, b_stride, c_stride, BD, BE)
@@ -58,7 +61,6 @@ def first_state(initial, inherits, between, alone, column, b_width, c_width, b_s
 
 @triton.jit
 def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, alone, final, keep, b_stride, c_stride,
-          b_between, c_between,
           start, stop, column, b_width, c_width, rate, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
           EVEN_B: tl.constexpr, EVEN_C: tl.constexpr, INITIAL: tl.constexpr, SEGMENTED: tl.constexpr,
           FINAL: tl.constexpr, OUTPUT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -67,8 +69,8 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, al
 
     With time reversed the state is that of the rows after.
     """
-    state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, b_between,
-                        c_between, BD, BE, INITIAL, SEGMENTED)  # fmt: skip
+    state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, BD, BE,
+                        INITIAL, SEGMENTED)  # fmt: skip
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -192,10 +194,10 @@ def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
     return start, rows, tl.maximum(rows - 1, 0) // L, wanted
 
 
-@triton.jit(do_not_specialize=["segments", "L", "T", "state_slot", "state_head", "state_d", "state_e"])
+@triton.jit(do_not_specialize=["segments", "L", "T", "state_slot", "state_head"])
 def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row, k_head: "i64",
                    v_batch: "i64", v_row, v_head: "i64", o_batch: "i64", log_decay, initial, final, state_slot: "i64",
-                   state_head: "i64", state_d: "i64", state_e: "i64", slots, fresh, between, table, segments, L, T, H,
+                   state_head: "i64", slots, fresh, between, table, segments, L, T, H,
                    D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
                    EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
                    FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -223,14 +225,14 @@ def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i
     if OUTPUT:
         alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
         sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial + of_sequence, alone & inherits(fresh, sequence),
-              of_segment, alone, final + of_sequence, is_last, state_d, state_e, E, 1, start, stop, tile * BE, D, E,
+              of_segment, alone, final + of_sequence, is_last, E, 1, start, stop, tile * BE, D, E,
               rate, scale, C, BD, BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION,
               STAGES)  # fmt: skip
     else:
         if is_last:
             return
         start = tl.maximum(start, stop - reach(rate, L, C))
-        sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1, E, 1,
+        sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1,
               start, stop, tile * BE, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False, False,
               PRECISION, STAGES)  # fmt: skip
 
@@ -276,37 +278,37 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
     if OUTPUT:
         if role < e_tiles:
             sweep(k, q, g, dv + batch * e_batch + head * E, k_row, q_row, g_row, H * E, dfinal + of_sequence, alone,
-                  after, alone, dinitial + of_sequence, is_first, E, 1, E, 1, start, stop, role * TE, D, E, rate,
+                  after, alone, dinitial + of_sequence, is_first, E, 1, start, stop, role * TE, D, E, rate,
                   scale, C, BD, TE, EVEN_D, EVEN_TE, DFINAL, SEGMENTED, DINITIAL, True, True, PRECISION,
                   STAGES)  # fmt: skip
         elif role < e_tiles + d_tiles:
             sweep(g, v, k, dq + batch * d_batch + head * D, g_row, v_row, k_row, H * D, initial + of_sequence, alone,
-                  before, alone, before, False, 1, E, 1, E, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C,
+                  before, alone, before, False, 1, E, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C,
                   BE, TD, EVEN_E, EVEN_TD, INITIAL, SEGMENTED, False, True, False, PRECISION, STAGES)  # fmt: skip
         else:
             sweep(v, g, q, dk + batch * d_batch + head * D, v_row, g_row, q_row, H * D, dfinal + of_sequence, alone,
-                  after, alone, after, False, 1, E, 1, E, start, stop, (role - e_tiles - d_tiles) * TD, E, D, rate,
+                  after, alone, after, False, 1, E, start, stop, (role - e_tiles - d_tiles) * TD, E, D, rate,
                   scale, C, BE, TD, EVEN_E, EVEN_TD, DFINAL, SEGMENTED, False, True, True, PRECISION,
                   STAGES)  # fmt: skip
     elif role < e_tiles:
         if is_first:
             return
         stop = tl.minimum(stop, start + reach(rate, L, C))
-        sweep(k, q, g, dv, k_row, q_row, g_row, H * E, dfinal, False, after, True, after, True, E, 1, E, 1, start, stop,
+        sweep(k, q, g, dv, k_row, q_row, g_row, H * E, dfinal, False, after, True, after, True, E, 1, start, stop,
               role * TE, D, E, rate, scale, C, BD, TE, EVEN_D, EVEN_TE, False, False, True, False, True, PRECISION,
               STAGES)  # fmt: skip
     else:
         if is_last:
             return
         start = tl.maximum(start, stop - reach(rate, L, C))
-        sweep(g, v, k, dq, g_row, v_row, k_row, H * D, initial, False, before, True, before, True, 1, E, 1, E, start,
+        sweep(g, v, k, dq, g_row, v_row, k_row, H * D, initial, False, before, True, before, True, 1, E, start,
               stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, EVEN_E, EVEN_TD, False, False, True, False,
               False, PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "fresh", "cu_seqlens", "first", "at", "to", "P", "L", "H"])
 def snapshot_kernel(k, v, k_row, k_head: "i64", v_row, v_head: "i64", log_decay, state, state_slot: "i64",
-                    state_head: "i64", state_d: "i64", state_e: "i64", slots, fresh, between, cu_seqlens, first, at, to,
+                    state_head: "i64", slots, fresh, between, cu_seqlens, first, at, to,
                     P, L, H, D, E, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
                     EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
@@ -330,5 +332,5 @@ def snapshot_kernel(k, v, k_row, k_head: "i64", v_row, v_head: "i64", log_decay,
     target = of_state(to, item, state_slot) + head * state_head
     sweep(k, k + head * k_head, v + head * v_head, v, k_row, k_row, v_row, 0,
           state + of_state(slots, sequence, state_slot) + head * state_head, alone & inherits(fresh, sequence), between,
-          alone, state + target, True, state_d, state_e, E, 1, start, stop, tile * BE, D, E, log2_decay(log_decay,
+          alone, state + target, True, E, 1, start, stop, tile * BE, D, E, log2_decay(log_decay,
           head), 1.0, C, BD, BE, EVEN_D, EVEN_E, True, True, True, False, False, PRECISION, STAGES)  # fmt: skip
