@@ -214,6 +214,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slo
     return lightning_attention_decode(q * 2, k, v, log_decay, state, slots=slots) + 1
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of PyTorch
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled(mode: str | None):
     call = moved(make_call([1, 1, 1], [6, -1, 2], D=64, E=64, dtype=BF16), DEVICE)

@@ -190,10 +190,12 @@ def run(
     args: Sequence[Any],
     key: tuple[Any, ...],
     constants: Callable[[], dict[str, Any]],
+    siblings: Callable[[], dict[tuple[Any, ...], dict[str, Any]]] = dict,
 ) -> None:
     """Launch a kernel that specializes on nothing but ``key``, which decides its ``constants``.
 
-    ``key`` begins with the index of the device, which is the current one.
+    ``key`` begins with the index of the device, which is the current one. ``siblings``, other keys and their constants,
+    are compiled with the first of them: which one a call takes may depend on how much there is to do.
 
     Triton looks at every argument of every call to find out whether it has compiled for the like of it, descriptors at
     greatest length: 70 µs forward and 400 backward. Here that happens once for each key. What is left is what
@@ -214,5 +216,14 @@ def run(
     named = constants()
     args = [x.checked() if isinstance(x, Descriptor) else x for x in args]
     compiled = kernel[grid](*args, **named, num_warps=4, **FUSION)
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        _compiled[named_key] = compiled, tuple(named[name] for name in kernel.arg_names if name in named)
+    if compiled is None:  # Triton's interpreter compiles nothing
+        return
+    _compiled[named_key] = compiled, _values(kernel, named)
+    for other, named in siblings().items():
+        if (id(kernel), *other) not in _compiled:
+            compiled = kernel.warmup(*args, **named, grid=grid, num_warps=4, **FUSION)
+            _compiled[(id(kernel), *other)] = compiled, _values(kernel, named)
+
+
+def _values(kernel: Any, constants: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(constants[name] for name in kernel.arg_names if name in constants)

@@ -163,14 +163,12 @@ def plan_kernel(cu_seqlens, slots, table, first, N, L, count, short, BLOCK: tl.c
         used += tl.sum(states, 0)
         placed += tl.sum(full, 0)
     tl.store(first + N, used)
-    # What is left of each sequence: at least half of L rows, an eighth, or fewer.
+    # What is left of each sequence: a quarter of L rows or more, or fewer.
     upper = L
-    for part in tl.static_range(3):
+    for part in tl.static_range(2):
         lower = 0
         if part == 0:
-            lower = tl.cdiv(L, 2)
-        elif part == 1:
-            lower = tl.cdiv(L, 8)
+            lower = tl.cdiv(L, 4)
         used = 0
         for n in range(0, N, BLOCK):
             sequence = n + tl.arange(0, BLOCK)
