@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_attention.bench.op import Say
 from lightning_attention.bench.report import Report
-from lightning_attention.bench.timing import synchronize, wall_ms
+from lightning_attention.bench.timing import captured, synchronize, wall_ms
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -254,37 +254,24 @@ def _fastest_attention(layer: Any, device: torch.device) -> tuple[str, Any]:
     for backend in _BACKENDS:
         try:
             with sdpa_kernel(backend):  # 20 at a time: one is shorter than its launch
-                graph = _captured(
-                    lambda: [F.scaled_dot_product_attention(query, layer.keys, layer.values) for _ in range(20)]
+                replay = captured(
+                    lambda: [F.scaled_dot_product_attention(query, layer.keys, layer.values) for _ in range(20)], device
                 )
         except RuntimeError:  # this GPU or this build has it not
             continue
-        graph.replay()
-        times[backend] = min(wall_ms(graph.replay, device) for _ in range(3))
+        replay()
+        times[backend] = min(wall_ms(replay, device) for _ in range(3))
     fastest = min(times, key=lambda backend: times[backend])
     return fastest.name.lower(), sdpa_kernel(fastest)
 
 
-def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The call as a CUDA graph, after one that warms it up."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
 def _replayed(decode: Callable[[], None], ids: Tensor) -> Step:
     """The step captured in a CUDA graph; a call starts one and fetches the tokens of the one before."""
-    graph = _captured(decode)
+    replay = captured(decode, ids.device)
     fetched: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def step() -> None:
-        graph.replay()
+        replay()
         tokens, landed = ids.to("cpu", non_blocking=True), torch.cuda.Event()
         landed.record()
         fetched.append((tokens, landed))

@@ -3,7 +3,6 @@
 On a GPU a call is one CUDA graph, its L2 flushed before every replay; the implementations of a case take turns.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from lightning_attention import decay, lightning_attention
 from lightning_attention.bench.op import Say, _reason, relative_error
 from lightning_attention.bench.report import Report
 from lightning_attention.bench.serving_peers import DECODE, PREFILL, SPECULATE, Batch, Bound, Server
-from lightning_attention.bench.timing import Call, copy_rate, host_us, time_calls
+from lightning_attention.bench.timing import Call, captured, copy_rate, host_us, time_calls
 
 SUITE, HOST = "serving", "decode, eager, CPU time"
 
@@ -178,7 +177,7 @@ class _Measure:
             try:
                 bound = s.binds[case or what](problem.batch)
                 found[s.name] = _checked(problem, bound)
-                calls[s.name] = bound.call if what == HOST else _captured(bound.call, self.device)
+                calls[s.name] = bound.call if what == HOST else captured(bound.call, self.device)
             except Exception as error:  # a peer that is missing or broken is a result
                 found[s.name] = {"error": _reason(error)}
         if what == HOST:
@@ -200,16 +199,6 @@ class _Measure:
 def _checked(problem: Case, bound: Bound) -> dict[str, float]:
     output, states = bound.call(), bound.states()
     return {} if states is None else problem.errors(output, states)
-
-
-def _captured(call: Callable[[], object], device: torch.device) -> Call:
-    """On a GPU the replay of the call, which has run before, as a CUDA graph."""
-    if device.type != "cuda":
-        return call
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -48,6 +48,34 @@ def wall_ms(call: Call, device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+@dataclass(frozen=True)
+class _Replayed:
+    graph: torch.cuda.CUDAGraph
+    captured: Call
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """On a GPU the replay of a CUDA graph of the call, made after a run that warms it up; elsewhere the call itself.
+
+    A graph knows the addresses of the call's tensors and does not own them. What is returned keeps the call too: were
+    it dropped, with a pool of states that nobody else has, replays would read and write freed memory.
+    """
+    if device.type != "cuda":
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return _Replayed(graph, call)
+
+
 def time_calls(
     calls: dict[str, Call], device: torch.device, *, seconds: float, max_repeats: int = 100
 ) -> dict[str, Timing]:
