@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.image
 import pytest
@@ -8,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import lightning_attention
-from lightning_attention.bench import op, serving, serving_ops
+from lightning_attention.bench import op, report, serving, serving_ops, suites, tables
 from lightning_attention.bench.op import BOTH, FORWARD
 from lightning_attention.cli.bench import bench
 
@@ -88,6 +89,35 @@ def test_the_serving_suite_leaves_a_table_numbers_and_a_figure(run, tmp_path, mo
     assert content["environment"]["peers"].keys() == {"fla", "flash-linear-attention"}
     assert {r["suite"] for r in content["records"]} == {"copy", "serving", "lengths"}
     assert (tmp_path / "op-serving-cpu.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "peers"),
+    [
+        (("--suite", "constancy"), []),
+        (("--suite", "h200"), []),
+        (("--suite", "h200", "--peers", "fla,sdpa"), []),
+        (("--suite", "constancy", "--peers", "fla"), ["fla"]),
+    ],
+)
+def test_constancy_has_peers_only_where_both_are_named(run, arguments, peers, tmp_path, monkeypatch):
+    seen = {}
+
+    def suite(name, report, implementations, *_):  # noqa: ARG001
+        seen[name] = [i.name for i in implementations]
+
+    for name in ("shapes", "host", "constancy"):
+        monkeypatch.setattr(suites, name, partial(suite, name))
+    monkeypatch.setattr(suites, "packed", lambda *_, **__: None)
+    monkeypatch.setattr(tables, "of_suite", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # from here on nothing asks it for anything
+    monkeypatch.setattr(report, "environment", lambda *_: {})
+    monkeypatch.setattr(report, "slug", lambda _: "gpu")
+    result = run("--device", "cuda", *arguments, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert seen["constancy"] == ["lightning_attention", *peers]
+    if "h200" in arguments:
+        assert len(seen["shapes"]) > 1
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def bench(
         typer.Option(
             help="lengths: time and memory per token against T, on any device. h200: all of the following, for a GPU "
             "with 80 GB or more. shapes: training shapes, against the memory floor and float64. host: CPU time of a "
-            "call. packed: batches of mixed lengths. constancy: T from 2,048 to 1,048,576 at equal B·T. "
+            "call. packed: batches of mixed lengths. constancy: T from 2,048 to 1,048,576 at equal B·T, of "
+            "ours alone unless it is named with --peers. "
             "serving: decode, prefill and speculation over a pool of states, on any device. Several with commas."
         ),
     ] = "lengths",
@@ -106,7 +107,8 @@ def bench(
         else:
             _minimax(place, out)
         return
-    parts = [p for name in _names(suite, "--suite", SUITES) for p in (H200 if name == "h200" else (name,))]
+    named = _names(suite, "--suite", SUITES)
+    parts = [p for name in named for p in (H200 if name == "h200" else (name,))]
     if place.type != "cuda" and not {"lengths", "serving"}.issuperset(parts):
         raise typer.BadParameter(f"{suite} needs a GPU, and the device is {place}", param_hint="--suite")
     if backend and "serving" in parts:
@@ -118,6 +120,8 @@ def bench(
     )
     implementations = [ours(backend), *peers_named([x for x in chosen if of_sequences and x in PEERS], place)]
     serving_servers = servers([x for x in chosen if x in SERVING_PEERS])
+    # fla tunes itself for minutes before its first call at 1,048,576 tokens; the figure with peers is that of lengths.
+    constant = implementations if peers is not None and "constancy" in named else implementations[:1]
 
     stem = f"{operation.value}-{{}}-{slug(place)}"
     about = environment(place, implementations)
@@ -130,7 +134,7 @@ def bench(
         "shapes": lambda: suites.shapes(report, implementations, place, say),
         "host": lambda: suites.host(report, implementations, place, say),
         "packed": lambda: suites.packed(report, place, say, backend=backend),
-        "constancy": lambda: suites.constancy(report, implementations, place, say),
+        "constancy": lambda: suites.constancy(report, constant, place, say),
         "serving": lambda: serving_ops.serving(report, serving_servers, serving_ops.SCALES[place.type], place, say),
     }
     for part in parts:
