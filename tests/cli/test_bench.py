@@ -103,7 +103,7 @@ def test_the_serving_suite_leaves_a_table_numbers_and_a_figure(run, tmp_path, mo
 def test_constancy_has_peers_only_where_both_are_named(run, arguments, peers, tmp_path, monkeypatch):
     seen = {}
 
-    def suite(name, report, implementations, *_):  # noqa: ARG001
+    def suite(name, report, implementations, *_):
         seen[name] = [i.name for i in implementations]
 
     for name in ("shapes", "host", "constancy"):
