@@ -1,11 +1,10 @@
 """Gated linear attention: the token mixer of TransNormerLLM."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_attention.nn.fixed_decay import FixedDecay
 from lightning_attention.nn.lrpe import LRPE
 from lightning_attention.nn.srmsnorm import SRMSNorm
 from lightning_attention.ops.attention import lightning_attention
@@ -13,7 +12,7 @@ from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(FixedDecay):
     """q, k, v, u = split(x W_qkvu); q, k = silu; out = W_out (u ⊙ SRMSNorm(lightning_attention(q, k, v))).
 
     The norm runs over all heads concatenated. One recurrent state, [B, H, D, E] float32, carries everything the
@@ -36,8 +35,6 @@ class GatedLinearAttention(nn.Module):
             (it is on the meta device).
     """
 
-    log_decay: Tensor
-
     def __init__(
         self,
         embed_dim: int,
@@ -48,15 +45,10 @@ class GatedLinearAttention(nn.Module):
         lrpe: bool = False,
         bias: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(num_heads, log_decay)
         hidden_dim = embed_dim if hidden_dim is None else hidden_dim
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim is {hidden_dim}; it must be a multiple of num_heads, {num_heads}")
-        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
-            raise ValueError(
-                f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
-                f"[{num_heads}] torch.float32 with values"
-            )
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
         self.head_dim = hidden_dim // num_heads
@@ -64,9 +56,6 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_dim, embed_dim, bias=bias)
         self.norm = SRMSNorm()
         self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
-        # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
-        self._log_decay_values: list[float] = log_decay.tolist()
-        self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -190,18 +179,6 @@ class GatedLinearAttention(nn.Module):
 
     def _gate(self, mixed: Tensor, u: Tensor) -> Tensor:
         return self.out_proj(u * self.norm(mixed.flatten(-2)))
-
-    def reset_buffers(self) -> None:
-        """Give ``log_decay`` its values again, on the device it is on; for buffers that were moved without them."""
-        self.log_decay = torch.tensor(self._log_decay_values, dtype=torch.float32, device=self.log_decay.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedLinearAttention":
-        was_meta = self.log_decay.is_meta
-        super()._apply(fn, recurse)
-        # .to(bfloat16) and .half() cast every buffer, .to_empty() leaves any numbers in them.
-        if self.log_decay.dtype != torch.float32 or was_meta:
-            self.reset_buffers()
-        return self
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attention import decay
+from lightning_attention.nn.fixed_decay import FixedDecay
 from lightning_attention.nn.lrpe import LRPE
 from lightning_attention.nn.rope import rope
 from lightning_attention.ops.attention import lightning_attention
@@ -31,7 +32,7 @@ class _RMSNorm(nn.Module):
         return normed if self.weight is None else normed * self.weight.to(x.dtype)
 
 
-class LightningAttention(nn.Module):
+class LightningAttention(FixedDecay):
     """q, k, v = x W_qkv; out = W_out (gate(x W_gate) ⊙ norm(lightning_attention(q, k, v))).
 
     q, k and v may pass a silu, then q and k an RMSNorm per head, then a position encoding. :meth:`minimax`,
@@ -67,8 +68,6 @@ class LightningAttention(nn.Module):
             and ``lrpe`` are both given, or ``log_decay`` is not [H] float32 with values (it is on the meta device).
     """
 
-    log_decay: Tensor
-
     def __init__(
         self,
         hidden_size: int,
@@ -88,16 +87,11 @@ class LightningAttention(nn.Module):
         gate: str = "sigmoid",
         eps: float = 1e-6,
     ) -> None:
-        super().__init__()
         head_dim = _head_dim(hidden_size, num_heads, head_dim)
+        super().__init__(num_heads, log_decay)
         value_dim = head_dim if value_dim is None else value_dim
         if value_dim < 1:
             raise ValueError(f"value_dim is {value_dim}; it must be at least 1")
-        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
-            raise ValueError(
-                f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
-                f"[{num_heads}] torch.float32 with values"
-            )
         if silu not in ("", "qk", "qkv"):
             raise ValueError(f"silu is {silu!r}; it must be '', 'qk' or 'qkv'")
         if gate not in _GATES:
@@ -119,9 +113,6 @@ class LightningAttention(nn.Module):
         self.k_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.lrpe = LRPE(num_heads, head_dim) if lrpe else None
         self.norm = _RMSNorm(width, groups=norm_groups, weight=norm_weight, eps=eps)
-        # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
-        self._log_decay_values: list[float] = log_decay.tolist()
-        self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
 
     @classmethod
     def minimax(
@@ -318,18 +309,6 @@ class LightningAttention(nn.Module):
 
     def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(self.norm(mixed.flatten(-2)) * _GATES[self.gate](self.gate_proj(x)))
-
-    def reset_buffers(self) -> None:
-        """Give ``log_decay`` its values again, on the device it is on; for buffers that were moved without them."""
-        self.log_decay = torch.tensor(self._log_decay_values, dtype=torch.float32, device=self.log_decay.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LightningAttention":
-        was_meta = self.log_decay.is_meta
-        super()._apply(fn, recurse)
-        # .to(bfloat16) and .half() cast every buffer, .to_empty() leaves any numbers in them.
-        if self.log_decay.dtype != torch.float32 or was_meta:
-            self.reset_buffers()
-        return self
 
     def extra_repr(self) -> str:
         return (
