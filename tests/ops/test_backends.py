@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_attention import lightning_attention
+from lightning_attention.ops.backends import choose
 
 
 def test_the_cpu_gets_the_tiled_backend():
@@ -24,3 +25,8 @@ def test_a_backend_that_the_device_lacks_is_an_error():
     q = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="backend is 'triton', but"):
         lightning_attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda:1", "triton"), ("cpu", "tiled"), ("mps", "tiled")])
+def test_the_device_decides_where_no_backend_is_named(device: str, backend: str):
+    assert choose(None, torch.device(device)) == backend

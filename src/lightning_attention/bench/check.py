@@ -219,7 +219,7 @@ def backends(device: torch.device) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in BACKENDS:
         try:
-            choose(name, device, "attention")
+            choose(name, device)
             found[name] = None
         except ValueError as error:
             found[name] = str(error).rpartition("; ")[2].rpartition(", but ")[2]
@@ -260,4 +260,4 @@ def check(device: torch.device) -> Iterator[Row]:
         for dtype in types:
             yield from _rows(device, backend, dtype, WHOLE)
     for dtype in (torch.float32, torch.bfloat16):
-        yield from _rows(device, choose(None, device, "decode"), dtype, SERVING)
+        yield from _rows(device, choose(None, device), dtype, SERVING)

@@ -29,7 +29,7 @@ def check() -> None:
         about = f", driver {driver()}" if device.type == "cuda" else ""
         console.print(f"[bold]{device.type}[/bold]  {device_name(device)}{about}", highlight=False)
         for backend, missing in checks.backends(device).items():
-            default = ", the default" if backend == checks.choose(None, device, "attention") else ""
+            default = ", the default" if backend == checks.choose(None, device) else ""
             state = f"not here: {missing}" if missing else f"available{default}"
             console.print(f"  {backend:<10} {state}", highlight=False, markup=False)
 

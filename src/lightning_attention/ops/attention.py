@@ -104,7 +104,7 @@ def lightning_attention(
             raise ValueError(f"q has shape {list(q.shape)}; with cu_seqlens the batch B must be 1")
         num_sequences = cu_seqlens.shape[0] - 1
     validation.check_initial_state(initial_state, q, v, num_sequences)
-    chosen = backends.choose(backend, q.device, "attention")
+    chosen = backends.choose(backend, q.device)
     if group is not None:
         from lightning_attention.distributed.sequence_parallel import SequenceParallel
 

@@ -11,18 +11,14 @@ BACKENDS = ("triton", "tiled", "reference")
 _HAS_TRITON = find_spec("triton") is not None
 
 
-# The operations that have kernels for CUDA and ROCm devices; the others run on "tiled" there too.
-_WITH_KERNELS = ("attention", "decode", "prefill", "verify", "commit")
-
-
-def choose(backend: str | None, device: torch.device, operation: str) -> str:
+def choose(backend: str | None, device: torch.device) -> str:
     """The backend's name, by device where none is named.
 
     Raises:
         ValueError: the name is unknown, or the device or this installation lacks the backend.
     """
     if backend is None:
-        return "triton" if device.type == "cuda" and operation in _WITH_KERNELS else "tiled"
+        return "triton" if device.type == "cuda" else "tiled"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))} or None")
     if backend == "triton":

@@ -47,6 +47,5 @@ def lightning_attention_decode(
         validation.check_log_decay(log_decay, q)
         validation.check_pool(state, q, v, slots, q.shape[0])
     validation.check_scale(scale)
-    return registration.serve(
-        "decode", q, k, v, log_decay, state, slots, scale * 1.0, backends.choose(None, q.device, "decode")
-    )
+    backend = backends.choose(None, q.device)
+    return registration.serve("decode", q, k, v, log_decay, state, slots, scale * 1.0, backend)

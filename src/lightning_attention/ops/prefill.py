@@ -63,5 +63,5 @@ def lightning_attention_prefill(
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     return registration.serve(
         "prefill", q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots,
-        backends.choose(None, q.device, "prefill"),
+        backends.choose(None, q.device),
     )  # fmt: skip

@@ -57,7 +57,7 @@ def lightning_attention_verify(
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
     return registration.serve(
         "verify", q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0,
-        backends.choose(None, q.device, "verify"),
+        backends.choose(None, q.device),
     )  # fmt: skip
 
 
@@ -96,6 +96,5 @@ def lightning_attention_commit(
         validation.check_log_decay(log_decay, k)
         validation.check_pool(state, k, v, slots, N)
     validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
-    registration.serve(
-        "commit", k, v, log_decay, state, cu_seqlens, accepted, slots, backends.choose(None, k.device, "commit")
-    )
+    backend = backends.choose(None, k.device)
+    registration.serve("commit", k, v, log_decay, state, cu_seqlens, accepted, slots, backend)
