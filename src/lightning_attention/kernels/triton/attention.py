@@ -40,16 +40,26 @@ class Forward:
 
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
     the same strides, each of them contiguous; where ``fresh[i]`` a sequence starts from zero.
+    With ``places`` at most that many segments are swept at once, by programs that go on to others.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_decay: Tensor | None, scale: float, tiles: launch.Tiles
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        log_decay: Tensor | None,
+        scale: float,
+        tiles: launch.Tiles,
+        places: int | None = None,
     ) -> None:
         _, T, H, D = k.shape
         E = v.shape[3]
         self._tiles, self._k, self._out, self._log_decay = tiles, k, out, log_decay
         self._sizes = (T, H, D, E, scale)
-        self._row = row = H * E
+        self._row, self._places = H * E, places
+        row = self._row
         if tiles.hopper:
             launch.bind_context(k)
             C, BD, TE = tiles.C, tiles.BD, tiles.TE
@@ -94,13 +104,16 @@ class Forward:
         state_strides = (H * D * E, D * E) if states is None else states.stride()[:2]
         args = (
             *self._args, out if initial is None else initial, out if final is None else final, *state_strides, slots,
-            fresh, out if between is None else between, table, cut.per_sequence, cut.rows, T, H, D, E, scale,
+            fresh, out if between is None else between, table, self._places and cut.count, cut.per_sequence, cut.rows,
+            T, H, D, E, scale,
         )  # fmt: skip
-        grid = (cut.count * H * -(-E // tiles.TE), 1, 1)
+        grid = (min(cut.count, self._places or cut.count) * H * -(-E // tiles.TE), 1, 1)
         packed = table is not None
         if tiles.hopper:
             index, dtype = self._k.device.index, self._k.dtype
-            key: tuple[Any, ...] = (index, dtype, tiles, packed, flags, self._log_decay is None, self._row & 15)
+            key: tuple[Any, ...] = (
+                index, dtype, tiles, packed, flags, self._log_decay is None, self._row & 15, self._places is None,
+            )  # fmt: skip
             if states is not None and (slots is not None or fresh is not None or states.dtype != torch.float32):
                 key = (*key, states.dtype, *(None if x is None else x.dtype for x in (slots, fresh)))
             launch.run(

@@ -212,6 +212,9 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
             phase ^= 1
     if OUTPUT:
         tma.store_wait(0)
+    barrier()
+    for s in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(s))  # another segment's may be made in the same place
     if FINAL:
         if keep:
             where, exists = state_pointers(final, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
@@ -308,41 +311,57 @@ STATES = [
 ]  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "o_batch"])
+@gluon.jit
+def forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay, initial, final, state_slot,
+                    state_head, slots, fresh, between, table, place, head, column, segments, L, T, H, D, E, scale,
+                    C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+                    SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
+                    OUTPUT: gl.constexpr):  # fmt: skip
+    """The part of one head and some columns in one segment."""
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    if sequence >= 0:
+        rate = log2_decay(log_decay, head)
+        of_segment = between + (slot.to(gl.int64) * H + head) * D * E
+        of_sequence = of_state(slots, sequence, state_slot) + head * state_head
+        if OUTPUT:
+            alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
+            sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * E, o_row, initial + of_sequence,
+                  alone & inherits(fresh, sequence), of_segment, alone, final + of_sequence, is_last, E, 1, batch, head,
+                  start, stop, column, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, SEGMENTED, FINAL, True,
+                  False)  # fmt: skip
+        else:
+            if not is_last:
+                start = gl.maximum(start, stop - reach(rate, L, C))
+                sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1,
+                      batch, head, start, stop, column, D, E, rate, scale, C, BD, BE, STAGES, PACKED, False, False,
+                      True, False, False)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "o_batch", "places"])
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log_decay, initial, final,
-                   state_slot: "i64", state_head: "i64", slots, fresh, between, table,
-                   segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
-                   STAGES: gl.constexpr, PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr,
-                   FINAL: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
+                   state_slot: "i64", state_head: "i64", slots, fresh, between, table, places, segments, L, T, H, D, E,
+                   scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr,
+                   PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
+                   OUTPUT: gl.constexpr):  # fmt: skip
     """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero.
 
     ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
-    are the states before segments.
+    are the states before segments. A program has one segment, or, of ``places`` in the table, as many as it takes.
     """
     tiles = gl.cdiv(E, BE)
     pid = gl.program_id(0)
-    tile = pid % tiles
+    column = pid % tiles * BE
     head = pid // tiles % H
-    place = pid // tiles // H
-    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
-    if sequence < 0:
-        return
-    rate = log2_decay(log_decay, head)
-    of_segment = between + (slot.to(gl.int64) * H + head) * D * E
-    of_sequence = of_state(slots, sequence, state_slot) + head * state_head
-    if OUTPUT:
-        alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
-        sweep(q_desc, k_desc, v_desc, o_desc, o + batch * o_batch + head * E, o_row, initial + of_sequence,
-              alone & inherits(fresh, sequence), of_segment, alone, final + of_sequence, is_last, E, 1, batch, head,
-              start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, SEGMENTED, FINAL, True,
-              False)  # fmt: skip
+    first = pid // tiles // H
+    if places is None:
+        forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay, initial, final, state_slot,
+                        state_head, slots, fresh, between, table, first, head, column, segments, L, T, H, D, E, scale,
+                        C, BD, BE, STAGES, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT)  # fmt: skip
     else:
-        if is_last:
-            return
-        start = gl.maximum(start, stop - reach(rate, L, C))
-        sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1,
-              batch, head, start, stop, tile * BE, D, E, rate, scale, C, BD, BE, STAGES, PACKED, False, False, True,
-              False, False)  # fmt: skip
+        for place in range(first, places, gl.num_programs(0) // tiles // H):
+            forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay, initial, final, state_slot,
+                            state_head, slots, fresh, between, table, place, head, column, segments, L, T, H, D, E,
+                            scale, C, BD, BE, STAGES, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "d_batch", "e_batch"])

@@ -18,6 +18,10 @@ from lightning_attention.kernels.triton.step import short_kernel
 #: Rows, at most, of a sequence that is read row by row.
 SHORT = 1
 
+#: Segments of a head swept at once. How many there are nobody knows: for each that may be, N + T / rows, one program
+#: would be started, and 200 tokens beside two chunks cost 26,000 of them 0.1 ms, H 64, for finding nothing to do.
+PLACES = 32
+
 
 @launch.on_its_device
 def prefill(
@@ -52,7 +56,7 @@ def prefill(
     cut = segments.packed(cu_seqlens, max(T, 1), tiles.C, programs, places, False, slots, SHORT)._replace(cut=True)
     between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
     if T > 0:
-        forward = Forward(q, k, v, o, log_decay, scale, tiles)
+        forward = Forward(q, k, v, o, log_decay, scale, tiles, PLACES)
         forward.between(cut, between)
         segments.scan(cut, between, None, state, None, log_decay, cu_seqlens, N, T, slots, fresh)
     # Before the pool is written to, for they may start from what is in it.

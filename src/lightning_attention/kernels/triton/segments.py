@@ -22,8 +22,8 @@ class Segments(NamedTuple):
     """The segments of a call.
 
     rows: in each but a sequence's last; per_sequence: of a dense batch; count: of all, at most; cut: whether any
-    sequence may have two; states: how many lie between segments, at most; table [count, 5] and first [N + 1], of a
-    packed batch: what ``plan_kernel`` writes.
+    sequence may have two; states: how many lie between segments, at most; table [count, 5], first [N + 1] and joined,
+    of a packed batch: what ``plan_kernel`` writes.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Segments(NamedTuple):
     states: int
     table: Tensor | None = None
     first: Tensor | None = None
+    joined: Tensor | None = None
 
     @property
     def reads_sequences(self) -> bool:
@@ -63,12 +64,13 @@ def packed(
         rows = min(PACKED_SEGMENT, launch.segment_rows(programs, T, C, places))
     N = cu_seqlens.shape[0] - 1
     count = T // rows + N
-    buffer = torch.empty(5 * count + N + 1, dtype=torch.int32, device=cu_seqlens.device)
-    table, first = buffer[: 5 * count], buffer[5 * count :]
-    args = (cu_seqlens, slots, table, first, N, rows, count, short)
+    most = max(T // rows, 1)  # sequences with more than one
+    parts = 5 * count, N + 1, most
+    table, first, joined = torch.empty(sum(parts), dtype=torch.int32, device=cu_seqlens.device).split(parts)
+    args = (cu_seqlens, slots, table, first, joined, N, rows, count, most, short)
     key = (cu_seqlens.device.index, cu_seqlens.dtype, None if slots is None else slots.dtype)
     launch.run(plan_kernel, (1, 1, 1), args, key, lambda: {"BLOCK": 1024})
-    return Segments(rows, 0, count, rows < T, 2 * (T // rows), table, first)
+    return Segments(rows, 0, count, rows < T, 2 * (T // rows), table, first, joined)
 
 
 def scan(
@@ -93,11 +95,11 @@ def scan(
     of_pool = initial if initial is not None else states
     args = (
         *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride()[:2], slots, fresh,
-        log_decay, cu_seqlens, cut.first, cut.per_sequence, cut.rows, T, H, D * E,
+        log_decay, cu_seqlens, cut.first, cut.joined, cut.per_sequence, cut.rows, T, H, D * E,
     )  # fmt: skip
     indices = tuple(None if x is None else x.dtype for x in (cu_seqlens, slots, fresh))
     launch.run(
-        scan_kernel, (N, H, -(-D * E // block)), args,
+        scan_kernel, (N if cut.joined is None else cut.joined.shape[0], H, -(-D * E // block)), args,
         (states.device.index, log_decay is None, block, flags, indices, of_pool.dtype),
         lambda: {**dict(zip(("BEFORE", "AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "BLOCK": block},
     )  # fmt: skip
@@ -137,17 +139,19 @@ def write_segment(table, place, sequence, begin, end, is_first, is_last, slot, h
     tl.store(row + 4, slot, mask=here)
 
 
-@triton.jit(do_not_specialize=["cu_seqlens", "slots", "table", "first", "N", "L", "count", "short"])
-def plan_kernel(cu_seqlens, slots, table, first, N, L, count, short, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["cu_seqlens", "slots", "table", "first", "joined", "N", "L", "count", "most", "short"])
+def plan_kernel(cu_seqlens, slots, table, first, joined, N, L, count, most, short, BLOCK: tl.constexpr):
     """Lay out the segments of a packed batch, with no look at the lengths on the host.
 
     table [count, 5], in the order in which programs are started, long segments first: sequence (-1: none), first row,
     row past the last, 1 · first of its sequence + 2 · last of it, and slot, the place of the state before it, where its
-    sequence has more than one. first [N + 1]: the slot of each sequence's first segment, and the number of slots. A
-    sequence with no row has one segment with none, which carries its state over.
+    sequence has more than one. first [N + 1]: the slot of each sequence's first segment, and the number of slots.
+    joined [most]: the sequences that have more than one, -1 after them. A sequence with no row has one segment with
+    none, which carries its state over.
     """
     used = 0
     placed = 0
+    pairs = 0
     for n in range(0, N, BLOCK):
         sequence = n + tl.arange(0, BLOCK)
         start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
@@ -160,6 +164,9 @@ def plan_kernel(cu_seqlens, slots, table, first, N, L, count, short, BLOCK: tl.c
         for i in range(0, tl.max(full, 0)):
             begin = start + i * L
             write_segment(table, place + i, sequence, begin, begin + L, i == 0, i == pieces - 1, slot + i, i < full)
+        several = (pieces > 1).to(tl.int32)
+        tl.store(joined + pairs + tl.cumsum(several, 0) - 1, sequence, mask=several > 0)
+        pairs += tl.sum(several, 0)
         used += tl.sum(states, 0)
         placed += tl.sum(full, 0)
     tl.store(first + N, used)
@@ -185,15 +192,19 @@ def plan_kernel(cu_seqlens, slots, table, first, N, L, count, short, BLOCK: tl.c
             used += tl.sum(states, 0)
             placed += tl.sum(here.to(tl.int32), 0)
         upper = lower
+    for n in range(pairs, most, BLOCK):
+        place = n + tl.arange(0, BLOCK)
+        tl.store(joined + place, -1, mask=place < most)
     for n in range(placed, count, BLOCK):
         place = n + tl.arange(0, BLOCK)
         tl.store(table + place * 5, -1, mask=place < count)
 
 
 @triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "state_slot", "state_head", "slots", "fresh",
-                               "log_decay", "cu_seqlens", "first", "segments", "L", "T", "H", "SIZE"])  # fmt: skip
+                               "log_decay", "cu_seqlens", "first", "joined", "segments", "L", "T", "H",
+                               "SIZE"])  # fmt: skip
 def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "i64", slots, fresh, log_decay,
-                cu_seqlens, first, segments, L, T, H, SIZE, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+                cu_seqlens, first, joined, segments, L, T, H, SIZE, BEFORE: tl.constexpr, AFTER: tl.constexpr,
                 INITIAL: tl.constexpr, DFINAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Turn what each segment leaves by itself into what comes before it (or, backwards in time, after it), in place.
 
@@ -206,14 +217,16 @@ def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "
     col = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = col < SIZE
     rate = log2_decay(log_decay, head)
+    if joined is not None:
+        sequence = tl.load(joined + sequence)
+        if sequence < 0:
+            return
     begin = sequence * segments
     end = begin + segments
     length = T
     if cu_seqlens is not None:
         begin = tl.load(first + sequence)
         end = tl.load(first + sequence + 1)
-        if end - begin < 2:
-            return
         length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
     across = tl.exp2(rate * L)
     if BEFORE:

@@ -194,47 +194,68 @@ def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
     return start, rows, tl.maximum(rows - 1, 0) // L, wanted
 
 
-@triton.jit(do_not_specialize=["segments", "L", "T", "state_slot", "state_head"])
+@triton.jit
+def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial, final,
+                    state_slot, state_head, slots, fresh, between, table, place, head, column, segments, L, T, H, D, E,
+                    scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
+                    EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
+                    FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+                    STAGES: tl.constexpr):  # fmt: skip
+    """The part of one head and some columns in one segment."""
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    if sequence >= 0:
+        rate = log2_decay(log_decay, head)
+        of_segment = between + (slot.to(tl.int64) * H + head) * D * E
+        of_sequence = of_state(slots, sequence, state_slot) + head * state_head
+        q += batch * q_batch
+        k += batch * k_batch
+        v += batch * v_batch
+        o += batch * o_batch
+        if OUTPUT:
+            alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
+            sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial + of_sequence, alone & inherits(fresh, sequence),
+                  of_segment, alone, final + of_sequence, is_last, E, 1, start, stop, column, D, E, rate, scale, C, BD,
+                  BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION, STAGES)  # fmt: skip
+        else:
+            if not is_last:
+                start = tl.maximum(start, stop - reach(rate, L, C))
+                sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1,
+                      start, stop, column, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False,
+                      False, PRECISION, STAGES)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["segments", "L", "T", "state_slot", "state_head", "places"])
 def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row, k_head: "i64",
                    v_batch: "i64", v_row, v_head: "i64", o_batch: "i64", log_decay, initial, final, state_slot: "i64",
-                   state_head: "i64", slots, fresh, between, table, segments, L, T, H,
-                   D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
-                   EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
-                   FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
-                   STAGES: tl.constexpr):  # fmt: skip
+                   state_head: "i64", slots, fresh, between, table, places, segments, L, T, H, D, E, scale,
+                   C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
+                   PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+                   OUTPUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero.
 
     ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
-    are the states before segments.
+    are the states before segments. A program has one segment, or, of ``places`` in the table, as many as it takes.
     """
     tiles = tl.cdiv(E, BE)
     pid = tl.program_id(0)
-    tile = pid % tiles
+    column = pid % tiles * BE
     head = pid // tiles % H
-    place = pid // tiles // H
-    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
-    if sequence < 0:
-        return
-    rate = log2_decay(log_decay, head)
-    of_segment = between + (slot.to(tl.int64) * H + head) * D * E
-    of_sequence = of_state(slots, sequence, state_slot) + head * state_head
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    o += batch * o_batch + head * E
-    if OUTPUT:
-        alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
-        sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial + of_sequence, alone & inherits(fresh, sequence),
-              of_segment, alone, final + of_sequence, is_last, E, 1, start, stop, tile * BE, D, E,
-              rate, scale, C, BD, BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION,
-              STAGES)  # fmt: skip
+    first = pid // tiles // H
+    q += head * q_head
+    k += head * k_head
+    v += head * v_head
+    o += head * E
+    if places is None:
+        forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial, final,
+                        state_slot, state_head, slots, fresh, between, table, first, head, column, segments, L, T, H, D,
+                        E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT, PRECISION,
+                        STAGES)  # fmt: skip
     else:
-        if is_last:
-            return
-        start = tl.maximum(start, stop - reach(rate, L, C))
-        sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1,
-              start, stop, tile * BE, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False, False,
-              PRECISION, STAGES)  # fmt: skip
+        for place in range(first, places, tl.num_programs(0) // tiles // H):
+            forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial,
+                            final, state_slot, state_head, slots, fresh, between, table, place, head, column, segments,
+                            L, T, H, D, E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT,
+                            PRECISION, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["segments", "L", "T"])
