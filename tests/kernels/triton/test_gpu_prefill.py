@@ -59,6 +59,13 @@ def test_any_batch(data: st.DataObject):
     assert_right(batch, *got, 1.5 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("width", [128, 64])
+def test_more_sequences_than_places(width: int):
+    batch = make_batch([70, 64, 2, 1, 129] * 20, rows=100, D=width, E=width, dtype=BF16, padding=9)
+    for segments in (False, True):
+        assert_right(batch, *prefilled(moved(batch, DEVICE), segments), TOLERANCE[BF16])
+
+
 def test_long_and_short_ones_as_training_has_them():
     """200 single tokens, two chunks and a long prompt, against ``lightning_attention`` on each."""
     lengths = [1] * 200 + [700, 4096, 20000]

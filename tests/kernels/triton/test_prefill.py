@@ -36,6 +36,12 @@ def test_any_batch(interpreter: Interpreter, batch: Batch):
 
 
 @interpreted
+def test_more_sequences_than_places(interpreter: Interpreter):
+    batch = make_batch([2, 3, 33] * 12 + [0, 1, 5], rows=39, H=1, D=16)
+    assert_right(batch, *interpreter.call(prefilled, batch, True))
+
+
+@interpreted
 def test_the_check_notices(interpreter: Interpreter):
     batch = make_batch([40, 33], snapshots=[[(32, 4)], [(32, 5)]])
     out, state = interpreter.call(prefilled, batch, True)
