@@ -46,7 +46,8 @@ def test_a_model_trains_and_writes_as_the_original(ids, padded):
         labels = torch.where(mask.bool() & mask.roll(1, 1).bool(), ids, -100)
         model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert relative_error(grads[1], grads[0]) < 1e-5
+    # On a CPU 1e-5 holds; here the two multiply matrices in other orders, and differ by 1.7e-5 (H200).
+    assert relative_error(grads[1], grads[0]) < 3e-5
     kwargs = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
     wanted = original.generate(ids, use_cache=False, **kwargs)
     assert torch.equal(ours.generate(ids, **kwargs), wanted)

@@ -60,12 +60,15 @@ def package_version(name: str) -> str | None:
 def commit() -> str | None:
     """The git commit of this source, with ``+`` where tracked files differ from it.
 
-    Where the source is not a checkout, GIT_COMMIT in the environment says which commit it was copied from.
+    GIT_COMMIT in the environment comes first: what the source was copied from, where it is not a checkout, or where the
+    copy has a repository that did not move with it.
     """
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
     here = Path(__file__).parent
     git = ("git", "-C", str(here))
     if _answer(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # someone else's repository, or none
-        return os.environ.get("GIT_COMMIT")
+        return None
     head = _answer(*git, "rev-parse", "HEAD")
     changed = _answer(*git, "status", "--porcelain", "--untracked-files=no", ".")
     return head if head is None or changed is None else f"{head}+"

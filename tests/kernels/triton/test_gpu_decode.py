@@ -234,6 +234,7 @@ def test_under_autocast():
     assert_right("decode", in_bf16, out, state)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("operation", ["decode", "verify", "commit"])
 def test_nothing_is_read_on_the_host(operation: str):
     drafts = {"parents": [-1, 0, 0, 1, -1, 0], "accepted": [True] * 6}

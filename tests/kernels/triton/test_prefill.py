@@ -11,6 +11,7 @@ from lightning_attention.kernels.triton.prefill import prefill
 from tests.kernels.triton.interpreter import Interpreter, interpreted
 from tests.kernels.triton.offline import CHIPS, Launch, launched_by
 from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, prefilled
+from tests.kernels.triton.serving import bits
 from tests.support import relative_error
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -33,6 +34,23 @@ def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.
 @given(batch=batches(D=20, E=5, H=1))
 def test_any_batch(interpreter: Interpreter, batch: Batch):
     assert_right(batch, *interpreter.call(prefilled, batch, True))
+
+
+def _decoded(batch: Batch) -> Tensor:
+    """The pool after a token for every sequence."""
+    from lightning_attention.kernels.triton.decode import decode
+
+    state = batch.pool.clone()
+    q, k, v, log_decay, _, _, slots, _, scale, _, _ = batch.arguments(state)
+    decode(q, k, v, log_decay, state, slots, scale)
+    return state
+
+
+@interpreted
+def test_single_tokens_leave_the_bits_of_decoding(interpreter: Interpreter):
+    batch = make_batch([1, 1, 1], [2, -1, 5], D=24, E=20)
+    _, state = interpreter.call(prefilled, batch)
+    assert torch.equal(bits(state), bits(interpreter.call(_decoded, batch)))
 
 
 @interpreted

@@ -87,6 +87,7 @@ def check_random_requests(model: TransnormerForCausalLM, seed: int, ahead: int) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_gpu_is_waited_for_once_a_step(model) -> None:
     batch = ContinuousBatch(model.cuda(), max_batch=4, prefill_tokens=16, suppress=[PAD])
     requests = [Request([3] * n, 9, temperature=t) for n in (1, 40, 7, 2, 30) for t in (0.0, 1.0)]
