@@ -32,14 +32,18 @@ def test_commit_is_the_checkouts_and_marks_changes(tmp_path, monkeypatch):
     source.write_text("1")
     monkeypatch.setattr(reports, "__file__", str(source))
     monkeypatch.setenv("GIT_COMMIT", "given")
-    assert reports.commit() == "given"  # not a checkout
+    assert reports.commit() == "given"
+    monkeypatch.delenv("GIT_COMMIT")
+    assert reports.commit() is None  # not a checkout
     git("init")
-    assert reports.commit() == "given"  # a checkout of something else: this file is not in it
+    assert reports.commit() is None  # a checkout of something else: this file is not in it
     git("add", ".")
     git("commit", "-m", "first")
     assert reports.commit() == git("rev-parse", "HEAD")
     source.write_text("2")
     assert reports.commit() == git("rev-parse", "HEAD") + "+"
+    monkeypatch.setenv("GIT_COMMIT", "given")
+    assert reports.commit() == "given"  # a copy, with a repository of its own or none
 
 
 def test_the_file_is_complete_after_every_record(tmp_path):
