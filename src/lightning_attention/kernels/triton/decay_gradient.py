@@ -13,7 +13,8 @@ what it does to the state after it is weighed with that state's gradient, which 
 import triton
 import triton.language as tl
 
-from lightning_attention.kernels.triton.sweep import first_state, is_alone, load_rows, log2_decay, segment
+from lightning_attention.kernels.triton.part import is_alone, log2_decay, segment
+from lightning_attention.kernels.triton.sweep import first_state, load_rows
 
 
 @triton.jit(do_not_specialize=["segments", "L", "T"])

@@ -18,6 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lightning_attention.kernels.triton.part import (
+    inherits,
+    is_alone,
+    log2_decay,
+    of_state,
+    reach,
+    segment,
+    snapshot,
+)
+
 # Their names until Triton 3.6, where the new ones do not exist.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -219,87 +229,6 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
         if keep:
             where, exists = state_pointers(final, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
             gl.store(where, state.to(final.dtype.element_ty), mask=exists)
-
-
-@gluon.jit
-def segment(table, place, segments, L, T, PACKED: gl.constexpr):
-    """What the program's segment is.
-
-    Its sequence (-1: none), its batch row, its rows start … stop, whether it is the first and the last of its sequence,
-    and the slot of the state before it.
-    """
-    if PACKED:
-        row = table + place * 5
-        sequence = gl.load(row)
-        start = gl.load(row + 1)
-        stop = gl.load(row + 2)
-        ends = gl.load(row + 3)
-        slot = gl.load(row + 4)
-        batch = 0
-    else:
-        slot = place
-        sequence = slot // segments
-        start = (slot % segments) * L
-        stop = gl.minimum(start + L, T)
-        ends = (start == 0).to(gl.int32) + (stop == T).to(gl.int32) * 2
-        batch = sequence
-    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0, slot
-
-
-@gluon.jit
-def reach(rate, L, C: gl.constexpr):
-    """How many rows, in whole blocks, matter to the state of a segment: the weight of the others is zero in float32."""
-    rows = gl.minimum(126.0 / gl.maximum(-rate, 1e-6), L.to(gl.float32)).to(gl.int32)
-    return (rows // C + 1) * C
-
-
-@gluon.jit
-def log2_decay(log_decay, head):
-    """The head's decay as a power of two; 0, no decay, where there is none."""
-    if log_decay is None:
-        rate = (head * 0).to(gl.float32)
-    else:
-        rate = gl.load(log_decay + head) * 1.4426950408889634  # log2 e
-    return rate
-
-
-@gluon.jit
-def is_alone(is_first, is_last, SEGMENTED: gl.constexpr, PACKED: gl.constexpr):
-    """Whether a segment is all of its sequence; known without looking but where packed sequences are cut."""
-    alone = not SEGMENTED
-    if SEGMENTED and PACKED:
-        alone = is_first & is_last
-    return alone
-
-
-@gluon.jit
-def of_state(slots, sequence, state_slot):
-    """Where a sequence's state begins, in numbers from the first one's."""
-    row = sequence
-    if slots is not None:
-        row = gl.load(slots + sequence)
-    return row.to(gl.int64) * state_slot
-
-
-@gluon.jit
-def inherits(fresh, sequence):
-    """Whether a sequence starts from the state that is there."""
-    inherited = True
-    if fresh is not None:
-        inherited = gl.load(fresh + sequence) == 0
-    return inherited
-
-
-@gluon.jit
-def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
-    """Of a snapshot: its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
-    start = gl.load(cu_seqlens + sequence).to(gl.int32)
-    length = gl.load(cu_seqlens + sequence + 1).to(gl.int32) - start
-    rows = gl.load(at + item).to(gl.int32)
-    wanted = (gl.load(to + item) >= 0) & (rows >= 0) & (rows <= length)
-    if slots is not None:
-        wanted = wanted & (gl.load(slots + sequence) >= 0)
-    return start, rows, gl.maximum(rows - 1, 0) // L, wanted
 
 
 # Nothing but alignment is specialized, which a call by ``launch.run`` relies on: a kernel compiled for one set of

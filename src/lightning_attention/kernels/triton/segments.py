@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch
-from lightning_attention.kernels.triton.sweep import inherits, log2_decay, of_state
+from lightning_attention.kernels.triton.part import inherits, log2_decay, of_state
 
 #: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
 #: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.

@@ -8,7 +8,7 @@ on.
 import triton
 import triton.language as tl
 
-from lightning_attention.kernels.triton.sweep import inherits
+from lightning_attention.kernels.triton.part import inherits
 
 
 @triton.jit

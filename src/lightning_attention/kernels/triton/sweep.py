@@ -16,6 +16,16 @@ Hopper's copy engine and asynchronous products.
 import triton
 import triton.language as tl
 
+from lightning_attention.kernels.triton.part import (
+    inherits,
+    is_alone,
+    log2_decay,
+    of_state,
+    reach,
+    segment,
+    snapshot,
+)
+
 
 @triton.jit
 def load_rows(x, row_stride, start, stop, column, width, C: tl.constexpr, BW: tl.constexpr, EVEN: tl.constexpr):
@@ -111,87 +121,6 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, al
         if keep:
             where, exists = state_pointers(final, column, b_width, c_width, b_stride, c_stride, BD, BE)
             tl.store(where, state.to(final.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def segment(table, place, segments, L, T, PACKED: tl.constexpr):
-    """What the program's segment is.
-
-    Its sequence (-1: none), its batch row, its rows start … stop, whether it is the first and the last of its sequence,
-    and the slot of the state before it.
-    """
-    if PACKED:
-        row = table + place * 5
-        sequence = tl.load(row)
-        start = tl.load(row + 1)
-        stop = tl.load(row + 2)
-        ends = tl.load(row + 3)
-        slot = tl.load(row + 4)
-        batch = 0
-    else:
-        slot = place
-        sequence = slot // segments
-        start = (slot % segments) * L
-        stop = tl.minimum(start + L, T)
-        ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
-        batch = sequence
-    return sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0, slot
-
-
-@triton.jit
-def reach(rate, L, C: tl.constexpr):
-    """How many rows, in whole blocks, matter to the state of a segment: the weight of the others is zero in float32."""
-    rows = tl.minimum(126.0 / tl.maximum(-rate, 1e-6), L.to(tl.float32)).to(tl.int32)
-    return (rows // C + 1) * C
-
-
-@triton.jit
-def log2_decay(log_decay, head):
-    """The head's decay as a power of two; 0, no decay, where there is none."""
-    if log_decay is None:
-        rate = (head * 0).to(tl.float32)
-    else:
-        rate = tl.load(log_decay + head) * 1.4426950408889634  # log2 e
-    return rate
-
-
-@triton.jit
-def is_alone(is_first, is_last, SEGMENTED: tl.constexpr, PACKED: tl.constexpr):
-    """Whether a segment is all of its sequence; known without looking but where packed sequences are cut."""
-    alone = not SEGMENTED
-    if SEGMENTED and PACKED:
-        alone = is_first & is_last
-    return alone
-
-
-@triton.jit
-def of_state(slots, sequence, state_slot):
-    """Where a sequence's state begins, in numbers from the first one's."""
-    row = sequence
-    if slots is not None:
-        row = tl.load(slots + sequence)
-    return row.to(tl.int64) * state_slot
-
-
-@triton.jit
-def inherits(fresh, sequence):
-    """Whether a sequence starts from the state that is there."""
-    inherited = True
-    if fresh is not None:
-        inherited = tl.load(fresh + sequence) == 0
-    return inherited
-
-
-@triton.jit
-def snapshot(cu_seqlens, slots, at, to, item, sequence, L):
-    """Of a snapshot: its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
-    start = tl.load(cu_seqlens + sequence).to(tl.int32)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start
-    rows = tl.load(at + item).to(tl.int32)
-    wanted = (tl.load(to + item) >= 0) & (rows >= 0) & (rows <= length)
-    if slots is not None:
-        wanted = wanted & (tl.load(slots + sequence) >= 0)
-    return start, rows, tl.maximum(rows - 1, 0) // L, wanted
 
 
 @triton.jit
