@@ -41,7 +41,7 @@ def lightning_attention_decode(
             a slot past the pool or given twice.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    if not validation.serves(q, k, v, log_decay, state, slots):
+    if not validation.is_decodable(q, k, v, log_decay, state, slots):
         validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
         validation.check_qkv(q, k, v, "N")
         validation.check_log_decay(log_decay, q)

@@ -54,10 +54,9 @@ def lightning_attention_prefill(
     validation.check_qkv(q, k, v, "T")
     validation.check_cu_seqlens(cu_seqlens, q)
     N = cu_seqlens.shape[0] - 1
-    if not validation.serves(q, k, v, log_decay, state, slots, N):
-        validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-        validation.check_log_decay(log_decay, q)
-        validation.check_pool(state, q, v, slots, N)
+    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
+    validation.check_log_decay(log_decay, q)
+    validation.check_pool(state, q, v, slots, N)
     validation.check_scale(scale)
     if fresh is not None:
         validation.check_mask("fresh", fresh, (N,), "[N]", q)

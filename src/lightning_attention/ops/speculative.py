@@ -48,10 +48,9 @@ def lightning_attention_verify(
     validation.check_qkv(q, k, v, "T")
     validation.check_cu_seqlens(cu_seqlens, q)
     N = cu_seqlens.shape[0] - 1
-    if not validation.serves(q, k, v, log_decay, state, slots, N):
-        validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-        validation.check_log_decay(log_decay, q)
-        validation.check_pool(state, q, v, slots, N)
+    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
+    validation.check_log_decay(log_decay, q)
+    validation.check_pool(state, q, v, slots, N)
     validation.check_scale(scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
@@ -91,10 +90,9 @@ def lightning_attention_commit(
     validation.check_kv(k, v, "T")
     validation.check_cu_seqlens(cu_seqlens, k)
     N = cu_seqlens.shape[0] - 1
-    if not validation.serves(k, k, v, log_decay, state, slots, N):
-        validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
-        validation.check_log_decay(log_decay, k)
-        validation.check_pool(state, k, v, slots, N)
+    validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
+    validation.check_log_decay(log_decay, k)
+    validation.check_pool(state, k, v, slots, N)
     validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
     backend = backends.choose(None, k.device)
     registration.serve("commit", k, v, log_decay, state, cu_seqlens, accepted, slots, backend)

@@ -96,18 +96,20 @@ def check_scale(scale: float) -> None:
         raise TypeError(f"scale is a {type(scale).__name__}; it must be a float")
 
 
-def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
-    if log_decay is None:
-        return
-    H = q.shape[-2]
-    if (
+def _is_right_decay(log_decay: Tensor, q: Tensor) -> bool:
+    return (
         isinstance(log_decay, Tensor)
         and log_decay.dtype == torch.float32
-        and log_decay.shape == (H,)
+        and log_decay.shape == q.shape[-2:-1]
         and log_decay.device == q.device
-    ):
+    )
+
+
+def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
+    if log_decay is None or _is_right_decay(log_decay, q):
         return
     check_tensor("log_decay", log_decay)
+    H = q.shape[-2]
     if log_decay.shape != (H,):
         raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of q")
     # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.
@@ -238,58 +240,25 @@ def _shown(values: list[int]) -> str:
     return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
 
 
-def serves(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    slots: Tensor | None,
-    num_sequences: int | None = None,
+def is_decodable(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None
 ) -> bool:
     """All of what ``check_no_grad``, ``check_qkv``, ``check_log_decay`` and ``check_pool`` want, in one look.
 
-    A decoding step of one sequence is so short that the time to find out what is wrong would show. ``num_sequences``
-    is q's first size where it is None.
+    A decoding step of one sequence is so short that the time to find out what is wrong would show.
     """
-    for x in (q, k, v, state):
-        if not isinstance(x, Tensor):
-            return False
-    shape, values, pool = q.shape, v.shape, state.shape
-    if not len(shape) == len(values) == 3 == len(pool) - 1:
+    if not (_is_right(q, k, v, 3) and isinstance(state, Tensor)):
         return False
-    N, H, D = shape
-    E, device, dtype = values[2], q.device, q.dtype
-    if num_sequences is None:
-        num_sequences = N
+    (N, H, D), E, device, pool = q.shape, v.shape[2], q.device, state.shape
     return (
-        k.shape == shape
-        and values == (N, H, E)
-        and pool == (num_sequences if slots is None else pool[0], H, D, E)
-        and H > 0 < D
-        and E > 0
-        and dtype == k.dtype == v.dtype
-        and dtype in FLOATS
+        len(pool) == 4
+        and pool == (N if slots is None else pool[0], H, D, E)
         and state.dtype in _STATES
-        and device == k.device == v.device == state.device
-        and q.stride(2) == k.stride(2) == v.stride(2) == 1
+        and state.device == device
+        and (log_decay is None or _is_right_decay(log_decay, q))
         and (
             slots is None
-            or (
-                isinstance(slots, Tensor)
-                and slots.dtype in INDICES
-                and slots.shape == (num_sequences,)
-                and slots.device == device
-            )
-        )
-        and (
-            log_decay is None
-            or (
-                isinstance(log_decay, Tensor)
-                and log_decay.dtype == torch.float32
-                and log_decay.shape == (H,)
-                and log_decay.device == device
-            )
+            or (isinstance(slots, Tensor) and slots.dtype in INDICES and slots.shape == (N,) and slots.device == device)
         )
         and not (
             torch.is_grad_enabled()
