@@ -58,8 +58,8 @@ class Forward:
         E = v.shape[3]
         self._tiles, self._k, self._out, self._log_decay = tiles, k, out, log_decay
         self._sizes = (T, H, D, E, scale)
-        self._row, self._places = H * E, places
-        row = self._row
+        self._row = row = H * E
+        self._places = places
         if tiles.hopper:
             launch.bind_context(k)
             C, BD, TE = tiles.C, tiles.BD, tiles.TE
@@ -115,13 +115,13 @@ class Forward:
                 index, dtype, tiles, packed, flags, self._log_decay is None, self._row & 15, self._places is None,
             )  # fmt: skip
             if states is not None and (slots is not None or fresh is not None or states.dtype != torch.float32):
-                key = (*key, states.dtype, *(None if x is None else x.dtype for x in (slots, fresh)))
+                key = (*key, *launch.dtypes(states, slots, fresh))
             launch.run(
                 hopper().forward_kernel, grid, args, key, lambda: _forward_constants(tiles, packed, flags, D, E, "")
             )
         else:
             constants = _forward_constants(tiles, packed, flags, D, E, float32_precision(self._k))
-            _launch(sweep.forward_kernel, grid, args, constants, tiles.warps)
+            launch.portable(sweep.forward_kernel, grid, args, constants, tiles)
 
 
 @launch.on_its_device
@@ -151,10 +151,7 @@ def attention(
         return out, final
     tiles, places = tiling(q, k, v, out)
     programs = H * -(-E // tiles.TE)
-    if cu_seqlens is None:
-        cut = segments.dense(B, T, tiles.C, programs, places, batch_invariant)
-    else:
-        cut = segments.packed(cu_seqlens, T, tiles.C, programs, places, batch_invariant)
+    cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, places, batch_invariant)
     forward = Forward(q, k, v, out, log_decay, scale, tiles)
     between = None
     if cut.cut:
@@ -174,12 +171,6 @@ def tiling(*tensors: Tensor) -> tuple[launch.Tiles, int]:
     aligned = all(map(launch.copyable, tensors))
     tiles = launch.tiles(capability, k.shape[3], v.shape[3], k.dtype, aligned)
     return tiles, multiprocessors * tiles.per_multiprocessor
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: dict[str, Any], warps: int
-) -> None:
-    kernel[grid](*args, **constants, num_warps=warps, **launch.FUSION)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -233,10 +224,7 @@ def attention_backward(
     tiles, places = tiling(q, k, v, dout, dq, dv)
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
-    if cu_seqlens is None:
-        cut = segments.dense(B, T, tiles.C, programs, places, batch_invariant)
-    else:
-        cut = segments.packed(cu_seqlens, T, tiles.C, programs, places, batch_invariant)
+    cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, places, batch_invariant)
     before = after = None
     if cut.cut:
         before, after = torch.empty(2, cut.states, H, D, E, dtype=torch.float32, device=v.device)
@@ -271,7 +259,7 @@ def attention_backward(
             )
         else:
             constants = _backward_constants(tiles, packed, flags, D, E, float32_precision(k))
-            _launch(sweep.backward_kernel, grid, args, constants, tiles.warps)
+            launch.portable(sweep.backward_kernel, grid, args, constants, tiles)
 
     if cut.cut:
         sweep_all(False)
@@ -295,6 +283,6 @@ def attention_backward(
         args = (
             q, k, v, dout, *_strides(q, k, v, dout), log_decay, initial, ahead, before, after, partials, *sizes
         )  # fmt: skip
-        _launch(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles.warps)
+        launch.portable(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles)
         dlog_decay = partials.sum((0, 2))
     return dq, dk, dv, dlog_decay, dinitial

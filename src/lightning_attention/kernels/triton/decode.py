@@ -47,6 +47,16 @@ def constants(D: int, E: int, TE: int, ALIGNED: bool) -> dict[str, Any]:
     return {"D": D, "E": E, "BD": rows(D), "TE": TE, "ALIGNED": ALIGNED}
 
 
+def over_states(
+    kernel: Any, N: int, args: tuple[Any, ...], state: Tensor, TE: int, others: tuple[Tensor | None, ...]
+) -> None:
+    """Launch a kernel of ``step.py`` for N sequences; ``others``: of the other tensors those whose types may vary."""
+    _, H, D, E = state.shape
+    sizes = D, E, TE, aligned(state)
+    key = (state.get_device(), *launch.dtypes(state, *others), *sizes)
+    launch.run(kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: constants(*sizes))
+
+
 @launch.on_its_device
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
@@ -58,19 +68,13 @@ def decode(
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
         return out
-    if log_decay is not None:
-        log_decay = log_decay.contiguous()
-    if slots is not None:
-        slots = slots.contiguous()
+    log_decay, slots = launch.dense(log_decay), launch.dense(slots)
     is_aligned = aligned(state)
     args = (
         q, k, v, out, state, slots, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *state.stride(), H,
         scale,
     )  # fmt: skip
-    key = (
-        q.get_device(), q.dtype, state.dtype, D, E, is_aligned, log_decay is None,
-        None if slots is None else slots.dtype,
-    )  # fmt: skip
+    key = (q.get_device(), *launch.dtypes(q, state, log_decay, slots), D, E, is_aligned)
     launch.run(
         decode_kernel, (N * H * -(-E // TE), 1, 1), args, (*key, TE), lambda: constants(D, E, TE, is_aligned),
         lambda: {(*key, other): constants(D, E, other, is_aligned) for other in (16, 32, 64) if other <= widest},

@@ -120,6 +120,23 @@ def segment_rows(programs: int, T: int, C: int, places: int) -> int:
 FUSION = {"enable_fp_fusion": True}  # said outright: Triton 3.9 warns where it is left to its default
 
 
+def portable(
+    kernel: Any, grid: tuple[int, int, int], args: Sequence[Any], constants: dict[str, Any], tiles: Tiles
+) -> None:
+    """Launch a kernel that Triton specializes."""
+    kernel[grid](*args, **constants, num_warps=tiles.warps, **FUSION)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """An optional vector or mask as the kernels index it."""
+    return None if x is None else x.contiguous()
+
+
+def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """What a kernel is compiled for, of arguments that may be absent."""
+    return tuple(None if x is None else x.dtype for x in tensors)
+
+
 _thread = threading.local()
 
 
@@ -142,7 +159,7 @@ def on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(run)
     def launched(*args: Any) -> Result:
-        x = args[2]  # k, q or v
+        x = args[1] if args[0] is None else args[0]  # k where there is no q
         if not x.is_cuda or x.device.index == torch.cuda.current_device():
             return run(*args)
         with torch.cuda.device(x.device):

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import launch, segments, sweep
 from lightning_attention.kernels.triton.attention import Forward, float32_precision, hopper, tiling
-from lightning_attention.kernels.triton.decode import aligned, columns
-from lightning_attention.kernels.triton.decode import constants as step_constants
+from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.step import short_kernel
 
 #: Rows, at most, of a sequence that is read row by row.
@@ -45,26 +44,28 @@ def prefill(
             f"[{E}, 1], to prefill"
         )
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    q, k, v, o = q[None], k[None], v[None], out[None]
+    batch = q[None], k[None], v[None], out[None]
     cu_seqlens = cu_seqlens.contiguous()
-    log_decay = None if log_decay is None else log_decay.contiguous()
-    slots = None if slots is None else slots.contiguous()
+    log_decay, slots = launch.dense(log_decay), launch.dense(slots)
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
-    tiles, places = tiling(q, k, v, o)
+    tiles, places = tiling(*batch)
     # Cut or not, the same kernels: none is compiled when the first long prompt comes.
     programs = H * -(-E // tiles.TE)
     cut = segments.packed(cu_seqlens, max(T, 1), tiles.C, programs, places, False, slots, SHORT)._replace(cut=True)
     between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
     if T > 0:
-        forward = Forward(q, k, v, o, log_decay, scale, tiles, PLACES)
+        forward = Forward(*batch, log_decay, scale, tiles, PLACES)
         forward.between(cut, between)
         segments.scan(cut, between, None, state, None, log_decay, cu_seqlens, N, T, slots, fresh)
     # Before the pool is written to, for they may start from what is in it.
     if snapshot_at is not None and snapshot_slots is not None:
-        _snapshots(k, v, log_decay, state, cu_seqlens, slots, fresh, cut, between, tiles, snapshot_at, snapshot_slots)
+        _, keys, values, _ = batch
+        _snapshots(
+            keys, values, log_decay, state, cu_seqlens, slots, fresh, cut, between, tiles, snapshot_at, snapshot_slots
+        )
     if T > 0:
         forward.output(cut, state, state, between, slots, fresh)
-    _short(q[0], k[0], v[0], out, log_decay, state, cu_seqlens, slots, fresh, scale)
+    _short(q, k, v, out, log_decay, state, cu_seqlens, slots, fresh, scale)
     segments.clear_padding(cu_seqlens, T, out, slots=slots)
     return out
 
@@ -82,18 +83,12 @@ def _short(
     scale: float,
 ) -> None:
     _, H, D = q.shape
-    E, N = v.shape[2], cu_seqlens.shape[0] - 1
-    TE = columns(D, E, q.dtype)
-    sizes = D, E, TE, aligned(state)
     args = (
         q, k, v, out, state, cu_seqlens, slots, fresh, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *state.stride(), H, SHORT, scale,
     )  # fmt: skip
-    key = (
-        q.get_device(), q.dtype, state.dtype, sizes, cu_seqlens.dtype, log_decay is None,
-        None if slots is None else slots.dtype, fresh is None,
-    )  # fmt: skip
-    launch.run(short_kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: step_constants(*sizes))
+    N, TE = cu_seqlens.shape[0] - 1, columns(D, v.shape[2], q.dtype)
+    over_states(short_kernel, N, args, state, TE, (q, cu_seqlens, log_decay, slots, fresh))
 
 
 def _snapshots(
@@ -123,10 +118,9 @@ def _snapshots(
     constants: dict[str, Any] = {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "STAGES": launch.stages(tiles, False)}
     if tiles.hopper:
         args = (launch.Descriptor(k, tiles.C, tiles.BD), launch.Descriptor(v, tiles.C, tiles.TE), *states)
-        indices = tuple(None if x is None else x.dtype for x in (state, slots, fresh, cu_seqlens, at, to))
-        key = (k.device.index, k.dtype, tiles, log_decay is None, indices)
+        key = (k.device.index, tiles, *launch.dtypes(k, log_decay, state, slots, fresh, cu_seqlens, at, to))
         launch.run(hopper().snapshot_kernel, grid, args, key, lambda: constants)
         return
     constants |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": float32_precision(k)}
     strides = (*k.stride()[1:3], *v.stride()[1:3])
-    sweep.snapshot_kernel[grid](k, v, *strides, *states, **constants, num_warps=tiles.warps, **launch.FUSION)
+    launch.portable(sweep.snapshot_kernel, grid, (k, v, *strides, *states), constants, tiles)

@@ -68,9 +68,18 @@ def packed(
     parts = 5 * count, N + 1, most
     table, first, joined = torch.empty(sum(parts), dtype=torch.int32, device=cu_seqlens.device).split(parts)
     args = (cu_seqlens, slots, table, first, joined, N, rows, count, most, short)
-    key = (cu_seqlens.device.index, cu_seqlens.dtype, None if slots is None else slots.dtype)
+    key = (cu_seqlens.device.index, *launch.dtypes(cu_seqlens, slots))
     launch.run(plan_kernel, (1, 1, 1), args, key, lambda: {"BLOCK": 1024})
     return Segments(rows, 0, count, rows < T, 2 * (T // rows), table, first, joined)
+
+
+def cut(
+    B: int, T: int, cu_seqlens: Tensor | None, C: int, programs: int, places: int, batch_invariant: bool
+) -> Segments:
+    """``dense`` or, with ``cu_seqlens``, ``packed``."""
+    if cu_seqlens is None:
+        return dense(B, T, C, programs, places, batch_invariant)
+    return packed(cu_seqlens, T, C, programs, places, batch_invariant)
 
 
 def scan(
@@ -97,7 +106,7 @@ def scan(
         *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride()[:2], slots, fresh,
         log_decay, cu_seqlens, cut.first, cut.joined, cut.per_sequence, cut.rows, T, H, D * E,
     )  # fmt: skip
-    indices = tuple(None if x is None else x.dtype for x in (cu_seqlens, slots, fresh))
+    indices = launch.dtypes(cu_seqlens, slots, fresh)
     launch.run(
         scan_kernel, (N if cut.joined is None else cut.joined.shape[0], H, -(-D * E // block)), args,
         (states.device.index, log_decay is None, block, flags, indices, of_pool.dtype),
@@ -112,7 +121,7 @@ def clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor, slots: Tensor | 
     N = cu_seqlens.shape[0] - 1
     sequences = 0 if slots is None else N
     args = (x, y, z, cu_seqlens, slots, N, sequences, T, *widths)
-    key = (x.device.index, x.dtype, cu_seqlens.dtype, None if slots is None else slots.dtype)
+    key = (x.device.index, *launch.dtypes(x, cu_seqlens, slots))
     grid = (sequences + -(-T // 64), 1, 1)
     launch.run(clear_padding_kernel, grid, args, key, lambda: {"ROWS": 64, "BLOCK": 1024})
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch
-from lightning_attention.kernels.triton.decode import aligned, columns, constants
+from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.step import commit_kernel, verify_kernel
 
 
@@ -30,39 +30,22 @@ def verify(
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
         return out
-    cu_seqlens, slots = cu_seqlens.contiguous(), _dense(slots)
-    parents, log_decay = _dense(parents), _dense(log_decay)
-    sizes = D, E, TE, aligned(state)
+    cu_seqlens = cu_seqlens.contiguous()
+    slots, parents, log_decay = map(launch.dense, (slots, parents, log_decay))
     args = (
         q, k, v, out, state, cu_seqlens, slots, parents, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *state.stride(), N, T, H, scale,
     )  # fmt: skip
-    key = (
-        q.get_device(), q.dtype, state.dtype, sizes, cu_seqlens.dtype, log_decay is None, _dtype(slots),
-        _dtype(parents),
-    )  # fmt: skip
-    launch.run(verify_kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: constants(*sizes))
+    over_states(verify_kernel, N, args, state, TE, (q, cu_seqlens, log_decay, slots, parents))
     return out
 
 
+@launch.on_its_device
 def commit(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
     state: Tensor,
-    cu_seqlens: Tensor,
-    accepted: Tensor,
-    slots: Tensor | None,
-) -> None:
-    _commit(state, k, v, log_decay, cu_seqlens, accepted, slots)
-
-
-@launch.on_its_device
-def _commit(
-    state: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
     cu_seqlens: Tensor,
     accepted: Tensor,
     slots: Tensor | None,
@@ -73,20 +56,8 @@ def _commit(
     if T == 0:
         return
     cu_seqlens, accepted = cu_seqlens.contiguous(), accepted.contiguous()
-    slots, log_decay = _dense(slots), _dense(log_decay)
-    sizes = D, E, TE, aligned(state)
+    slots, log_decay = launch.dense(slots), launch.dense(log_decay)
     args = (
         k, v, state, cu_seqlens, accepted, slots, log_decay, *k.stride()[:2], *v.stride()[:2], *state.stride(), H,
     )  # fmt: skip
-    key = (
-        k.get_device(), k.dtype, state.dtype, sizes, cu_seqlens.dtype, log_decay is None, _dtype(slots),
-    )  # fmt: skip
-    launch.run(commit_kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: constants(*sizes))
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _dtype(x: Tensor | None) -> torch.dtype | None:
-    return None if x is None else x.dtype
+    over_states(commit_kernel, N, args, state, TE, (k, cu_seqlens, log_decay, slots))
