@@ -4,15 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attention.nn.fixed_decay import FixedDecay
+from lightning_attention.nn.linear_attention_layer import LinearAttentionLayer
 from lightning_attention.nn.lrpe import LRPE
 from lightning_attention.nn.srmsnorm import SRMSNorm
 from lightning_attention.ops.attention import lightning_attention
-from lightning_attention.ops.decode import lightning_attention_decode
-from lightning_attention.ops.prefill import lightning_attention_prefill
 
 
-class GatedLinearAttention(FixedDecay):
+class GatedLinearAttention(LinearAttentionLayer):
     """q, k, v, u = split(x W_qkvu); q, k = silu; out = W_out (u ⊙ SRMSNorm(lightning_attention(q, k, v))).
 
     The norm runs over all heads concatenated. One recurrent state, [B, H, D, E] float32, carries everything the
@@ -99,76 +97,16 @@ class GatedLinearAttention(FixedDecay):
             output_final_state=output_state,
             cu_seqlens=cu_seqlens,
         )
-        return self._gate(mixed, u), state
+        return self._finish(mixed, u), state
 
-    def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-        """Mix one token per sequence and update the state in place; no gradients.
-
-        Equal to :meth:`forward` on [B, 1, embed_dim], without a new state being allocated.
-
-        Args:
-            x: [B, embed_dim].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
-            positions: [B] integers, each token's absolute position; required where the layer has LRPE.
-            slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
-                left alone and its attention output is zero. None: row i is sequence i's.
-
-        Returns:
-            The output, [B, embed_dim].
-
-        Raises:
-            ValueError: the layer has LRPE and ``positions`` is None.
-        """
+    def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         qk, v, u = self._project(x)
-        q, k = self._encode(qk, positions)
-        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots)
-        return self._gate(mixed, u)
-
-    def prefill(
-        self,
-        x: Tensor,
-        state: Tensor,
-        *,
-        cu_seqlens: Tensor,
-        positions: Tensor | None = None,
-        slots: Tensor | None = None,
-        fresh: Tensor | None = None,
-    ) -> Tensor:
-        """Mix N packed sequences of any lengths and update their states in place; no gradients.
-
-        Prompts, further chunks of long prompts and single tokens go together in one call; a sequence of one token
-        gets what :meth:`step` gives it.
-
-        Args:
-            x: [T, embed_dim].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
-            cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
-            positions: [T] integers, each token's absolute position; required where the layer has LRPE.
-            slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
-            fresh: [N] bool, true for a sequence that starts from nothing, whatever its row holds; None: none does.
-
-        Returns:
-            The output, [T, embed_dim].
-
-        Raises:
-            ValueError: the layer has LRPE and ``positions`` is None.
-        """
-        qk, v, u = self._project(x)
-        q, k = self._encode(qk, positions)
-        mixed = lightning_attention_prefill(
-            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh
-        )
-        return self._gate(mixed, u)
-
-    def _encode(self, qk: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The q and k of T tokens, [T, H, D], from [T, 2, H, d]; the tokens may be of different sequences."""
         q, k = qk.unbind(1)
-        if self.lrpe is None:
-            return q, k
-        if positions is None:
-            raise ValueError(f"positions is None; a layer with LRPE needs the position of each token, [{len(qk)}]")
-        q, k = self.lrpe(q.unsqueeze(0), k.unsqueeze(0), positions)
-        return q.squeeze(0), k.squeeze(0)
+        if self.lrpe is not None:
+            if positions is None:
+                raise ValueError(f"positions is None; a layer with LRPE needs the position of each token, [{len(qk)}]")
+            q, k = (z.squeeze(0) for z in self.lrpe(q.unsqueeze(0), k.unsqueeze(0), positions))
+        return q, k, v, u
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Activated q and k as [..., 2, H, d], v as [..., H, d], u as [..., hidden_dim]; v and u are views."""
@@ -177,7 +115,7 @@ class GatedLinearAttention(FixedDecay):
         qk = F.silu(qk).unflatten(-1, (2, self.num_heads, self.head_dim))
         return qk, v.unflatten(-1, (self.num_heads, self.head_dim)), u
 
-    def _gate(self, mixed: Tensor, u: Tensor) -> Tensor:
+    def _finish(self, mixed: Tensor, u: Tensor) -> Tensor:
         return self.out_proj(u * self.norm(mixed.flatten(-2)))
 
     def extra_repr(self) -> str:

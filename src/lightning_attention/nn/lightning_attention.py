@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attention import decay
-from lightning_attention.nn.fixed_decay import FixedDecay
+from lightning_attention.nn.linear_attention_layer import LinearAttentionLayer
 from lightning_attention.nn.lrpe import LRPE
 from lightning_attention.nn.rope import rope
 from lightning_attention.ops.attention import lightning_attention
-from lightning_attention.ops.decode import lightning_attention_decode
-from lightning_attention.ops.prefill import lightning_attention_prefill
 
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "linear": lambda u: u}
 
@@ -32,7 +30,7 @@ class _RMSNorm(nn.Module):
         return normed if self.weight is None else normed * self.weight.to(x.dtype)
 
 
-class LightningAttention(FixedDecay):
+class LightningAttention(LinearAttentionLayer):
     """q, k, v = x W_qkv; out = W_out (gate(x W_gate) ⊙ norm(lightning_attention(q, k, v))).
 
     q, k and v may pass a silu, then q and k an RMSNorm per head, then a position encoding. :meth:`minimax`,
@@ -226,58 +224,6 @@ class LightningAttention(FixedDecay):
         )
         return self._finish(mixed, x), final
 
-    def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-        """Mix one token per sequence and update the state in place; no gradients.
-
-        Args:
-            x: [B, hidden_size].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
-            positions: [B] integers, each token's absolute position; required with rope or LRPE.
-            slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
-                left alone and its attention output is zero. None: row i is sequence i's.
-
-        Returns:
-            The output, [B, hidden_size].
-
-        Raises:
-            ValueError: the layer has rope or LRPE, and ``positions`` is None.
-        """
-        q, k, v = self._tokens(x, positions)
-        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale)
-        return self._finish(mixed, x)
-
-    def prefill(
-        self,
-        x: Tensor,
-        state: Tensor,
-        *,
-        cu_seqlens: Tensor,
-        positions: Tensor | None = None,
-        slots: Tensor | None = None,
-        fresh: Tensor | None = None,
-    ) -> Tensor:
-        """Mix N packed sequences of any lengths and update their states in place; no gradients.
-
-        Args:
-            x: [T, hidden_size].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
-            cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
-            positions: [T] integers, each token's absolute position; required with rope or LRPE.
-            slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
-            fresh: [N] bool, true for a sequence that starts from nothing, whatever its row holds; None: none does.
-
-        Returns:
-            The output, [T, hidden_size].
-
-        Raises:
-            ValueError: the layer has rope or LRPE, and ``positions`` is None.
-        """
-        q, k, v = self._tokens(x, positions)
-        mixed = lightning_attention_prefill(
-            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=self.scale
-        )
-        return self._finish(mixed, x)
-
     @property
     def _encodes(self) -> bool:
         return self.rope_dim > 0 or self.lrpe is not None
@@ -300,12 +246,11 @@ class LightningAttention(FixedDecay):
             q, k = self.lrpe(q, k, positions)
         return q, k, v.unflatten(-1, (self.num_heads, self.value_dim))
 
-    def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of tokens of any sequences: [T, H, D] and [T, H, E] from [T, hidden_size]."""
+    def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if positions is None and self._encodes:
             raise ValueError(f"positions is None; rope and LRPE need the position of each token, [{len(x)}]")
         q, k, v = self._qkv(x.unsqueeze(0), positions)
-        return q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        return q.squeeze(0), k.squeeze(0), v.squeeze(0), x
 
     def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(self.norm(mixed.flatten(-2)) * _GATES[self.gate](self.gate_proj(x)))

@@ -1,0 +1,116 @@
+"""What the layers share: a decay per head that keeps its numbers whatever is done to the layer, and serving."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_attention.ops.decode import lightning_attention_decode
+from lightning_attention.ops.prefill import lightning_attention_prefill
+
+
+class LinearAttentionLayer(nn.Module):
+    """A layer with ``log_decay``, [H] float32, as a buffer that is no part of the state dict.
+
+    It stays float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004. A layer
+    says what it makes of tokens before the operation (``_tokens``) and after it (``_finish``), and ``scale`` where it
+    is not 1; :meth:`step` and :meth:`prefill` do the rest.
+
+    Args:
+        num_heads: H.
+        log_decay: [H] float32, natural logarithm of each head's decay.
+
+    Raises:
+        ValueError: ``log_decay`` is not [H] float32 with values (it is on the meta device).
+    """
+
+    log_decay: Tensor
+    scale: float = 1.0
+
+    def __init__(self, num_heads: int, log_decay: Tensor) -> None:
+        super().__init__()
+        if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
+            raise ValueError(
+                f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
+                f"[{num_heads}] torch.float32 with values"
+            )
+        # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
+        self._log_decay_values: list[float] = log_decay.tolist()
+        self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Give ``log_decay`` its values again, on the device it is on; for buffers that were moved without them."""
+        self.log_decay = torch.tensor(self._log_decay_values, dtype=torch.float32, device=self.log_decay.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearAttentionLayer":
+        was_meta = self.log_decay.is_meta
+        super()._apply(fn, recurse)
+        # .to(bfloat16) and .half() cast every buffer, .to_empty() leaves any numbers in them.
+        if self.log_decay.dtype != torch.float32 or was_meta:
+            self.reset_buffers()
+        return self
+
+    def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """Mix one token per sequence and update the state in place; no gradients.
+
+        Equal to ``forward`` on [B, 1, width], without a new state being allocated.
+
+        Args:
+            x: [B, width].
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            positions: [B] integers, each token's absolute position; required where the layer encodes positions.
+            slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
+                left alone and its attention output is zero. None: row i is sequence i's.
+
+        Returns:
+            The output, [B, width].
+
+        Raises:
+            ValueError: the layer encodes positions, and ``positions`` is None.
+        """
+        q, k, v, rest = self._tokens(x, positions)
+        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale)
+        return self._finish(mixed, rest)
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        positions: Tensor | None = None,
+        slots: Tensor | None = None,
+        fresh: Tensor | None = None,
+    ) -> Tensor:
+        """Mix N packed sequences of any lengths and update their states in place; no gradients.
+
+        Prompts, further chunks of long prompts and single tokens go together in one call; a sequence of one token
+        gets what :meth:`step` gives it.
+
+        Args:
+            x: [T, width].
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
+            positions: [T] integers, each token's absolute position; required where the layer encodes positions.
+            slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
+            fresh: [N] bool, true for a sequence that starts from nothing, whatever its row holds; None: none does.
+
+        Returns:
+            The output, [T, width].
+
+        Raises:
+            ValueError: the layer encodes positions, and ``positions`` is None.
+        """
+        q, k, v, rest = self._tokens(x, positions)
+        mixed = lightning_attention_prefill(
+            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=self.scale
+        )
+        return self._finish(mixed, rest)
+
+    def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of [T, width], tokens of any sequences: q and k [T, H, D], v [T, H, E], and what ``_finish`` wants."""
+        raise NotImplementedError
+
+    def _finish(self, mixed: Tensor, rest: Tensor) -> Tensor:
+        """The layer's output from the operation's, [..., H, E]."""
+        raise NotImplementedError
