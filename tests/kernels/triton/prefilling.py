@@ -1,14 +1,14 @@
 """Packed batches over a pool of states: made, prefilled with the kernels, held to a dictionary of float64 states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention import decay
-from tests.kernels.triton.serving import NAN, bits
+from tests.kernels.triton.serving import NAN, bits, moved
 from tests.support import ReferencePool, budget, cumulative, relative_error
 
 S = 9  # rows of a pool
@@ -99,12 +99,6 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
         padding=draw(st.sampled_from([0, 1, 70])), kind=draw(st.sampled_from(["none", "alibi", "strong"])),
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])), seed=draw(st.integers(0, 2**16)), **sizes,
     )  # fmt: skip
-
-
-def moved(batch: Batch, device: str) -> Batch:
-    return replace(
-        batch, **{f.name: x.to(device) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
-    )
 
 
 def prefilled(batch: Batch, segments: bool = False) -> tuple[Tensor, Tensor]:

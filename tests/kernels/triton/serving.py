@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,11 @@ class Call:
         return state.copy_(self.pool)
 
 
-def moved(call: Call, device: str) -> Call:
+Arguments = TypeVar("Arguments")
+
+
+def moved(call: Arguments, device: str) -> Arguments:
+    """A dataclass with its tensors on the device."""
     return replace(
         call, **{f.name: x.to(device) for f in fields(call) if isinstance(x := getattr(call, f.name), Tensor)}
     )

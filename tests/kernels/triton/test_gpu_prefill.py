@@ -1,6 +1,7 @@
 """Prefill on a GPU: everything the interpreter is asked, in bfloat16 too, captured, and over pools past 2^31."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from lightning_attention import lightning_attention, lightning_attention_prefill
 from tests.kernels.triton.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
-from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, moved, prefilled
-from tests.kernels.triton.serving import bits
+from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, prefilled
+from tests.kernels.triton.serving import bits, moved
 from tests.support import relative_error
 
 # That mode calls itself a prototype.
@@ -21,15 +22,21 @@ SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(700, 8)
 TOLERANCE = {BF16: 4e-3, FP16: 6e-4, FP32: 4e-6}
 
 
+def apply(arguments: tuple[Any, ...]) -> Tensor:
+    """The public function, on what ``Batch.arguments`` returns."""
+    q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, at, to = arguments
+    return lightning_attention_prefill(
+        q, k, v, log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
+        snapshot_slots=to,
+    )  # fmt: skip
+
+
 def run(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Outputs and pool, by the public function, in poisoned memory."""
+    """Outputs and pool, in poisoned memory."""
     state = batch.pool.clone()
-    q, k, v, log_decay, _, cu_seqlens, slots, fresh, scale, at, to = batch.arguments(state)
+    arguments = batch.arguments(state)
     with poisoned():
-        out = lightning_attention_prefill(
-            q, k, v, log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
-            snapshot_slots=to,
-        )  # fmt: skip
+        out = apply(arguments)
     return out, state
 
 
@@ -98,21 +105,14 @@ def test_a_captured_call_heeds_new_contents():
     state = first.pool.clone()
     fixed = first.arguments(state)
 
-    def call() -> Tensor:
-        q, k, v, log_decay, pool, cu_seqlens, slots, fresh, scale, at, to = fixed
-        return lightning_attention_prefill(
-            q, k, v, log_decay, pool, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
-            snapshot_slots=to,
-        )  # fmt: skip
-
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call()
+        apply(fixed)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = call()
+        out = apply(fixed)
     for batch in (contents[1], contents[2], contents[0]):
         new = moved(batch, DEVICE)
         state.copy_(new.pool)
@@ -136,15 +136,11 @@ def test_nothing_is_read_on_the_host_and_nothing_compiled_anew():
         for batch in others:
             run(batch)
     assert not compiled
-    given_ = others[1].arguments(others[1].pool)
-    q, k, v, log_decay, pool, cu_seqlens, slots, fresh, scale, at, to = given_
+    arguments = others[1].arguments(others[1].pool)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        lightning_attention_prefill(
-            q, k, v, log_decay, pool, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
-            snapshot_slots=to,
-        )  # fmt: skip
+        apply(arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
