@@ -93,8 +93,7 @@ def lightning_attention(
         ValueError: a shape, stride, device or backend does not fit, or cu_seqlens, on the CPU, is not as above.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_qkv(q, k, v, "BT")
-    validation.check_log_decay(log_decay, q)
+    validation.check_inputs(q, k, v, log_decay, "BT")
     validation.check_scale(scale)
     scale = scale * 1.0  # an integer would compile kernels for one, and a float then be taken for it
     num_sequences = q.shape[0]

@@ -43,8 +43,7 @@ def lightning_attention_decode(
     q, k, v = cast_for_autocast(q, k, v)
     if not validation.is_decodable(q, k, v, log_decay, state, slots):
         validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-        validation.check_qkv(q, k, v, "N")
-        validation.check_log_decay(log_decay, q)
+        validation.check_inputs(q, k, v, log_decay, "N")
         validation.check_pool(state, q, v, slots, q.shape[0])
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)

@@ -51,11 +51,10 @@ def lightning_attention_prefill(
             the numbers in cu_seqlens and the slots.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_qkv(q, k, v, "T")
+    validation.check_inputs(q, k, v, log_decay, "T")
     validation.check_cu_seqlens(cu_seqlens, q)
     N = cu_seqlens.shape[0] - 1
     validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_log_decay(log_decay, q)
     validation.check_pool(state, q, v, slots, N)
     validation.check_scale(scale)
     if fresh is not None:

@@ -135,38 +135,44 @@ def _attention_backward_fake(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.has_final, ctx.batch_invariant, ctx.backend = (
-            inputs
-        )
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+    def forward(
+        ctx: Any, run: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return run(*inputs)
+        ctx.options = options
+        return run(*tensors, *options)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
-        if not ctx.has_final:
+        scale, has_final, batch_invariant, backend = ctx.options
+        if not has_final:
             dfinal = None  # the absent tensor's
         if dout is None:
             if dfinal is None:
-                return (None,) * 11
+                return (None,) * 8
             dout = torch.zeros_like(v)
-        need_dlog_decay = ctx.needs_input_grad[4]
+        need_dlog_decay = ctx.needs_input_grad[5]
         dq, dk, dv, dlog_decay, dinitial = call(
-            "attention_backward", dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale,
-            ctx.batch_invariant, need_dlog_decay, ctx.backend,
+            "attention_backward", dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant,
+            need_dlog_decay, backend,
         )  # fmt: skip
         return (
-            None, dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial,
-            None, None, None, None, None,
+            None, None, dq, dk, dv, dlog_decay if need_dlog_decay else None,
+            None if initial_state is None else dinitial, None,
         )  # fmt: skip
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        return run(*inputs)
+    def forward(
+        ctx: Any,  # noqa: ARG004
+        run: Callable[..., Any],
+        options: tuple[Any, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        return run(*tensors, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
@@ -175,7 +181,8 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
-_functions = {"attention": _Attention, "attention_backward": _AttentionBackward}
+#: For each operation its derivative, and how many of its arguments, the first, are tensors.
+_functions = {"attention": (_Attention, 6), "attention_backward": (_AttentionBackward, 8)}
 
 
 def call(name: str, *inputs: Any) -> Any:
@@ -201,9 +208,10 @@ def _watched(x: Tensor) -> bool:
 
 def _autograd(name: str, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     if torch.is_grad_enabled():
-        for x in inputs:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return _functions[name].apply(run, *inputs)
+        function, count = _functions[name]
+        for x in inputs[:count]:
+            if x is not None and x.requires_grad:
+                return function.apply(run, inputs[count:], *inputs[:count])
     return run(*inputs)
 
 

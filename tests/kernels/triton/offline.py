@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lightning_attention.kernels.triton import launch
+from lightning_attention.kernels.triton import launch, launcher
 from lightning_attention.kernels.triton.attention import attention, attention_backward
 
 
@@ -120,7 +120,7 @@ def _on(chip: Chip, segments: bool) -> Iterator[list[Launch]]:
         patch.object(JITFunction, "run", compile_only),
         patch.object(launch, "device", lambda x: (chip.capability, chip.multiprocessors)),
         patch.object(launch, "segment_rows", segment_rows),
-        patch.object(launch, "_compiled", {}),
+        patch.object(launcher, "_launches", {}),
     ):
         yield launches
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.triton import launch, segments, sweep
+from lightning_attention.kernels.triton import launch, launcher, segments, sweep
 from lightning_attention.kernels.triton.decay_gradient import decay_gradient_kernel
 
 
@@ -51,22 +51,23 @@ class Forward:
         out: Tensor,
         log_decay: Tensor | None,
         scale: float,
-        tiles: launch.Tiles,
+        tiling: launch.Tiling,
         places: int | None = None,
     ) -> None:
         _, T, H, D = k.shape
         E = v.shape[3]
+        tiles, _, (of_q, of_k, of_v), (_, of_out) = tiling
         self._tiles, self._k, self._out, self._log_decay = tiles, k, out, log_decay
         self._sizes = (T, H, D, E, scale)
         self._row = row = H * E
         self._places = places
         if tiles.hopper:
-            launch.bind_context(k)
+            launcher.bind_context(k)
             C, BD, TE = tiles.C, tiles.BD, tiles.TE
-            describe = launch.Descriptor
+            describe = launcher.Descriptor
             self._args: tuple[Any, ...] = (
-                describe(q, C, BD), describe(k, C, BD), describe(v, C, TE), describe(out, C, TE), out, T * row, row,
-                log_decay,
+                describe(q, of_q, C, BD), describe(k, of_k, C, BD), describe(v, of_v, C, TE),
+                describe(out, of_out, C, TE), out, T * row, row, log_decay,
             )  # fmt: skip
         else:
             self._args = (q, k, v, out, *_strides(q, k, v), T * row, log_decay)
@@ -115,16 +116,16 @@ class Forward:
                 index, dtype, tiles, packed, flags, self._log_decay is None, self._row & 15, self._places is None,
             )  # fmt: skip
             if states is not None and (slots is not None or fresh is not None or states.dtype != torch.float32):
-                key = (*key, *launch.dtypes(states, slots, fresh))
-            launch.run(
+                key = (*key, *launcher.dtypes(states, slots, fresh))
+            launcher.run(
                 hopper().forward_kernel, grid, args, key, lambda: _forward_constants(tiles, packed, flags, D, E, "")
             )
         else:
             constants = _forward_constants(tiles, packed, flags, D, E, float32_precision(self._k))
-            launch.portable(sweep.forward_kernel, grid, args, constants, tiles)
+            launcher.portable(sweep.forward_kernel, grid, args, constants, tiles)
 
 
-@launch.on_its_device
+@launcher.on_its_device
 def attention(
     q: Tensor | None,
     k: Tensor,
@@ -149,10 +150,11 @@ def attention(
         if final is not None:
             final.zero_() if initial_state is None else final.copy_(initial_state)
         return out, final
-    tiles, places = tiling(q, k, v, out)
+    tiling = launch.tiling(q, k, v)
+    tiles = tiling.tiles
     programs = H * -(-E // tiles.TE)
-    cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, places, batch_invariant)
-    forward = Forward(q, k, v, out, log_decay, scale, tiles)
+    cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, tiling.places, batch_invariant)
+    forward = Forward(q, k, v, out, log_decay, scale, tiling)
     between = None
     if cut.cut:
         between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
@@ -162,15 +164,6 @@ def attention(
     if cu_seqlens is not None:
         segments.clear_padding(cu_seqlens, T, out)
     return out, final
-
-
-def tiling(*tensors: Tensor) -> tuple[launch.Tiles, int]:
-    """Of q, k, v and others that programs copy: tile sizes, and how many programs run at once."""
-    _, k, v = tensors[:3]
-    capability, multiprocessors = launch.device(k)
-    aligned = all(map(launch.copyable, tensors))
-    tiles = launch.tiles(capability, k.shape[3], v.shape[3], k.dtype, aligned)
-    return tiles, multiprocessors * tiles.per_multiprocessor
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -191,7 +184,7 @@ def _backward_constants(
     return values
 
 
-@launch.on_its_device
+@launcher.on_its_device
 def attention_backward(
     dout: Tensor,
     dfinal: Tensor | None,
@@ -221,7 +214,7 @@ def attention_backward(
         return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
-    tiles, places = tiling(q, k, v, dout, dq, dv)
+    tiles, places, (of_q, of_k, of_v, of_dout), (of_d, of_e) = launch.tiling(q, k, v, dout)
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
     cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, places, batch_invariant)
@@ -233,13 +226,14 @@ def attention_backward(
     sizes = (table, cut.per_sequence, cut.rows, T, H, D, E, scale)
     packed, d_row, e_row = table is not None, H * D, H * E
     if tiles.hopper:
-        launch.bind_context(k)
+        launcher.bind_context(k)
         C, BD, BE, TD, TE = tiles.C, tiles.BD, tiles.BE, tiles.TD, tiles.TE
-        describe = launch.Descriptor
+        describe = launcher.Descriptor
         args: tuple[Any, ...] = (
-            describe(q, C, BD), describe(k, C, BD), describe(v, C, BE), describe(dout, C, BE), describe(q, C, TD),
-            describe(k, C, TD), describe(dout, C, TE), describe(dq, C, TD), describe(dk, C, TD), describe(dv, C, TE),
-            dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay, *states, *sizes,
+            describe(q, of_q, C, BD), describe(k, of_k, C, BD), describe(v, of_v, C, BE),
+            describe(dout, of_dout, C, BE), describe(q, of_q, C, TD), describe(k, of_k, C, TD),
+            describe(dout, of_dout, C, TE), describe(dq, of_d, C, TD), describe(dk, of_d, C, TD),
+            describe(dv, of_e, C, TE), dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay, *states, *sizes,
         )  # fmt: skip
     else:
         args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay, *states, *sizes)
@@ -254,12 +248,12 @@ def attention_backward(
         grid = (cut.count * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
         if tiles.hopper:
             key = (k.device.index, k.dtype, tiles, packed, flags, log_decay is None, d_row & 15, e_row & 15)
-            launch.run(
+            launcher.run(
                 hopper().backward_kernel, grid, args, key, lambda: _backward_constants(tiles, packed, flags, D, E, "")
             )
         else:
             constants = _backward_constants(tiles, packed, flags, D, E, float32_precision(k))
-            launch.portable(sweep.backward_kernel, grid, args, constants, tiles)
+            launcher.portable(sweep.backward_kernel, grid, args, constants, tiles)
 
     if cut.cut:
         sweep_all(False)
@@ -283,6 +277,6 @@ def attention_backward(
         args = (
             q, k, v, dout, *_strides(q, k, v, dout), log_decay, initial, ahead, before, after, partials, *sizes
         )  # fmt: skip
-        launch.portable(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles)
+        launcher.portable(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles)
         dlog_decay = partials.sum((0, 2))
     return dq, dk, dv, dlog_decay, dinitial

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lightning_attention.kernels.triton import launch
+from lightning_attention.kernels.triton import launch, launcher
 from lightning_attention.kernels.triton.step import decode_kernel
 
 
@@ -53,11 +53,11 @@ def over_states(
     """Launch a kernel of ``step.py`` for N sequences; ``others``: of the other tensors those whose types may vary."""
     _, H, D, E = state.shape
     sizes = D, E, TE, aligned(state)
-    key = (state.get_device(), *launch.dtypes(state, *others), *sizes)
-    launch.run(kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: constants(*sizes))
+    key = (state.get_device(), *launcher.dtypes(state, *others), *sizes)
+    launcher.run(kernel, (N * H * -(-E // TE), 1, 1), args, key, lambda: constants(*sizes))
 
 
-@launch.on_its_device
+@launcher.on_its_device
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
@@ -68,14 +68,14 @@ def decode(
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
         return out
-    log_decay, slots = launch.dense(log_decay), launch.dense(slots)
+    log_decay, slots = launcher.dense(log_decay), launcher.dense(slots)
     is_aligned = aligned(state)
     args = (
         q, k, v, out, state, slots, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *state.stride(), H,
         scale,
     )  # fmt: skip
-    key = (q.get_device(), *launch.dtypes(q, state, log_decay, slots), D, E, is_aligned)
-    launch.run(
+    key = (q.get_device(), *launcher.dtypes(q, state, log_decay, slots), D, E, is_aligned)
+    launcher.run(
         decode_kernel, (N * H * -(-E // TE), 1, 1), args, (*key, TE), lambda: constants(D, E, TE, is_aligned),
         lambda: {(*key, other): constants(D, E, other, is_aligned) for other in (16, 32, 64) if other <= widest},
     )  # fmt: skip

@@ -231,7 +231,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
             gl.store(where, state.to(final.dtype.element_ty), mask=exists)
 
 
-# Nothing but alignment is specialized, which a call by ``launch.run`` relies on: a kernel compiled for one set of
+# Nothing but alignment is specialized, which a call by ``launcher.run`` relies on: a kernel compiled for one set of
 # numbers serves every other.
 NUMBERS = ["log_decay", "table", "segments", "L", "T", "H", "D", "E", "scale"]
 STATES = [

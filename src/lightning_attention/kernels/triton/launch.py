@@ -4,14 +4,11 @@ Nothing is tuned at run time, and no size here depends on T, B or N but the numb
 argument: a new length or batch compiles nothing.
 """
 
-import threading
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, wraps
-from typing import Any, NamedTuple, TypeVar
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 MIN_SEGMENT = 256  # no sequence is cut finer than this many rows
 
@@ -79,18 +76,67 @@ def _device(index: int) -> tuple[tuple[int, int], int]:
 
 def device(x: Tensor) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors of the device that x is on."""
-    return _device(x.device.index) if x.is_cuda else ((0, 0), 1)  # the interpreter, on the CPU
+    return _device(x.get_device()) if x.is_cuda else ((0, 0), 1)  # the interpreter, on the CPU
 
 
-def copyable(x: Tensor) -> bool:
-    """Whether the copy engine can address x, of a 16-bit dtype: 16-byte base and strides."""
-    b, t, h, _ = x.stride()
-    if x.data_ptr() & 15:
-        return False
-    if not (b | t | h) & 7 and b * t * h > 0:
-        return True
-    B, T, H, _ = x.shape  # of one row, the stride does not matter
-    return all(size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in ((B, b), (T, t), (H, h)))
+class Layout(NamedTuple):
+    """Shape [B, T, H, *] and strides, as the copy engine takes them."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Tiling(NamedTuple):
+    """Tile sizes, how many programs run at once, and the layouts of tensors.
+
+    inputs: of those asked about; outputs: of contiguous ones like k and like v.
+    """
+
+    tiles: Tiles
+    places: int
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout, Layout]
+
+
+def tiling(*tensors: Tensor) -> Tiling:
+    """Of q, k, v and others that programs copy."""
+    bases = 0
+    signature: list[tuple[int, ...]] = []
+    for x in tensors:
+        bases |= x.data_ptr()
+        signature += (x.shape, x.stride())
+    k = tensors[1]
+    return _tiling(device(k), k.dtype, not bases & 15, *signature)
+
+
+@lru_cache(maxsize=4096)
+def _tiling(
+    chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, *signature: tuple[int, ...]
+) -> Tiling:
+    shapes, strides = signature[::2], signature[1::2]
+    outputs = [(shape, _contiguous(shape)) for shape in shapes[1:3]]
+    layouts = [*zip(shapes, strides, strict=True), *outputs]
+    aligned = aligned and all(_copyable(*layout) for layout in layouts)
+    chosen = tiles(chip[0], shapes[1][3], shapes[2][3], dtype, aligned)
+    of_inputs = tuple(_layout(*layout) for layout in layouts[:-2])
+    return Tiling(chosen, chip[1] * chosen.per_multiprocessor, of_inputs, (_layout(*outputs[0]), _layout(*outputs[1])))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    _, T, H, width = shape
+    return T * H * width, H * width, width, 1
+
+
+def _copyable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter."""
+    return all(
+        size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
+    )
+
+
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+    """Of one row, any stride that the engine takes."""
+    return Layout(tuple(shape), (*(8 if shape[i] == 1 else strides[i] for i in range(3)), 1))
 
 
 @lru_cache(maxsize=4096)
@@ -115,132 +161,3 @@ def segment_rows(programs: int, T: int, C: int, places: int) -> int:
         if cost < best:
             best, rows = cost, length
     return rows
-
-
-FUSION = {"enable_fp_fusion": True}  # said outright: Triton 3.9 warns where it is left to its default
-
-
-def portable(
-    kernel: Any, grid: tuple[int, int, int], args: Sequence[Any], constants: dict[str, Any], tiles: Tiles
-) -> None:
-    """Launch a kernel that Triton specializes."""
-    kernel[grid](*args, **constants, num_warps=tiles.warps, **FUSION)
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    """An optional vector or mask as the kernels index it."""
-    return None if x is None else x.contiguous()
-
-
-def dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """What a kernel is compiled for, of arguments that may be absent."""
-    return tuple(None if x is None else x.dtype for x in tensors)
-
-
-_thread = threading.local()
-
-
-def bind_context(x: Tensor) -> None:
-    """Make the device's context current in this thread: encoding a descriptor needs one and does not make it.
-
-    Autograd runs a backward pass in a thread of its own, whose first use of the device may be that. Any launch through
-    the CUDA runtime does it, also while a graph is captured.
-    """
-    if getattr(_thread, "bound", None) != x.device:
-        torch.zeros(1, device=x.device)
-        _thread.bound = x.device
-
-
-Result = TypeVar("Result")
-
-
-def on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
-    """Triton launches on the current device, which need not be the one that the tensors are on."""
-
-    @wraps(run)
-    def launched(*args: Any) -> Result:
-        x = args[1] if args[0] is None else args[0]  # k where there is no q
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return run(*args)
-        with torch.cuda.device(x.device):
-            return run(*args)
-
-    return launched
-
-
-class Descriptor:
-    """How the copy engine sees x [B, T, H, *], in blocks of C rows and ``width`` columns; x must be ``copyable``.
-
-    What Triton's launcher reads of a tensor descriptor, without that class's checks: 5 µs each, and ten of them a
-    backward pass.
-    """
-
-    __slots__ = ("base", "block_shape", "padding", "shape", "strides")
-    round_f32_to_tf32 = False  # asked for since Triton 3.7
-
-    def __init__(self, x: Tensor, C: int, width: int) -> None:
-        self.base = x
-        self.shape = shape = list(x.shape)
-        self.strides = strides = list(x.stride())
-        self.block_shape = [1, C, 1, width]
-        self.padding = "zero"
-        for i in range(3):
-            if shape[i] == 1:
-                strides[i] = 8  # any that the engine takes
-
-    def checked(self) -> Any:
-        """Triton's own, which it asks for where it compiles."""
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        element = gl.bfloat16 if self.base.dtype == torch.bfloat16 else gl.float16
-        layout = gl.NVMMASharedLayout.get_default_for(self.block_shape, element)
-        return TensorDescriptor(self.base, self.shape, self.strides, self.block_shape, layout)
-
-
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-
-
-def run(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    args: Sequence[Any],
-    key: tuple[Any, ...],
-    constants: Callable[[], dict[str, Any]],
-    siblings: Callable[[], dict[tuple[Any, ...], dict[str, Any]]] = dict,
-) -> None:
-    """Launch a kernel that specializes on nothing but ``key``, which decides its ``constants``.
-
-    ``key`` begins with the index of the device, which is the current one. ``siblings``, other keys and their constants,
-    are compiled with the first of them: which one a call takes may depend on how much there is to do.
-
-    Triton looks at every argument of every call to find out whether it has compiled for the like of it, descriptors at
-    greatest length: 70 µs forward and 400 backward. Here that happens once for each key. What is left is what
-    ``compiled[grid]`` does, less 4 µs of asking for the device.
-    """
-    named_key = (id(kernel), *key)  # a kernel's own hash is that of its source
-    known = _compiled.get(named_key)
-    if known is not None:
-        compiled, values = known
-        stream = torch._C._cuda_getCurrentRawStream(key[0])
-        enter, leave, metadata = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
-        if enter.calls or leave.calls:  # a profiler's
-            metadata = compiled.launch_metadata(grid, stream, *args, *values)
-        else:
-            enter = leave = None
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args, *values)
-        return
-    named = constants()
-    args = [x.checked() if isinstance(x, Descriptor) else x for x in args]
-    compiled = kernel[grid](*args, **named, num_warps=4, **FUSION)
-    if compiled is None:  # Triton's interpreter compiles nothing
-        return
-    _compiled[named_key] = compiled, _values(kernel, named)
-    for other, named in siblings().items():
-        if (id(kernel), *other) not in _compiled:
-            compiled = kernel.warmup(*args, **named, grid=grid, num_warps=4, **FUSION)
-            _compiled[(id(kernel), *other)] = compiled, _values(kernel, named)
-
-
-def _values(kernel: Any, constants: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(constants[name] for name in kernel.arg_names if name in constants)

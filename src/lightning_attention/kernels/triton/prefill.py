@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.triton import launch, segments, sweep
-from lightning_attention.kernels.triton.attention import Forward, float32_precision, hopper, tiling
+from lightning_attention.kernels.triton import launch, launcher, segments, sweep
+from lightning_attention.kernels.triton.attention import Forward, float32_precision, hopper
 from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.step import short_kernel
 
@@ -22,7 +22,7 @@ SHORT = 1
 PLACES = 32
 
 
-@launch.on_its_device
+@launcher.on_its_device
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -46,22 +46,23 @@ def prefill(
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     batch = q[None], k[None], v[None], out[None]
     cu_seqlens = cu_seqlens.contiguous()
-    log_decay, slots = launch.dense(log_decay), launch.dense(slots)
+    log_decay, slots = launcher.dense(log_decay), launcher.dense(slots)
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
-    tiles, places = tiling(*batch)
+    tiling = launch.tiling(*batch[:3])
+    tiles, places, *_ = tiling
     # Cut or not, the same kernels: none is compiled when the first long prompt comes.
     programs = H * -(-E // tiles.TE)
     cut = segments.packed(cu_seqlens, max(T, 1), tiles.C, programs, places, False, slots, SHORT)._replace(cut=True)
     between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
     if T > 0:
-        forward = Forward(*batch, log_decay, scale, tiles, PLACES)
+        forward = Forward(*batch, log_decay, scale, tiling, PLACES)
         forward.between(cut, between)
         segments.scan(cut, between, None, state, None, log_decay, cu_seqlens, N, T, slots, fresh)
     # Before the pool is written to, for they may start from what is in it.
     if snapshot_at is not None and snapshot_slots is not None:
         _, keys, values, _ = batch
         _snapshots(
-            keys, values, log_decay, state, cu_seqlens, slots, fresh, cut, between, tiles, snapshot_at, snapshot_slots
+            keys, values, log_decay, state, cu_seqlens, slots, fresh, cut, between, tiling, snapshot_at, snapshot_slots
         )
     if T > 0:
         forward.output(cut, state, state, between, slots, fresh)
@@ -101,12 +102,13 @@ def _snapshots(
     fresh: Tensor | None,
     cut: segments.Segments,
     between: Tensor,
-    tiles: launch.Tiles,
+    tiling: launch.Tiling,
     at: Tensor,
     to: Tensor,
 ) -> None:
     _, _, H, D = k.shape
     E, (N, P) = v.shape[3], at.shape
+    tiles, _, (_, of_k, of_v), _ = tiling
     at, to = at.contiguous(), to.contiguous()
     grid = (N * P * H * -(-E // tiles.TE), 1, 1)
     if grid[0] == 0:
@@ -117,10 +119,14 @@ def _snapshots(
     )  # fmt: skip
     constants: dict[str, Any] = {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "STAGES": launch.stages(tiles, False)}
     if tiles.hopper:
-        args = (launch.Descriptor(k, tiles.C, tiles.BD), launch.Descriptor(v, tiles.C, tiles.TE), *states)
-        key = (k.device.index, tiles, *launch.dtypes(k, log_decay, state, slots, fresh, cu_seqlens, at, to))
-        launch.run(hopper().snapshot_kernel, grid, args, key, lambda: constants)
+        args = (
+            launcher.Descriptor(k, of_k, tiles.C, tiles.BD),
+            launcher.Descriptor(v, of_v, tiles.C, tiles.TE),
+            *states,
+        )
+        key = (k.device.index, tiles, *launcher.dtypes(k, log_decay, state, slots, fresh, cu_seqlens, at, to))
+        launcher.run(hopper().snapshot_kernel, grid, args, key, lambda: constants)
         return
     constants |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": float32_precision(k)}
     strides = (*k.stride()[1:3], *v.stride()[1:3])
-    launch.portable(sweep.snapshot_kernel, grid, (k, v, *strides, *states), constants, tiles)
+    launcher.portable(sweep.snapshot_kernel, grid, (k, v, *strides, *states), constants, tiles)

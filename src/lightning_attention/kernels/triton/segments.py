@@ -1,6 +1,6 @@
 """Cutting sequences into segments that are swept at once, and joining the states between them.
 
-No kernel here is specialized on a number, which the calls by ``launch.run`` rely on.
+No kernel here is specialized on a number, which the calls by ``launcher.run`` rely on.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_attention.kernels.triton import launch
+from lightning_attention.kernels.triton import launch, launcher
 from lightning_attention.kernels.triton.part import inherits, log2_decay, of_state
 
 #: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
@@ -68,8 +68,8 @@ def packed(
     parts = 5 * count, N + 1, most
     table, first, joined = torch.empty(sum(parts), dtype=torch.int32, device=cu_seqlens.device).split(parts)
     args = (cu_seqlens, slots, table, first, joined, N, rows, count, most, short)
-    key = (cu_seqlens.device.index, *launch.dtypes(cu_seqlens, slots))
-    launch.run(plan_kernel, (1, 1, 1), args, key, lambda: {"BLOCK": 1024})
+    key = (cu_seqlens.device.index, *launcher.dtypes(cu_seqlens, slots))
+    launcher.run(plan_kernel, (1, 1, 1), args, key, lambda: {"BLOCK": 1024})
     return Segments(rows, 0, count, rows < T, 2 * (T // rows), table, first, joined)
 
 
@@ -106,8 +106,8 @@ def scan(
         *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride()[:2], slots, fresh,
         log_decay, cu_seqlens, cut.first, cut.joined, cut.per_sequence, cut.rows, T, H, D * E,
     )  # fmt: skip
-    indices = launch.dtypes(cu_seqlens, slots, fresh)
-    launch.run(
+    indices = launcher.dtypes(cu_seqlens, slots, fresh)
+    launcher.run(
         scan_kernel, (N if cut.joined is None else cut.joined.shape[0], H, -(-D * E // block)), args,
         (states.device.index, log_decay is None, block, flags, indices, of_pool.dtype),
         lambda: {**dict(zip(("BEFORE", "AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "BLOCK": block},
@@ -121,9 +121,9 @@ def clear_padding(cu_seqlens: Tensor, T: int, *outputs: Tensor, slots: Tensor | 
     N = cu_seqlens.shape[0] - 1
     sequences = 0 if slots is None else N
     args = (x, y, z, cu_seqlens, slots, N, sequences, T, *widths)
-    key = (x.device.index, *launch.dtypes(x, cu_seqlens, slots))
+    key = (x.device.index, *launcher.dtypes(x, cu_seqlens, slots))
     grid = (sequences + -(-T // 64), 1, 1)
-    launch.run(clear_padding_kernel, grid, args, key, lambda: {"ROWS": 64, "BLOCK": 1024})
+    launcher.run(clear_padding_kernel, grid, args, key, lambda: {"ROWS": 64, "BLOCK": 1024})
 
 
 @triton.jit

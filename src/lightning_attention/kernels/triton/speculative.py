@@ -7,12 +7,12 @@ its ancestors, so the cost of a draft that starts a branch grows with its depth.
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.triton import launch
+from lightning_attention.kernels.triton import launcher
 from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.step import commit_kernel, verify_kernel
 
 
-@launch.on_its_device
+@launcher.on_its_device
 def verify(
     q: Tensor,
     k: Tensor,
@@ -31,7 +31,7 @@ def verify(
     if T == 0:
         return out
     cu_seqlens = cu_seqlens.contiguous()
-    slots, parents, log_decay = map(launch.dense, (slots, parents, log_decay))
+    slots, parents, log_decay = map(launcher.dense, (slots, parents, log_decay))
     args = (
         q, k, v, out, state, cu_seqlens, slots, parents, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *state.stride(), N, T, H, scale,
@@ -40,7 +40,7 @@ def verify(
     return out
 
 
-@launch.on_its_device
+@launcher.on_its_device
 def commit(
     k: Tensor,
     v: Tensor,
@@ -56,7 +56,7 @@ def commit(
     if T == 0:
         return
     cu_seqlens, accepted = cu_seqlens.contiguous(), accepted.contiguous()
-    slots, log_decay = launch.dense(slots), launch.dense(log_decay)
+    slots, log_decay = launcher.dense(slots), launcher.dense(log_decay)
     args = (
         k, v, state, cu_seqlens, accepted, slots, log_decay, *k.stride()[:2], *v.stride()[:2], *state.stride(), H,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The recurrence in registers, over states in a pool: a token, drafts that leave no trace, drafts that are accepted.
 
 A program has all D rows of TE columns of one head's state, and so needs nobody's help for its part of the output. It
-reads the state once, and writes it once or not at all. Nothing is specialized, which the calls by ``launch.run`` rely
+reads the state once, and writes it once or not at all. Nothing is specialized, which the calls by ``launcher.run`` rely
 on.
 """
 
