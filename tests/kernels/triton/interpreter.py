@@ -78,13 +78,13 @@ def _answer(request: bytes) -> bytes:
 
 
 def _cutting(segments: bool) -> Any:
-    """What is cut and where is the launch table's business; here every sequence is, or none."""
+    """What is cut where is the launch table's business; here every sequence is, in segments of two pieces, or none."""
     from lightning_attention.kernels.triton import launch
 
     def segment_rows(programs: int, T: int, C: int, places: int) -> int:
         return 2 * C if segments else -(-T // C) * C
 
-    return patch.object(launch, "segment_rows", segment_rows)
+    return patch.multiple(launch, segment_rows=segment_rows, piece_rows=lambda rows, _: rows // 2 if segments else rows)
 
 
 def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: bool) -> Run:

@@ -120,6 +120,7 @@ def _on(chip: Chip, segments: bool) -> Iterator[list[Launch]]:
         patch.object(JITFunction, "run", compile_only),
         patch.object(launch, "device", lambda x: (chip.capability, chip.multiprocessors)),
         patch.object(launch, "segment_rows", segment_rows),
+        patch.object(launch, "piece_rows", lambda rows, width: rows // 2 if segments else rows),
         patch.object(launcher, "_launches", {}),
     ):
         yield launches

@@ -102,17 +102,21 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
 
 
 def prefilled(batch: Batch, segments: bool = False) -> tuple[Tensor, Tensor]:
-    """Outputs and pool; ``segments`` cuts sequences every block."""
+    """Outputs and pool; ``segments`` cuts sequences into segments of two pieces, a block each."""
     from unittest.mock import patch
 
     from lightning_attention.kernels.triton import launch
     from lightning_attention.kernels.triton.prefill import prefill
 
     def segment_rows(programs: int, T: int, C: int, places: int) -> int:
-        return C if segments else -(-T // C) * C
+        return 2 * C if segments else -(-T // C) * C
 
     state = batch.pool.clone()
-    with patch.object(launch, "segment_rows", segment_rows):
+
+    def piece_rows(rows: int, width: int) -> int:
+        return rows // 2 if segments else rows
+
+    with patch.multiple(launch, segment_rows=segment_rows, piece_rows=piece_rows):
         return prefill(*batch.arguments(state)), state
 
 

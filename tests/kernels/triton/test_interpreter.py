@@ -45,6 +45,7 @@ SOLVED = {
     "no decay": {"T": 150, "D": 20, "kind": "none"},
     "decays of every strength": {"T": 100, "H": 5, "kind": "mixed"},
     "packed": {**PACKED, "index_dtype": torch.int32},
+    "packed, a segment and a half each": {"lengths": [104, 104, 104], "kind": "none"},
     "packed, half precision, forgotten at once": {**PACKED, "kind": "strong", "D": 17, "dtype": torch.float16},
     "one token": {"T": 1},
 }

@@ -36,7 +36,7 @@ def _forward_constants(
 
 
 class Forward:
-    """The sweep of q, k and v [B, T, H, *] to out: ``between`` for the states that segments leave, ``output`` for out.
+    """The sweep of q, k and v [B, T, H, *] to out: ``own`` for the states that segments leave, ``output`` for out.
 
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
     the same strides, each of them contiguous; where ``fresh[i]`` a sequence starts from zero.
@@ -72,9 +72,9 @@ class Forward:
         else:
             self._args = (q, k, v, out, *_strides(q, k, v), T * row, log_decay)
 
-    def between(self, cut: segments.Segments, between: Tensor) -> None:
-        """What each segment but the last would leave if it started from zero, [states, H, D, E] float32."""
-        self._run(cut, None, None, None, None, between, (False, False, True, False))
+    def own(self, cut: segments.Segments, states: Tensor) -> None:
+        """What each piece of a segment, but the last, would leave if it started from zero, as in ``Segments.room``."""
+        self._run(cut, None, None, None, None, states, (False, False, True, False))
 
     def output(
         self,
@@ -106,9 +106,10 @@ class Forward:
         args = (
             *self._args, out if initial is None else initial, out if final is None else final, *state_strides, slots,
             fresh, out if between is None else between, table, self._places and cut.count, cut.per_sequence, cut.rows,
-            T, H, D, E, scale,
+            cut.piece, T, H, D, E, scale,
         )  # fmt: skip
-        grid = (min(cut.count, self._places or cut.count) * H * -(-E // tiles.TE), 1, 1)
+        count = cut.count if flags[3] else cut.full * cut.pieces
+        grid = (min(count, self._places or count) * H * -(-E // tiles.TE), 1, 1)
         packed = table is not None
         if tiles.hopper:
             index, dtype = self._k.device.index, self._k.dtype
@@ -153,13 +154,13 @@ def attention(
     tiling = launch.tiling(q, k, v)
     tiles = tiling.tiles
     programs = H * -(-E // tiles.TE)
-    cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, tiling.places, batch_invariant)
+    cut = segments.cut(B, T, cu_seqlens, tiles.C, max(D, E), programs, tiling.places, batch_invariant)
     forward = Forward(q, k, v, out, log_decay, scale, tiling)
     between = None
     if cut.cut:
-        between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
-        forward.between(cut, between)
-        segments.scan(cut, between, None, initial_state, None, log_decay, cu_seqlens, N, T)
+        own, (between,) = cut.room(k, E)
+        forward.own(cut, own[0])
+        segments.scan(cut, own, (between,), initial_state, None, log_decay, cu_seqlens, N, T)
     forward.output(cut, initial_state, final, between)
     if cu_seqlens is not None:
         segments.clear_padding(cu_seqlens, T, out)
@@ -217,13 +218,11 @@ def attention_backward(
     tiles, places, (of_q, of_k, of_v, of_dout), (of_d, of_e) = launch.tiling(q, k, v, dout)
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
-    cut = segments.cut(B, T, cu_seqlens, tiles.C, programs, places, batch_invariant)
-    before = after = None
-    if cut.cut:
-        before, after = torch.empty(2, cut.states, H, D, E, dtype=torch.float32, device=v.device)
+    cut = segments.cut(B, T, cu_seqlens, tiles.C, max(D, E), programs, places, batch_invariant)
+    own, between = cut.room(k, E, 2) if cut.cut else ((dq, dq), (dq, dq))
     table = cut.table
-    states = [dq if x is None else x for x in (initial_state, dfinal, dinitial, before, after)]
-    sizes = (table, cut.per_sequence, cut.rows, T, H, D, E, scale)
+    states = [dq if x is None else x for x in (initial_state, dfinal, dinitial)]
+    sizes = (table, cut.per_sequence, cut.rows, cut.piece, T, H, D, E, scale)
     packed, d_row, e_row = table is not None, H * D, H * E
     if tiles.hopper:
         launcher.bind_context(k)
@@ -233,10 +232,10 @@ def attention_backward(
             describe(q, of_q, C, BD), describe(k, of_k, C, BD), describe(v, of_v, C, BE),
             describe(dout, of_dout, C, BE), describe(q, of_q, C, TD), describe(k, of_k, C, TD),
             describe(dout, of_dout, C, TE), describe(dq, of_d, C, TD), describe(dk, of_d, C, TD),
-            describe(dv, of_e, C, TE), dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay, *states, *sizes,
+            describe(dv, of_e, C, TE), dq, dk, dv, T * d_row, d_row, T * e_row, e_row, log_decay, *states,
         )  # fmt: skip
     else:
-        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay, *states, *sizes)
+        args = (q, k, v, dout, dq, dk, dv, *_strides(q, k, v, dout), T * d_row, T * e_row, log_decay, *states)
 
     reads = cut.reads_sequences
 
@@ -245,19 +244,25 @@ def attention_backward(
             output and cut.cut, output and reads and initial_state is not None, output and reads and dfinal is not None,
             output and dinitial is not None, output,
         )  # fmt: skip
-        grid = (cut.count * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
+        count = cut.count if output else cut.full * cut.pieces + cut.count - cut.full
+        grid = (count * H * (d_tiles + e_tiles + output * d_tiles), 1, 1)
+        given = (*args, *(between if output else own), *sizes)
         if tiles.hopper:
             key = (k.device.index, k.dtype, tiles, packed, flags, log_decay is None, d_row & 15, e_row & 15)
             launcher.run(
-                hopper().backward_kernel, grid, args, key, lambda: _backward_constants(tiles, packed, flags, D, E, "")
+                hopper().backward_kernel,
+                grid,
+                given,
+                key,
+                lambda: _backward_constants(tiles, packed, flags, D, E, ""),
             )
         else:
             constants = _backward_constants(tiles, packed, flags, D, E, float32_precision(k))
-            launcher.portable(sweep.backward_kernel, grid, args, constants, tiles)
+            launcher.portable(sweep.backward_kernel, grid, given, constants, tiles)
 
     if cut.cut:
         sweep_all(False)
-        segments.scan(cut, before, after, initial_state, dfinal, log_decay, cu_seqlens, N, T)
+        segments.scan(cut, own, between, initial_state, dfinal, log_decay, cu_seqlens, N, T)
     sweep_all(True)
     if cu_seqlens is not None:
         segments.clear_padding(cu_seqlens, T, dq, dk, dv)
@@ -273,9 +278,10 @@ def attention_backward(
             "INITIAL": reads and initial_state is not None, "DFINAL": reads and dfinal is not None,
             "PRECISION": float32_precision(k),
         }  # fmt: skip
-        initial, ahead, _, before, after = states
+        initial, ahead, _ = states
         args = (
-            q, k, v, dout, *_strides(q, k, v, dout), log_decay, initial, ahead, before, after, partials, *sizes
+            q, k, v, dout, *_strides(q, k, v, dout), log_decay, initial, ahead, *between, partials, table,
+            cut.per_sequence, cut.rows, T, H, D, E, scale,
         )  # fmt: skip
         launcher.portable(decay_gradient_kernel, (partials.numel(), 1, 1), args, constants, tiles)
         dlog_decay = partials.sum((0, 2))

@@ -23,6 +23,8 @@ from lightning_attention.kernels.triton.part import (
     is_alone,
     log2_decay,
     of_state,
+    piece,
+    piece_rows,
     reach,
     segment,
     snapshot,
@@ -233,7 +235,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
 
 # Nothing but alignment is specialized, which a call by ``launcher.run`` relies on: a kernel compiled for one set of
 # numbers serves every other.
-NUMBERS = ["log_decay", "table", "segments", "L", "T", "H", "D", "E", "scale"]
+NUMBERS = ["log_decay", "table", "segments", "L", "M", "T", "H", "D", "E", "scale"]
 STATES = [
     "initial", "final", "state_slot", "state_head", "slots", "fresh", "between", "dfinal",
     "dinitial", "before", "after",
@@ -242,15 +244,19 @@ STATES = [
 
 @gluon.jit
 def forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay, initial, final, state_slot,
-                    state_head, slots, fresh, between, table, place, head, column, segments, L, T, H, D, E, scale,
+                    state_head, slots, fresh, between, table, place, head, column, segments, L, M, T, H, D, E, scale,
                     C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
                     SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
                     OUTPUT: gl.constexpr):  # fmt: skip
-    """The part of one head and some columns in one segment."""
+    """The part of one head and some columns in one segment or, without OUTPUT, in one of its pieces."""
+    index = 0
+    pieces = 1
+    if not OUTPUT:
+        place, index, pieces = piece(place, L, M, T, PACKED)
     sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence >= 0:
         rate = log2_decay(log_decay, head)
-        of_segment = between + (slot.to(gl.int64) * H + head) * D * E
+        of_segment = between + ((slot.to(gl.int64) * pieces + index) * H + head) * D * E
         of_sequence = of_state(slots, sequence, state_slot) + head * state_head
         if OUTPUT:
             alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
@@ -259,8 +265,11 @@ def forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay
                   start, stop, column, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, SEGMENTED, FINAL, True,
                   False)  # fmt: skip
         else:
-            if not is_last:
-                start = gl.maximum(start, stop - reach(rate, L, C))
+            M = piece_rows(stop - start, L, M, PACKED)
+            start = gl.maximum(start, stop - reach(rate, L))
+            stop -= index * M
+            start = gl.maximum(start, stop - M)
+            if (not is_last) & (start < stop):
                 sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1,
                       batch, head, start, stop, column, D, E, rate, scale, C, BD, BE, STAGES, PACKED, False, False,
                       True, False, False)  # fmt: skip
@@ -268,11 +277,11 @@ def forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay
 
 @gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "o_batch", "places"])
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log_decay, initial, final,
-                   state_slot: "i64", state_head: "i64", slots, fresh, between, table, places, segments, L, T, H, D, E,
-                   scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr,
+                   state_slot: "i64", state_head: "i64", slots, fresh, between, table, places, segments, L, M, T, H, D,
+                   E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, STAGES: gl.constexpr,
                    PACKED: gl.constexpr, SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
                    OUTPUT: gl.constexpr):  # fmt: skip
-    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero.
+    """o = sweep(q, k, v); without OUTPUT the state that each piece of M rows of a segment would leave by itself.
 
     ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
     are the states before segments. A program has one segment, or, of ``places`` in the table, as many as it takes.
@@ -284,19 +293,21 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, o, o_batch: "i64", o_row, log
     first = pid // tiles // H
     if places is None:
         forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay, initial, final, state_slot,
-                        state_head, slots, fresh, between, table, first, head, column, segments, L, T, H, D, E, scale,
-                        C, BD, BE, STAGES, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT)  # fmt: skip
+                        state_head, slots, fresh, between, table, first, head, column, segments, L, M, T, H, D, E,
+                        scale, C, BD, BE, STAGES, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT)  # fmt: skip
     else:
+        if not OUTPUT:
+            places = T // L * gl.cdiv(L, M)
         for place in range(first, places, gl.num_programs(0) // tiles // H):
             forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay, initial, final, state_slot,
-                            state_head, slots, fresh, between, table, place, head, column, segments, L, T, H, D, E,
+                            state_head, slots, fresh, between, table, place, head, column, segments, L, M, T, H, D, E,
                             scale, C, BD, BE, STAGES, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=[*NUMBERS, *STATES, "d_batch", "e_batch"])
 def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_desc, dk_desc, dv_desc, dq, dk, dv,
                     d_batch: "i64", d_row, e_batch: "i64", e_row, log_decay, initial, dfinal, dinitial, before, after,
-                    table, segments, L, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                    table, segments, L, M, T, H, D, E, scale, C: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
                     TD: gl.constexpr, TE: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
                     SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, DFINAL: gl.constexpr, DINITIAL: gl.constexpr,
                     OUTPUT: gl.constexpr):  # fmt: skip
@@ -304,8 +315,8 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
 
     ``initial``, ``dfinal`` and ``dinitial`` are states of sequences and their gradients; ``before`` holds the states
     before and ``after`` the gradients of the states after each segment. The roles of a segment are neighbours, so that
-    what one reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by
-    itself.
+    what one reads the others find in L2. Without OUTPUT: the states and gradients that each piece of M rows of a
+    segment would leave by itself.
     """
     e_tiles = gl.cdiv(E, TE)
     d_tiles = gl.cdiv(D, TD)
@@ -314,12 +325,16 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
     role = pid % roles
     head = pid // roles % H
     place = pid // roles // H
+    index = 0
+    pieces = 1
+    if not OUTPUT:
+        place, index, pieces = piece(place, L, M, T, PACKED)
     sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
     of_sequence = (sequence.to(gl.int64) * H + head) * D * E
-    of_segment = (slot.to(gl.int64) * H + head) * D * E
+    of_segment = ((slot.to(gl.int64) * pieces + index) * H + head) * D * E
     before += of_segment
     after += of_segment
     alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
@@ -339,16 +354,22 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
                   after, alone, after, False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE,
                   TD, STAGES, PACKED, DFINAL, SEGMENTED, False, True, True)  # fmt: skip
     elif role < e_tiles:
-        if is_first:
+        M = piece_rows(stop - start, L, M, PACKED)
+        stop = gl.minimum(stop, start + reach(rate, L))
+        start += index * M
+        stop = gl.minimum(stop, start + M)
+        if is_first | (start >= stop):
             return
-        stop = gl.minimum(stop, start + reach(rate, L, C))
         sweep(k_desc, q_desc, g_tile, dv_desc, dv, e_row, dfinal, False, after, True, after, True, E, 1, batch,
               head, start, stop, role * TE, D, E, rate, scale, C, BD, TE, STAGES, PACKED, False, False, True, False,
               True)  # fmt: skip
     else:
-        if is_last:
+        M = piece_rows(stop - start, L, M, PACKED)
+        start = gl.maximum(start, stop - reach(rate, L))
+        stop -= index * M
+        start = gl.maximum(start, stop - M)
+        if is_last | (start >= stop):
             return
-        start = gl.maximum(start, stop - reach(rate, L, C))
         sweep(g_desc, v_desc, k_tile, dq_desc, dq, d_row, initial, False, before, True, before, True, 1, E,
               batch, head, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, STAGES, PACKED, False,
               False, True, False, False)  # fmt: skip

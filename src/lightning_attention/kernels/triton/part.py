@@ -30,10 +30,34 @@ def segment(table, place, segments, L, T, PACKED: tl.constexpr):
 
 
 @triton.jit
-def reach(rate, L, C: tl.constexpr):
+def reach(rate, L):
     """How many rows, in whole blocks, matter to the state of a segment: the weight of the others is zero in float32."""
     rows = tl.minimum(126.0 / tl.maximum(-rate, 1e-6), L.to(tl.float32)).to(tl.int32)
-    return (rows // C + 1) * C
+    return (rows // 64 + 1) * 64
+
+
+@triton.jit
+def piece(place, L, M, T, PACKED: tl.constexpr):
+    """Of a place among pieces of M rows: the segment's place, which of its pieces it is, and of how many.
+
+    Of a packed batch the first T / L segments are taken in pieces: those of L rows are among them.
+    """
+    pieces = tl.cdiv(L, M)
+    segment = place // pieces
+    index = place % pieces
+    if PACKED:
+        rest = place - T // L * pieces
+        segment = tl.where(rest < 0, segment, T // L + rest)
+        index = tl.where(rest < 0, index, 0)
+    return segment, index, pieces
+
+
+@triton.jit
+def piece_rows(rows, L, M, PACKED: tl.constexpr):
+    """Of a segment of so many rows; the last of a packed sequence is one piece, for there may be very many of them."""
+    if PACKED:
+        M = tl.where(rows < L, L, M)
+    return M
 
 
 @triton.jit

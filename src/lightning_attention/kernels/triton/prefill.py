@@ -50,14 +50,14 @@ def prefill(
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
     tiling = launch.tiling(*batch[:3])
     tiles, places, *_ = tiling
-    # Cut or not, the same kernels: none is compiled when the first long prompt comes.
     programs = H * -(-E // tiles.TE)
-    cut = segments.packed(cu_seqlens, max(T, 1), tiles.C, programs, places, False, slots, SHORT)._replace(cut=True)
-    between = torch.empty(cut.states, H, D, E, dtype=torch.float32, device=v.device)
+    cut = segments.packed(cu_seqlens, max(T, 1), tiles.C, max(D, E), programs, places, False, slots, SHORT)
+    cut = cut._replace(cut=True)  # or not, the same kernels: none is compiled when the first long prompt comes
+    own, (between,) = cut.room(batch[1], E)
     if T > 0:
         forward = Forward(*batch, log_decay, scale, tiling, PLACES)
-        forward.between(cut, between)
-        segments.scan(cut, between, None, state, None, log_decay, cu_seqlens, N, T, slots, fresh)
+        forward.own(cut, own[0])
+        segments.scan(cut, own, (between,), state, None, log_decay, cu_seqlens, N, T, slots, fresh)
     # Before the pool is written to, for they may start from what is in it.
     if snapshot_at is not None and snapshot_slots is not None:
         _, keys, values, _ = batch

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch, launcher
-from lightning_attention.kernels.triton.part import inherits, log2_decay, of_state
+from lightning_attention.kernels.triton.part import inherits, log2_decay, of_state, piece_rows, reach
 
 #: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
 #: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.
@@ -21,14 +21,17 @@ PACKED_SEGMENT = 16384
 class Segments(NamedTuple):
     """The segments of a call.
 
-    rows: in each but a sequence's last; per_sequence: of a dense batch; count: of all, at most; cut: whether any
-    sequence may have two; states: how many lie between segments, at most; table [count, 5], first [N + 1] and joined,
-    of a packed batch: what ``plan_kernel`` writes.
+    rows: in each but a sequence's last; piece: rows of the pieces whose own states are summed to a segment's;
+    per_sequence: of a dense batch; count: of all, at most; full: of those that may not be their sequence's last, at
+    most; cut: whether any sequence may have two; states: how many lie between segments, at most; table [count, 5],
+    first [N + 1] and joined, of a packed batch: what ``plan_kernel`` writes.
     """
 
     rows: int
+    piece: int
     per_sequence: int
     count: int
+    full: int
     cut: bool
     states: int
     table: Tensor | None = None
@@ -40,18 +43,40 @@ class Segments(NamedTuple):
         """Whether any segment starts from its sequence's state; of a dense batch that is cut the scan has them all."""
         return self.table is not None or not self.cut
 
+    @property
+    def pieces(self) -> int:
+        """Of a segment."""
+        return -(-self.rows // self.piece)
 
-def dense(B: int, T: int, C: int, programs: int, places: int, batch_invariant: bool) -> Segments:
-    """``programs``: how many one segment of one sequence makes; ``places``: how many run at once."""
+    def room(self, like: Tensor, E: int, directions: int = 1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """For what pieces leave, [states · pieces, H, D, E] float32, and for the states between segments.
+
+        The same tensors where a segment is one piece; ``like``: [B, T, H, D].
+        """
+        H, D = like.shape[2:]
+
+        def tensors(states: int) -> tuple[Tensor, ...]:
+            return torch.empty(directions, states, H, D, E, dtype=torch.float32, device=like.device).unbind()
+
+        between = tensors(self.states)
+        return between if self.pieces == 1 else tensors(self.states * self.pieces), between
+
+
+def dense(B: int, T: int, C: int, width: int, programs: int, places: int, batch_invariant: bool) -> Segments:
+    """Of a batch of B rows; ``width``: the larger of D and E.
+
+    ``programs``: how many one segment of one sequence makes; ``places``: how many run at once.
+    """
     rows = -(-T // C) * C if batch_invariant else launch.segment_rows(programs * B, T, C, places)
     count = -(-T // rows)
-    return Segments(rows, count, B * count, count > 1, B * count)
+    return Segments(rows, launch.piece_rows(rows, width), count, B * count, B * count, count > 1, B * count)
 
 
 def packed(
     cu_seqlens: Tensor,
     T: int,
     C: int,
+    width: int,
     programs: int,
     places: int,
     batch_invariant: bool,
@@ -63,29 +88,30 @@ def packed(
     if not batch_invariant:
         rows = min(PACKED_SEGMENT, launch.segment_rows(programs, T, C, places))
     N = cu_seqlens.shape[0] - 1
-    count = T // rows + N
-    most = max(T // rows, 1)  # sequences with more than one
+    full = T // rows
+    count = full + N
+    most = max(full, 1)  # sequences with more than one
     parts = 5 * count, N + 1, most
     table, first, joined = torch.empty(sum(parts), dtype=torch.int32, device=cu_seqlens.device).split(parts)
     args = (cu_seqlens, slots, table, first, joined, N, rows, count, most, short)
     key = (cu_seqlens.device.index, *launcher.dtypes(cu_seqlens, slots))
     launcher.run(plan_kernel, (1, 1, 1), args, key, lambda: {"BLOCK": 1024})
-    return Segments(rows, 0, count, rows < T, 2 * (T // rows), table, first, joined)
+    return Segments(rows, launch.piece_rows(rows, width), 0, count, full, rows < T, 2 * full, table, first, joined)
 
 
 def cut(
-    B: int, T: int, cu_seqlens: Tensor | None, C: int, programs: int, places: int, batch_invariant: bool
+    B: int, T: int, cu_seqlens: Tensor | None, C: int, width: int, programs: int, places: int, batch_invariant: bool
 ) -> Segments:
     """``dense`` or, with ``cu_seqlens``, ``packed``."""
     if cu_seqlens is None:
-        return dense(B, T, C, programs, places, batch_invariant)
-    return packed(cu_seqlens, T, C, programs, places, batch_invariant)
+        return dense(B, T, C, width, programs, places, batch_invariant)
+    return packed(cu_seqlens, T, C, width, programs, places, batch_invariant)
 
 
 def scan(
     cut: Segments,
-    before: Tensor | None,
-    after: Tensor | None,
+    own: tuple[Tensor, ...],
+    between: tuple[Tensor, ...],
     initial: Tensor | None,
     dfinal: Tensor | None,
     log_decay: Tensor | None,
@@ -95,22 +121,26 @@ def scan(
     slots: Tensor | None = None,
     fresh: Tensor | None = None,
 ) -> None:
-    """Turn what each segment leaves by itself into what comes before it, or after it, in place; [states, H, D, E]."""
-    states = before if before is not None else after
-    assert states is not None
-    _, H, D, E = states.shape
-    block = min(4096, triton.next_power_of_2(D * E))
-    flags = (before is not None, after is not None, initial is not None, dfinal is not None)
-    of_pool = initial if initial is not None else states
+    """From what each piece leaves by itself to the states between segments, as ``Segments.room`` has them.
+
+    What comes before segments and, in the second of two directions, after them.
+    """
+    _, H, D, E = between[0].shape
+    block = min(1024, triton.next_power_of_2(D * E))
+    flags = (len(between) > 1, initial is not None, dfinal is not None)
+    of_pool = initial if initial is not None else between[0]
     args = (
-        *(states if x is None else x for x in (before, after, initial, dfinal)), *of_pool.stride()[:2], slots, fresh,
-        log_decay, cu_seqlens, cut.first, cut.joined, cut.per_sequence, cut.rows, T, H, D * E,
+        own[0], own[-1], between[0], between[-1], *(between[0] if x is None else x for x in (initial, dfinal)),
+        *of_pool.stride()[:2], slots, fresh, log_decay, cu_seqlens, cut.first, cut.joined, cut.per_sequence, cut.rows,
+        cut.piece, T, H, D * E,
     )  # fmt: skip
     indices = launcher.dtypes(cu_seqlens, slots, fresh)
     launcher.run(
         scan_kernel, (N if cut.joined is None else cut.joined.shape[0], H, -(-D * E // block)), args,
-        (states.device.index, log_decay is None, block, flags, indices, of_pool.dtype),
-        lambda: {**dict(zip(("BEFORE", "AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "BLOCK": block},
+        (of_pool.device.index, log_decay is None, block, flags, indices, of_pool.dtype),
+        lambda: {
+            **dict(zip(("AFTER", "INITIAL", "DFINAL"), flags, strict=True)), "PIECES": launch.PIECES, "BLOCK": block,
+        },
     )  # fmt: skip
 
 
@@ -209,17 +239,35 @@ def plan_kernel(cu_seqlens, slots, table, first, joined, N, L, count, most, shor
         tl.store(table + place * 5, -1, mask=place < count)
 
 
-@triton.jit(do_not_specialize=["before", "after", "initial", "dfinal", "state_slot", "state_head", "slots", "fresh",
-                               "log_decay", "cu_seqlens", "first", "joined", "segments", "L", "T", "H",
-                               "SIZE"])  # fmt: skip
-def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "i64", slots, fresh, log_decay,
-                cu_seqlens, first, joined, segments, L, T, H, SIZE, BEFORE: tl.constexpr, AFTER: tl.constexpr,
-                INITIAL: tl.constexpr, DFINAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Turn what each segment leaves by itself into what comes before it (or, backwards in time, after it), in place.
+@triton.jit
+def own_state(own, segment, length, head, col, inside, rate, L, M, H, SIZE, PACKED: tl.constexpr,
+              PIECES: tl.constexpr):  # fmt: skip
+    """What a segment of ``length`` rows leaves by itself, from what its pieces do, the ones next to its end first.
 
-    S_before[s] = λ^len(s−1) S_before[s−1] + own[s−1], and the mirror of it for the gradients. States are [states, H,
-    SIZE]; they differ by one factor a head, so they are scanned as flat numbers. Packed sequences of one segment are
-    left alone: their states are where they were.
+    All loads at once: one after another, each would wait for the one before.
+    """
+    i = tl.arange(0, PIECES)
+    pieces = tl.cdiv(L, M)
+    M = piece_rows(length, L, M, PACKED)
+    written = tl.cdiv(tl.minimum(reach(rate, L), length), M)
+    where = own + ((segment.to(tl.int64) * pieces + i) * H + head)[:, None] * SIZE + col[None, :]
+    states = tl.load(where, mask=(i < written)[:, None] & inside[None, :], other=0.0)
+    return tl.sum(tl.exp2(rate * (i * M))[:, None] * states, 0)
+
+
+@triton.jit(do_not_specialize=["before_own", "after_own", "before", "after", "initial", "dfinal", "state_slot",
+                               "state_head", "slots", "fresh", "log_decay", "cu_seqlens", "first", "joined", "segments",
+                               "L", "M", "T", "H", "SIZE"])  # fmt: skip
+def scan_kernel(before_own, after_own, before, after, initial, dfinal, state_slot: "i64", state_head: "i64", slots,
+                fresh, log_decay, cu_seqlens, first, joined, segments, L, M, T, H, SIZE, AFTER: tl.constexpr,
+                INITIAL: tl.constexpr, DFINAL: tl.constexpr, PIECES: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """From what pieces of M rows leave by themselves to the states between segments.
+
+    before[s] = λ^len(s−1) before[s−1] + own[s−1], and with AFTER the mirror of it for the gradients. States are
+    [states, H, SIZE], of pieces [states · pieces, H, SIZE], and the same memory where a segment is one piece. They
+    differ by one factor a head, so they are scanned as flat numbers. Packed sequences of one segment are left alone:
+    their states are where they were.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -233,35 +281,42 @@ def scan_kernel(before, after, initial, dfinal, state_slot: "i64", state_head: "
     begin = sequence * segments
     end = begin + segments
     length = T
-    if cu_seqlens is not None:
+    PACKED: tl.constexpr = cu_seqlens is not None
+    if PACKED:
         begin = tl.load(first + sequence)
         end = tl.load(first + sequence + 1)
         length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
     across = tl.exp2(rate * L)
-    if BEFORE:
-        state = tl.zeros([BLOCK], tl.float32)
-        if INITIAL:
-            if inherits(fresh, sequence):
-                where = initial + of_state(slots, sequence, state_slot) + head * state_head + col
-                state = tl.load(where, mask=inside).to(tl.float32)
-        for i in range(0, end - begin):
-            s = begin + i
-            where = before + (s.to(tl.int64) * H + head) * SIZE + col
-            own = tl.load(where, mask=inside)  # of the last segment nobody wrote it, and nobody uses it
-            tl.store(where, state, mask=inside)
-            state = across * state + own
+    state = tl.zeros([BLOCK], tl.float32)
+    if INITIAL:
+        if inherits(fresh, sequence):
+            where = initial + of_state(slots, sequence, state_slot) + head * state_head + col
+            state = tl.load(where, mask=inside).to(tl.float32)
+    own = own_state(before_own, begin, L, head, col, inside, rate, L, M, H, SIZE, PACKED, PIECES)
+    for i in range(0, end - begin):
+        s = begin + i
+        # The last segment's nobody wrote, and nobody uses.
+        ahead = own_state(before_own, tl.minimum(s + 1, end - 1), L, head, col, inside, rate, L, M, H, SIZE, PACKED,
+                          PIECES)  # fmt: skip
+        tl.debug_barrier()  # what another thread has yet to read may be the same memory
+        tl.store(before + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
+        state = across * state + own
+        own = ahead
     if AFTER:
         state = tl.zeros([BLOCK], tl.float32)
         if DFINAL:
             state = tl.load(dfinal + (sequence.to(tl.int64) * H + head) * SIZE + col, mask=inside)
-        # Only a sequence's last segment can have fewer rows.
-        factor = tl.exp2(rate * (length - (end - begin - 1) * L))
+        rows = length - (end - begin - 1) * L  # only a sequence's last segment can have fewer than L
+        own = own_state(after_own, end - 1, rows, head, col, inside, rate, L, M, H, SIZE, PACKED, PIECES)
+        factor = tl.exp2(rate * rows)
         for i in range(0, end - begin):
             s = end - 1 - i
-            where = after + (s.to(tl.int64) * H + head) * SIZE + col
-            own = tl.load(where, mask=inside)
-            tl.store(where, state, mask=inside)
+            ahead = own_state(after_own, tl.maximum(s - 1, begin), L, head, col, inside, rate, L, M, H, SIZE, PACKED,
+                              PIECES)  # fmt: skip
+            tl.debug_barrier()  # what another thread has yet to read may be the same memory
+            tl.store(after + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
             state = factor * state + own
+            own = ahead
             factor = across
 
 

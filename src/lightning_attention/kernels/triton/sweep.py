@@ -21,6 +21,8 @@ from lightning_attention.kernels.triton.part import (
     is_alone,
     log2_decay,
     of_state,
+    piece,
+    piece_rows,
     reach,
     segment,
     snapshot,
@@ -125,16 +127,20 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, al
 
 @triton.jit
 def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial, final,
-                    state_slot, state_head, slots, fresh, between, table, place, head, column, segments, L, T, H, D, E,
-                    scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
+                    state_slot, state_head, slots, fresh, between, table, place, head, column, segments, L, M, T, H, D,
+                    E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
                     EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
                     FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
-    """The part of one head and some columns in one segment."""
+    """The part of one head and some columns in one segment or, without OUTPUT, in one of its pieces."""
+    index = 0
+    pieces = 1
+    if not OUTPUT:
+        place, index, pieces = piece(place, L, M, T, PACKED)
     sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence >= 0:
         rate = log2_decay(log_decay, head)
-        of_segment = between + (slot.to(tl.int64) * H + head) * D * E
+        of_segment = between + ((slot.to(tl.int64) * pieces + index) * H + head) * D * E
         of_sequence = of_state(slots, sequence, state_slot) + head * state_head
         q += batch * q_batch
         k += batch * k_batch
@@ -146,21 +152,24 @@ def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, 
                   of_segment, alone, final + of_sequence, is_last, E, 1, start, stop, column, D, E, rate, scale, C, BD,
                   BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION, STAGES)  # fmt: skip
         else:
-            if not is_last:
-                start = tl.maximum(start, stop - reach(rate, L, C))
+            M = piece_rows(stop - start, L, M, PACKED)
+            start = tl.maximum(start, stop - reach(rate, L))
+            stop -= index * M
+            start = tl.maximum(start, stop - M)
+            if (not is_last) & (start < stop):
                 sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1,
                       start, stop, column, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False,
                       False, PRECISION, STAGES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["segments", "L", "T", "state_slot", "state_head", "places"])
+@triton.jit(do_not_specialize=["segments", "L", "M", "T", "state_slot", "state_head", "places"])
 def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row, k_head: "i64",
                    v_batch: "i64", v_row, v_head: "i64", o_batch: "i64", log_decay, initial, final, state_slot: "i64",
-                   state_head: "i64", slots, fresh, between, table, places, segments, L, T, H, D, E, scale,
+                   state_head: "i64", slots, fresh, between, table, places, segments, L, M, T, H, D, E, scale,
                    C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
                    OUTPUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """o = sweep(q, k, v); without OUTPUT the state that each segment would leave if it started from zero.
+    """o = sweep(q, k, v); without OUTPUT the state that each piece of M rows of a segment would leave by itself.
 
     ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
     are the states before segments. A program has one segment, or, of ``places`` in the table, as many as it takes.
@@ -176,22 +185,24 @@ def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i
     o += head * E
     if places is None:
         forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial, final,
-                        state_slot, state_head, slots, fresh, between, table, first, head, column, segments, L, T, H, D,
-                        E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT, PRECISION,
+                        state_slot, state_head, slots, fresh, between, table, first, head, column, segments, L, M, T, H,
+                        D, E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT, PRECISION,
                         STAGES)  # fmt: skip
     else:
+        if not OUTPUT:
+            places = T // L * tl.cdiv(L, M)
         for place in range(first, places, tl.num_programs(0) // tiles // H):
             forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial,
                             final, state_slot, state_head, slots, fresh, between, table, place, head, column, segments,
-                            L, T, H, D, E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT,
-                            PRECISION, STAGES)  # fmt: skip
+                            L, M, T, H, D, E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL,
+                            OUTPUT, PRECISION, STAGES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["segments", "L", "T"])
+@triton.jit(do_not_specialize=["segments", "L", "M", "T"])
 def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64", k_batch: "i64", k_row,
                     k_head: "i64", v_batch: "i64", v_row, v_head: "i64", g_batch: "i64", g_row, g_head: "i64",
                     d_batch: "i64", e_batch: "i64", log_decay, initial, dfinal, dinitial, before, after, table,
-                    segments, L, T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+                    segments, L, M, T, H, D, E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
                     TD: tl.constexpr, TE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                     EVEN_TD: tl.constexpr, EVEN_TE: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr,
                     INITIAL: tl.constexpr, DFINAL: tl.constexpr, DINITIAL: tl.constexpr, OUTPUT: tl.constexpr,
@@ -200,8 +211,8 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
 
     ``initial``, ``dfinal`` and ``dinitial`` are states of sequences and their gradients; ``before`` holds the states
     before and ``after`` the gradients of the states after each segment. The roles of a segment are neighbours, so that
-    what one reads the others find in L2. Without OUTPUT: the states and gradients that each segment would leave by
-    itself.
+    what one reads the others find in L2. Without OUTPUT: the states and gradients that each piece of M rows of a
+    segment would leave by itself.
     """
     e_tiles = tl.cdiv(E, TE)
     d_tiles = tl.cdiv(D, TD)
@@ -212,12 +223,16 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
     role = pid % roles
     head = pid // roles % H
     place = pid // roles // H
+    index = 0
+    pieces = 1
+    if not OUTPUT:
+        place, index, pieces = piece(place, L, M, T, PACKED)
     sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
     of_sequence = (sequence.to(tl.int64) * H + head) * D * E
-    of_segment = (slot.to(tl.int64) * H + head) * D * E
+    of_segment = ((slot.to(tl.int64) * pieces + index) * H + head) * D * E
     before += of_segment
     after += of_segment
     alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
@@ -241,16 +256,22 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
                   scale, C, BE, TD, EVEN_E, EVEN_TD, DFINAL, SEGMENTED, False, True, True, PRECISION,
                   STAGES)  # fmt: skip
     elif role < e_tiles:
-        if is_first:
+        M = piece_rows(stop - start, L, M, PACKED)
+        stop = tl.minimum(stop, start + reach(rate, L))
+        start += index * M
+        stop = tl.minimum(stop, start + M)
+        if is_first | (start >= stop):
             return
-        stop = tl.minimum(stop, start + reach(rate, L, C))
         sweep(k, q, g, dv, k_row, q_row, g_row, H * E, dfinal, False, after, True, after, True, E, 1, start, stop,
               role * TE, D, E, rate, scale, C, BD, TE, EVEN_D, EVEN_TE, False, False, True, False, True, PRECISION,
               STAGES)  # fmt: skip
     else:
-        if is_last:
+        M = piece_rows(stop - start, L, M, PACKED)
+        start = tl.maximum(start, stop - reach(rate, L))
+        stop -= index * M
+        start = tl.maximum(start, stop - M)
+        if is_last | (start >= stop):
             return
-        start = tl.maximum(start, stop - reach(rate, L, C))
         sweep(g, v, k, dq, g_row, v_row, k_row, H * D, initial, False, before, True, before, True, 1, E, start,
               stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, EVEN_E, EVEN_TD, False, False, True, False,
               False, PRECISION, STAGES)  # fmt: skip
