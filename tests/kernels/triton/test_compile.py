@@ -40,6 +40,8 @@ def test_compiles_and_fits(chip: str, D: int, E: int, dtype: torch.dtype):
     names = ["forward_kernel", "backward_kernel", "decay_gradient_kernel"]
     assert [x.name for x in launches] == names[: 2 + learnable]
     assert_fits(launches, CHIPS[chip])
+    if chip != "sm_90" and dtype != FP32:  # what Hopper spills, the test after next says
+        assert all(x.stack <= 64 for x in launches[:2])
 
 
 @pytest.mark.parametrize("chip", CHIPS if FULL else ["sm_80", "sm_90", "sm_100", "gfx942"])

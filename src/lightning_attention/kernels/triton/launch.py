@@ -53,13 +53,18 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
         # Two programs a multiprocessor: 96 KB each with two stages at 128, 88 KB with three at 64.
         stages = 2 if max(BD, BE) == 128 else 3
         return Tiles(True, 64, BD, BE, 64, 64, 4, stages, 2)
+    # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
+    # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
+    amd, small = capability[0] == 0, capability[0] in (8, 12)
     if dtype.itemsize == 2:
-        # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more; at 256 two stages would take 104.
+        if wide <= 64:
+            return Tiles(False, 32 if small else 64, BD, BE, BD, BE, 4, 2, 1)
         if wide <= 128:
-            return Tiles(False, 64, BD, BE, min(BD, 64), min(BE, 64), 4, 2, 1)
-        return Tiles(False, 32, BD, BE, min(BD, 64), min(BE, 64), 8, 1, 1)
-    C = 32 if wide <= 64 else 16
-    return Tiles(False, C, BD, BE, min(BD, 32), min(BE, 32), 4, 2 if wide <= 128 else 1, 1)
+            return Tiles(False, 64, BD, BE, min(BD, 64), min(BE, 64), 4 if amd or capability[0] == 9 else 8, 2, 1)
+        tile, warps = (32, 4) if amd else (64, 8)
+        return Tiles(False, 32, BD, BE, min(BD, tile), min(BE, tile), warps, 1, 1)
+    tile, warps = (32, 4) if amd or wide <= 128 else (16, 8)
+    return Tiles(False, 16, BD, BE, min(BD, tile), min(BE, tile), warps, 2 if wide <= 128 else 1, 1)
 
 
 def stages(tiles: Tiles, output: bool) -> int:
