@@ -101,3 +101,13 @@ def test_the_caption_says_where_and_when(figure):
 
 def test_lengths_are_named_as_readers_name_them():
     assert [plot._length(T) for T in (512, 1024, 65_536, 1 << 20)] == ["512", "1k", "64k", "1M"]
+
+
+def test_shapes_of_equal_width_make_a_figure_of_lengths():
+    def shape(B: int, T: int, H: int = 32, D: int = 128, **values: object) -> dict:
+        return {"B": B, "T": T, "H": H, "D": D, **values}
+
+    wanted = [shape(4, 32768, ms=1), shape(1, 131072, ms=2), shape(4, 2048, ms=3)]
+    others = [shape(1, 2048, ms=4), shape(1, 131072, H=8, ms=5), shape(1, 524288, D=64, ms=6)]
+    others.append(shape(8, 2048, error="x"))
+    assert plot.by_length([*wanted, *others]) == wanted

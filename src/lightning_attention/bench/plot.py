@@ -49,6 +49,14 @@ def _lines(records: list[Record], pass_: str) -> dict[str, list[Record]]:
     return dict(sorted(lines.items(), key=lambda item: not is_ours(item[0])))
 
 
+def by_length(shapes: list[Record]) -> list[Record]:
+    """Of the shapes of training what one figure can show: H and D of the first, and of each T the largest batch."""
+    measured = [r for r in shapes if "ms" in r]
+    alike = [r for r in measured if (r["H"], r["D"]) == (measured[0]["H"], measured[0]["D"])]
+    largest = {r["T"]: max(x["B"] for x in alike if x["T"] == r["T"]) for r in alike}
+    return [r for r in alike if r["B"] == largest[r["T"]]]
+
+
 def _label(line: list[Record], ours: dict[int, float]) -> str:
     """The line's name, and for a peer how our time compares where its line ends."""
     last = line[-1]

@@ -155,9 +155,12 @@ def bench(
             continue
         for table in tables.of_suite(part, records, report):
             console.print(table)
-        if part in ("lengths", "constancy") and any("ms" in r for r in records):
-            for line in tables.constant(records):
-                console.print(line, highlight=False)
+        if part in ("lengths", "constancy", "shapes") and any("ms" in r for r in records):
+            if part == "shapes":
+                records = plot.by_length(records)
+            else:
+                for line in tables.constant(records):
+                    console.print(line, highlight=False)
             figure = out / (stem.format(part) + ".png")
             plot.time_per_token(records, report.environment, figure)
             console.print(f"figure   {figure}", highlight=False, soft_wrap=True)
