@@ -23,10 +23,9 @@ from lightning_attention.kernels.triton.part import (
     is_alone,
     log2_decay,
     of_state,
-    piece,
-    piece_rows,
-    reach,
-    segment,
+    piece_from_end,
+    piece_from_start,
+    segment_or_piece,
     snapshot,
 )
 
@@ -249,11 +248,8 @@ def forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay
                     SEGMENTED: gl.constexpr, INITIAL: gl.constexpr, FINAL: gl.constexpr,
                     OUTPUT: gl.constexpr):  # fmt: skip
     """The part of one head and some columns in one segment or, without OUTPUT, in one of its pieces."""
-    index = 0
-    pieces = 1
-    if not OUTPUT:
-        place, index, pieces = piece(place, L, M, T, PACKED)
-    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    sequence, batch, start, stop, is_first, is_last, slot, index, pieces = segment_or_piece(
+        table, place, segments, L, M, T, PACKED, OUTPUT)  # fmt: skip
     if sequence >= 0:
         rate = log2_decay(log_decay, head)
         of_segment = between + ((slot.to(gl.int64) * pieces + index) * H + head) * D * E
@@ -265,10 +261,7 @@ def forward_segment(q_desc, k_desc, v_desc, o_desc, o, o_batch, o_row, log_decay
                   start, stop, column, D, E, rate, scale, C, BD, BE, STAGES, PACKED, INITIAL, SEGMENTED, FINAL, True,
                   False)  # fmt: skip
         else:
-            M = piece_rows(stop - start, L, M, PACKED)
-            start = gl.maximum(start, stop - reach(rate, L))
-            stop -= index * M
-            start = gl.maximum(start, stop - M)
+            start, stop = piece_from_end(start, stop, index, rate, L, M, PACKED)
             if (not is_last) & (start < stop):
                 sweep(q_desc, k_desc, v_desc, o_desc, o, o_row, initial, False, between, True, of_segment, True, E, 1,
                       batch, head, start, stop, column, D, E, rate, scale, C, BD, BE, STAGES, PACKED, False, False,
@@ -325,11 +318,8 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
     role = pid % roles
     head = pid // roles % H
     place = pid // roles // H
-    index = 0
-    pieces = 1
-    if not OUTPUT:
-        place, index, pieces = piece(place, L, M, T, PACKED)
-    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    sequence, batch, start, stop, is_first, is_last, slot, index, pieces = segment_or_piece(
+        table, place, segments, L, M, T, PACKED, OUTPUT)  # fmt: skip
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
@@ -354,20 +344,14 @@ def backward_kernel(q_desc, k_desc, v_desc, g_desc, q_tile, k_tile, g_tile, dq_d
                   after, alone, after, False, 1, E, batch, head, start, stop, column, E, D, rate, scale, C, BE,
                   TD, STAGES, PACKED, DFINAL, SEGMENTED, False, True, True)  # fmt: skip
     elif role < e_tiles:
-        M = piece_rows(stop - start, L, M, PACKED)
-        stop = gl.minimum(stop, start + reach(rate, L))
-        start += index * M
-        stop = gl.minimum(stop, start + M)
+        start, stop = piece_from_start(start, stop, index, rate, L, M, PACKED)
         if is_first | (start >= stop):
             return
         sweep(k_desc, q_desc, g_tile, dv_desc, dv, e_row, dfinal, False, after, True, after, True, E, 1, batch,
               head, start, stop, role * TE, D, E, rate, scale, C, BD, TE, STAGES, PACKED, False, False, True, False,
               True)  # fmt: skip
     else:
-        M = piece_rows(stop - start, L, M, PACKED)
-        start = gl.maximum(start, stop - reach(rate, L))
-        stop -= index * M
-        start = gl.maximum(start, stop - M)
+        start, stop = piece_from_end(start, stop, index, rate, L, M, PACKED)
         if is_last | (start >= stop):
             return
         sweep(g_desc, v_desc, k_tile, dq_desc, dq, d_row, initial, False, before, True, before, True, 1, E,

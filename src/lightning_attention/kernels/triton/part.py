@@ -37,19 +37,25 @@ def reach(rate, L):
 
 
 @triton.jit
-def piece(place, L, M, T, PACKED: tl.constexpr):
-    """Of a place among pieces of M rows: the segment's place, which of its pieces it is, and of how many.
+def segment_or_piece(table, place, segments, L, M, T, PACKED: tl.constexpr, OUTPUT: tl.constexpr):
+    """With OUTPUT the program's ``segment``; without, which one its piece of M rows is in.
 
-    Of a packed batch the first T / L segments are taken in pieces: those of L rows are among them.
+    Last of what is returned is which of its pieces it is, and of how many. Of a packed batch the first T / L segments
+    are taken in pieces: those of L rows are among them.
     """
-    pieces = tl.cdiv(L, M)
-    segment = place // pieces
-    index = place % pieces
-    if PACKED:
-        rest = place - T // L * pieces
-        segment = tl.where(rest < 0, segment, T // L + rest)
-        index = tl.where(rest < 0, index, 0)
-    return segment, index, pieces
+    index = 0
+    pieces = 1
+    if not OUTPUT:
+        pieces = tl.cdiv(L, M)
+        of_segment = place // pieces
+        index = place % pieces
+        if PACKED:
+            rest = place - T // L * pieces
+            of_segment = tl.where(rest < 0, of_segment, T // L + rest)
+            index = tl.where(rest < 0, index, 0)
+        place = of_segment
+    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    return sequence, batch, start, stop, is_first, is_last, slot, index, pieces
 
 
 @triton.jit
@@ -58,6 +64,24 @@ def piece_rows(rows, L, M, PACKED: tl.constexpr):
     if PACKED:
         M = tl.where(rows < L, L, M)
     return M
+
+
+@triton.jit
+def piece_from_end(start, stop, index, rate, L, M, PACKED: tl.constexpr):
+    """Of the rows start … stop of a segment those of a piece that matter to the state after it; maybe none."""
+    M = piece_rows(stop - start, L, M, PACKED)
+    start = tl.maximum(start, stop - reach(rate, L))
+    stop -= index * M
+    return tl.maximum(start, stop - M), stop
+
+
+@triton.jit
+def piece_from_start(start, stop, index, rate, L, M, PACKED: tl.constexpr):
+    """With time reversed: those that matter to the state before it."""
+    M = piece_rows(stop - start, L, M, PACKED)
+    stop = tl.minimum(stop, start + reach(rate, L))
+    start += index * M
+    return start, tl.minimum(stop, start + M)
 
 
 @triton.jit

@@ -21,10 +21,9 @@ from lightning_attention.kernels.triton.part import (
     is_alone,
     log2_decay,
     of_state,
-    piece,
-    piece_rows,
-    reach,
-    segment,
+    piece_from_end,
+    piece_from_start,
+    segment_or_piece,
     snapshot,
 )
 
@@ -133,11 +132,8 @@ def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, 
                     FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """The part of one head and some columns in one segment or, without OUTPUT, in one of its pieces."""
-    index = 0
-    pieces = 1
-    if not OUTPUT:
-        place, index, pieces = piece(place, L, M, T, PACKED)
-    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    sequence, batch, start, stop, is_first, is_last, slot, index, pieces = segment_or_piece(
+        table, place, segments, L, M, T, PACKED, OUTPUT)  # fmt: skip
     if sequence >= 0:
         rate = log2_decay(log_decay, head)
         of_segment = between + ((slot.to(tl.int64) * pieces + index) * H + head) * D * E
@@ -152,10 +148,7 @@ def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, 
                   of_segment, alone, final + of_sequence, is_last, E, 1, start, stop, column, D, E, rate, scale, C, BD,
                   BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION, STAGES)  # fmt: skip
         else:
-            M = piece_rows(stop - start, L, M, PACKED)
-            start = tl.maximum(start, stop - reach(rate, L))
-            stop -= index * M
-            start = tl.maximum(start, stop - M)
+            start, stop = piece_from_end(start, stop, index, rate, L, M, PACKED)
             if (not is_last) & (start < stop):
                 sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1,
                       start, stop, column, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False,
@@ -223,11 +216,8 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
     role = pid % roles
     head = pid // roles % H
     place = pid // roles // H
-    index = 0
-    pieces = 1
-    if not OUTPUT:
-        place, index, pieces = piece(place, L, M, T, PACKED)
-    sequence, batch, start, stop, is_first, is_last, slot = segment(table, place, segments, L, T, PACKED)
+    sequence, batch, start, stop, is_first, is_last, slot, index, pieces = segment_or_piece(
+        table, place, segments, L, M, T, PACKED, OUTPUT)  # fmt: skip
     if sequence < 0:
         return
     rate = log2_decay(log_decay, head)
@@ -256,20 +246,14 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
                   scale, C, BE, TD, EVEN_E, EVEN_TD, DFINAL, SEGMENTED, False, True, True, PRECISION,
                   STAGES)  # fmt: skip
     elif role < e_tiles:
-        M = piece_rows(stop - start, L, M, PACKED)
-        stop = tl.minimum(stop, start + reach(rate, L))
-        start += index * M
-        stop = tl.minimum(stop, start + M)
+        start, stop = piece_from_start(start, stop, index, rate, L, M, PACKED)
         if is_first | (start >= stop):
             return
         sweep(k, q, g, dv, k_row, q_row, g_row, H * E, dfinal, False, after, True, after, True, E, 1, start, stop,
               role * TE, D, E, rate, scale, C, BD, TE, EVEN_D, EVEN_TE, False, False, True, False, True, PRECISION,
               STAGES)  # fmt: skip
     else:
-        M = piece_rows(stop - start, L, M, PACKED)
-        start = tl.maximum(start, stop - reach(rate, L))
-        stop -= index * M
-        start = tl.maximum(start, stop - M)
+        start, stop = piece_from_end(start, stop, index, rate, L, M, PACKED)
         if is_last | (start >= stop):
             return
         sweep(g, v, k, dq, g_row, v_row, k_row, H * D, initial, False, before, True, before, True, 1, E, start,
