@@ -71,13 +71,12 @@ class Descriptor:
     backward pass.
     """
 
-    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
+    __slots__ = ("base", "block_shape", "shape", "strides")
     padding = "zero"
     round_f32_to_tf32 = False  # asked for since Triton 3.7
 
     def __init__(self, x: Tensor, layout: Layout, C: int, width: int) -> None:
         self.base = x
-        self.layout = layout
         self.shape, self.strides = layout
         self.block_shape = [1, C, 1, width]
 
@@ -159,7 +158,7 @@ def _below(execute: Any) -> Callable[..., None] | None:
         return None
     options = execute.launch_cooperative_grid, execute.launch_pdl, None, None
     start: Any = execute.launch
-    described: tuple[Callable[[int, Layout], tuple[Any, ...]], ...] = ()
+    described: tuple[Callable[..., tuple[Any, ...]], ...] = ()
     if not isbuiltin(start):  # it encodes descriptors
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
@@ -181,17 +180,17 @@ def _below(execute: Any) -> Callable[..., None] | None:
     ) -> None:
         descriptors: list[Any] = []
         for x, encoded in zip(args, described, strict=False):
-            descriptors += encoded(x.base.data_ptr(), x.layout)
+            descriptors += encoded(x.base.data_ptr(), x.shape, x.strides)
         start(*grid, stream, function, *options, packed, None, None, None, *descriptors, *args[count:], *values)
 
     return direct
 
 
-def _encoder(box: tuple[Any, ...]) -> Callable[[int, Layout], tuple[Any, ...]]:
+def _encoder(box: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
     """What a kernel takes for a descriptor: PyTorch hands out the same addresses again, and encoding takes 1 µs."""
     encode = triton.runtime.driver.active.utils.fill_tma_descriptor
 
-    def encoded(address: int, layout: Layout) -> tuple[Any, ...]:
-        return encode(address, *box, *layout, 0), *layout.shape, *layout.strides
+    def encoded(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...]:
+        return encode(address, *box, shape, strides, 0), *shape, *strides
 
     return lru_cache(maxsize=1024)(encoded)
