@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lightning_attention.bench import timing
+from lightning_attention import cuda_graphs
 from lightning_attention.bench.timing import Call, Timing, captured, copy_rate, host_us, peak_bytes, time_calls, wall_ms
 from lightning_attention.bench.timing import _turns as turns
 
@@ -60,10 +60,10 @@ def add_one_to_a_pool_of_its_own() -> tuple[Call, "weakref.ref[torch.Tensor]"]:
 
 def test_what_a_captured_call_writes_to_lives_as_long_as_its_replay(monkeypatch):
     stand_ins = {
-        "CUDAGraph": Graph, "graph": lambda graph, stream: graph, "Stream": Stream, "current_stream": Stream,
+        "CUDAGraph": Graph, "graph": lambda graph, pool, stream: graph, "Stream": Stream, "current_stream": Stream,
         "stream": lambda _: nullcontext(),
     }  # fmt: skip
-    monkeypatch.setattr(timing, "_capture_stream", Stream)
+    monkeypatch.setattr(cuda_graphs, "_stream", Stream)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     call, pool = add_one_to_a_pool_of_its_own()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_attention.cuda_graphs import capture
+
 Call = Callable[[], object]
 
 #: Written between repetitions so that none finds its inputs in the L2 cache (60 MB on an H200, 126 MB on a B200).
@@ -57,28 +59,15 @@ class _Replayed:
         self.graph.replay()
 
 
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for every capture: cuBLAS keeps 32 MB for each stream that it has seen, for good."""
-    return torch.cuda.Stream(device)
-
-
 def captured(call: Call, device: torch.device) -> Call:
     """On a GPU the replay of a CUDA graph of the call, made after a run that warms it up; elsewhere the call itself.
 
-    A graph knows the addresses of the call's tensors and does not own them. What is returned keeps the call too: were
-    it dropped, with a pool of states that nobody else has, replays would read and write freed memory.
+    What is returned keeps the call too: were it dropped, with a pool of states that nobody else has, replays would read
+    and write freed memory.
     """
     if device.type != "cuda":
         return call
-    side = _capture_stream(device)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        call()
+    graph, _ = capture(call, device)
     return _Replayed(graph, call)
 
 

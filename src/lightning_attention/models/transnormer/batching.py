@@ -3,12 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_attention.cuda_graphs import capture
 from lightning_attention.models.transnormer.modeling_transnormer import TransnormerForCausalLM
 from lightning_attention.models.transnormer.sampling import sample
 from lightning_attention.nn import GatedLinearAttention
@@ -104,12 +104,6 @@ class _Graph(NamedTuple):
     rows: Tensor
     controls: Tensor
     tokens: Tensor
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for every capture: cuBLAS keeps 32 MB for each stream that it has seen, for good."""
-    return torch.cuda.Stream(device)
 
 
 class ContinuousBatch:
@@ -323,16 +317,9 @@ class ContinuousBatch:
             rows = torch.full((2, size), -1, device=self._device)  # captured, and warmed up, on padding alone
             rows[1] = 0
             controls = torch.zeros(3, size, device=self._device)
-            side = _capture_stream(self._device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._decode_rows(rows, controls, sampled)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
             # One memory for all of them: only one runs at a time, and its tokens are fetched before the next.
             memory = next((g.graph.pool() for g in self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=memory, stream=side):
-                tokens = self._decode_rows(rows, controls, sampled)
+            graph, tokens = capture(lambda: self._decode_rows(rows, controls, sampled), self._device, memory)
             self._graphs[size, sampled] = _Graph(graph, rows, controls, tokens)
         return self._graphs[size, sampled]
 
