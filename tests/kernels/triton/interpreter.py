@@ -19,6 +19,7 @@ import pytest
 import torch
 from packaging.version import Version, parse
 
+from tests.kernels.triton.cutting import cutting
 from tests.support import Problem, Solution
 
 interpreted = pytest.mark.skipif(
@@ -77,16 +78,6 @@ def _answer(request: bytes) -> bytes:
     return pickle.dumps(function(*arguments))
 
 
-def _cutting(segments: bool) -> Any:
-    """What is cut where is the launch table's business; here every sequence is, in segments of two pieces, or none."""
-    from lightning_attention.kernels.triton import launch
-
-    def segment_rows(programs: int, T: int, C: int, places: int) -> int:
-        return 2 * C if segments else -(-T // C) * C
-
-    return patch.multiple(launch, segment_rows=segment_rows, piece_rows=lambda rows, _: rows // 2 if segments else rows)
-
-
 def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: bool) -> Run:
     from lightning_attention.kernels.triton.attention import attention, attention_backward
     from lightning_attention.kernels.triton.segments import scan_kernel
@@ -94,7 +85,7 @@ def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: 
     p, scans = problem, []
     inputs = (p.q, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale)
     learnable = p.log_decay is not None
-    with _cutting(segments), patch.object(scan_kernel, "pre_run_hooks", [lambda *_, **__: scans.append(1)]):
+    with cutting(segments), patch.object(scan_kernel, "pre_run_hooks", [lambda *_, **__: scans.append(1)]):
         out, final = attention(*inputs, want_final, batch_invariant)
         dq, dk, dv, dlog_decay, dinitial = attention_backward(
             p.dout, p.dfinal if want_final else None, *inputs, batch_invariant, learnable
@@ -107,7 +98,7 @@ def _states(problem: Problem, segments: bool) -> torch.Tensor:
     from lightning_attention.kernels.triton.attention import attention
 
     p = problem
-    with _cutting(segments):
+    with cutting(segments):
         _, final = attention(None, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale, True, False)
     assert final is not None
     return final

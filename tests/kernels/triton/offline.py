@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from lightning_attention.kernels.triton import launch, launcher
 from lightning_attention.kernels.triton.attention import attention, attention_backward
+from tests.kernels.triton.cutting import cutting
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,11 @@ def _on(chip: Chip, segments: bool) -> Iterator[list[Launch]]:
         compiled = run(kernel, *args, grid=grid, warmup=True, **constants)
         launches.append(Launch(kernel.fn.__name__, constants, compiled))
 
-    def segment_rows(programs: int, T: int, C: int, places: int) -> int:
-        return 2 * C if segments else -(-T // C) * C
-
     with (
         patch.object(driver, "_active", _Driver(chip.target)),
         patch.object(JITFunction, "run", compile_only),
         patch.object(launch, "device", lambda x: (chip.capability, chip.multiprocessors)),
-        patch.object(launch, "segment_rows", segment_rows),
-        patch.object(launch, "piece_rows", lambda rows, width: rows // 2 if segments else rows),
+        cutting(segments),
         patch.object(launcher, "_launches", {}),
     ):
         yield launches

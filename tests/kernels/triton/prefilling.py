@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention import decay
+from tests.kernels.triton.cutting import cutting
 from tests.kernels.triton.serving import NAN, bits, moved
 from tests.support import ReferencePool, budget, cumulative, relative_error
 
@@ -103,20 +104,10 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
 
 def prefilled(batch: Batch, segments: bool = False) -> tuple[Tensor, Tensor]:
     """Outputs and pool; ``segments`` cuts sequences into segments of two pieces, a block each."""
-    from unittest.mock import patch
-
-    from lightning_attention.kernels.triton import launch
     from lightning_attention.kernels.triton.prefill import prefill
 
-    def segment_rows(programs: int, T: int, C: int, places: int) -> int:
-        return 2 * C if segments else -(-T // C) * C
-
     state = batch.pool.clone()
-
-    def piece_rows(rows: int, width: int) -> int:
-        return rows // 2 if segments else rows
-
-    with patch.multiple(launch, segment_rows=segment_rows, piece_rows=piece_rows):
+    with cutting(segments):
         return prefill(*batch.arguments(state)), state
 
 
