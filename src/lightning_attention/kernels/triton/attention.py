@@ -22,16 +22,24 @@ def float32_precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def is_lazy(x: Tensor, batch_invariant: bool) -> bool:
+    """Whether states are carried lazily (``part.advance``): where their bits matter, and need not be those of two calls
+    one after the other.
+    """
+    return float32_precision(x) == "ieee" and not batch_invariant
+
+
 @lru_cache(maxsize=1024)
 def _forward_constants(
-    tiles: launch.Tiles, packed: bool, flags: tuple[bool, ...], D: int, E: int, precision: str
+    tiles: launch.Tiles, packed: bool, flags: tuple[bool, ...], D: int, E: int, precision: str, lazy: bool
 ) -> dict[str, Any]:
     """``flags``: SEGMENTED, INITIAL, FINAL, OUTPUT."""
     values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "FINAL", "OUTPUT"), flags, strict=True))
     values |= {"C": tiles.C, "BD": tiles.BD, "BE": tiles.TE, "PACKED": packed}
     values |= {"STAGES": launch.stages(tiles, flags[3])}
     if not tiles.hopper:
-        values |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": precision}
+        values |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0}
+        values |= {"PRECISION": precision, "LAZY": lazy}
     return values
 
 
@@ -53,6 +61,7 @@ class Forward:
         scale: float,
         tiling: launch.Tiling,
         places: int | None = None,
+        lazy: bool = False,
     ) -> None:
         _, T, H, D = k.shape
         E = v.shape[3]
@@ -60,7 +69,7 @@ class Forward:
         self._tiles, self._k, self._out, self._log_decay = tiles, k, out, log_decay
         self._sizes = (T, H, D, E, scale)
         self._row = row = H * E
-        self._places = places
+        self._places, self._lazy = places, lazy
         if tiles.hopper:
             launcher.bind_context(k)
             C, BD, TE = tiles.C, tiles.BD, tiles.TE
@@ -119,10 +128,14 @@ class Forward:
             if states is not None and (slots is not None or fresh is not None or states.dtype != torch.float32):
                 key = (*key, *launcher.dtypes(states, slots, fresh))
             launcher.run(
-                hopper().forward_kernel, grid, args, key, lambda: _forward_constants(tiles, packed, flags, D, E, "")
+                hopper().forward_kernel,
+                grid,
+                args,
+                key,
+                lambda: _forward_constants(tiles, packed, flags, D, E, "", False),
             )
         else:
-            constants = _forward_constants(tiles, packed, flags, D, E, float32_precision(self._k))
+            constants = _forward_constants(tiles, packed, flags, D, E, float32_precision(self._k), self._lazy)
             launcher.portable(sweep.forward_kernel, grid, args, constants, tiles)
 
 
@@ -140,6 +153,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs [B, T, H, E] and final states [N, H, D, E] float32; q None is for the states alone."""
     q = k if q is None else q
+    log_decay, cu_seqlens = launcher.dense(log_decay), launcher.dense(cu_seqlens)
     B, T, H, D = k.shape
     E = v.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -155,7 +169,7 @@ def attention(
     tiles = tiling.tiles
     programs = H * -(-E // tiles.TE)
     cut = segments.cut(B, T, cu_seqlens, tiles.C, max(D, E), programs, tiling.places, batch_invariant)
-    forward = Forward(q, k, v, out, log_decay, scale, tiling)
+    forward = Forward(q, k, v, out, log_decay, scale, tiling, lazy=is_lazy(k, batch_invariant))
     between = None
     if cut.cut:
         own, (between,) = cut.room(k, E)
@@ -173,7 +187,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def _backward_constants(
-    tiles: launch.Tiles, packed: bool, flags: tuple[bool, ...], D: int, E: int, precision: str
+    tiles: launch.Tiles, packed: bool, flags: tuple[bool, ...], D: int, E: int, precision: str, lazy: bool
 ) -> dict[str, Any]:
     """``flags``: SEGMENTED, INITIAL, DFINAL, DINITIAL, OUTPUT."""
     values: dict[str, Any] = dict(zip(("SEGMENTED", "INITIAL", "DFINAL", "DINITIAL", "OUTPUT"), flags, strict=True))
@@ -181,6 +195,7 @@ def _backward_constants(
     values |= {"PACKED": packed, "STAGES": launch.stages(tiles, flags[4])}
     if not tiles.hopper:
         values |= {"EVEN_D": tiles.BD == D, "EVEN_TD": D % tiles.TD == 0, "PRECISION": precision}
+        values["LAZY"] = lazy
         values |= {"EVEN_E": tiles.BE == E, "EVEN_TE": E % tiles.TE == 0}
     return values
 
@@ -200,6 +215,7 @@ def attention_backward(
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, log_decay [H] and initial_state [N, H, D, E] (None where there is none)."""
+    log_decay, cu_seqlens = launcher.dense(log_decay), launcher.dense(cu_seqlens)
     B, T, H, D = k.shape
     E = v.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -254,10 +270,11 @@ def attention_backward(
                 grid,
                 given,
                 key,
-                lambda: _backward_constants(tiles, packed, flags, D, E, ""),
+                lambda: _backward_constants(tiles, packed, flags, D, E, "", False),
             )
         else:
-            constants = _backward_constants(tiles, packed, flags, D, E, float32_precision(k))
+            lazy = is_lazy(k, batch_invariant)
+            constants = _backward_constants(tiles, packed, flags, D, E, float32_precision(k), lazy)
             launcher.portable(sweep.backward_kernel, grid, given, constants, tiles)
 
     if cut.cut:
@@ -273,8 +290,8 @@ def attention_backward(
         e_tiles = -(-E // width)
         partials = torch.empty(cut.count, H, e_tiles, dtype=torch.float32, device=v.device)
         constants = {
-            "C": min(tiles.C, 32), "BD": tiles.BD, "BE": width, "STAGES": 2, "EVEN_D": tiles.BD == D,
-            "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut,
+            "C": 16 if q.dtype == torch.float16 else min(tiles.C, 32), "BD": tiles.BD, "BE": width, "STAGES": 2,
+            "EVEN_D": tiles.BD == D, "EVEN_E": E % width == 0, "PACKED": packed, "SEGMENTED": cut.cut,
             "INITIAL": reads and initial_state is not None, "DFINAL": reads and dfinal is not None,
             "PRECISION": float32_precision(k),
         }  # fmt: skip

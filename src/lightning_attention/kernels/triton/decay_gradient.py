@@ -13,7 +13,7 @@ what it does to the state after it is weighed with that state's gradient, which 
 import triton
 import triton.language as tl
 
-from lightning_attention.kernels.triton.part import is_alone, log2_decay, segment
+from lightning_attention.kernels.triton.part import is_alone, log2_decay, segment, whole_and_rest
 from lightning_attention.kernels.triton.sweep import first_state, load_rows
 
 
@@ -24,7 +24,12 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
                           C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
                           EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
                           DFINAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """partial [slots, H, tiles]: each program's part of the sum."""
+    """partial [slots, H, tiles]: each program's part of the sum.
+
+    float16 inputs are multiplied in TF32, which has their bits and float32's range: R grows like T^1.5 where nothing
+    decays, past 65504 from T = 1024 on, and with strong decays all of it is next to nothing.
+    """
+    DTYPE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float16 else q.dtype.element_ty
     tiles = tl.cdiv(E, BE)
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -53,9 +58,9 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
     for n in tl.range(0, tl.cdiv(stop - start, C), num_stages=STAGES):
         at = start + n * C
         tokens = tl.minimum(stop - at, C)
-        qt = tl.trans(load_rows(q, q_row, at, stop, 0, D, C, BD, EVEN_D))
-        kt = load_rows(k, k_row, at, stop, 0, D, C, BD, EVEN_D)
-        vt = tl.trans(load_rows(v, v_row, at, stop, tile * BE, E, C, BE, EVEN_E))
+        qt = tl.trans(load_rows(q, q_row, at, stop, 0, D, C, BD, EVEN_D).to(DTYPE))
+        kt = load_rows(k, k_row, at, stop, 0, D, C, BD, EVEN_D).to(DTYPE)
+        vt = tl.trans(load_rows(v, v_row, at, stop, tile * BE, E, C, BE, EVEN_E).to(DTYPE))
         gt = tl.trans(load_rows(g, g_row, at, stop, tile * BE, E, C, BE, EVEN_E))
         scores = tl.dot(kt, qt, input_precision=PRECISION) * mask
         out = tl.dot(drift.to(qt.dtype), qt, input_precision=PRECISION) * from_start[None, :]
@@ -64,11 +69,12 @@ def decay_gradient_kernel(q, k, v, g, q_batch: "i64", q_row, q_head: "i64", k_ba
         total += tl.sum(out * gt.to(tl.float32), 0)
         rest = tl.maximum(tokens - 1 - row, 0)
         to_end = tl.exp2(rate * rest)
-        across = tl.exp2(rate * tokens)
+        whole, rest_of_one = whole_and_rest(rate * tokens * 0.6931471805599453)
+        drift += state * tokens
         drifting = (vt.to(tl.float32) * (to_end * rest)[None, :]).to(vt.dtype)
-        drift = tl.dot(drifting, kt, (drift + state * tokens) * across, input_precision=PRECISION)
+        drift = tl.dot(drifting, kt, drift * whole + drift * rest_of_one, input_precision=PRECISION)
         weighted = (vt.to(tl.float32) * to_end[None, :]).to(vt.dtype)
-        state = tl.dot(weighted, kt, state * across, input_precision=PRECISION)
+        state = tl.dot(weighted, kt, state * whole + state * rest_of_one, input_precision=PRECISION)
     result = scale * tl.sum(total, 0)
     # What the segment does to the state after it, weighed with that state's gradient.
     ahead = first_state(dfinal + of_sequence, alone, after + of_segment, alone, tile * BE, D, E, E, 1, BD, BE,

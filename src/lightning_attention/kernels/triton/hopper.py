@@ -19,14 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lightning_attention.kernels.triton.part import (
+    float16_unit,
     inherits,
     is_alone,
     log2_decay,
     of_state,
     piece_from_end,
     piece_from_start,
+    power_below,
     segment_or_piece,
     snapshot,
+    whole_and_rest,
 )
 
 # Their names until Triton 3.6, where the new ones do not exist.
@@ -117,6 +120,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
     which a copy of C rows would overrun.
     """
     dtype: gl.constexpr = b_desc.dtype
+    HALF: gl.constexpr = b_desc.dtype == gl.float16
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     left_scores: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
@@ -147,6 +151,14 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
 
     state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, BE, BD,
                         state_layout, INITIAL, SEGMENTED)  # fmt: skip
+    unit = 0.0
+    weight_scale = 1.0
+    if REVERSE:
+        weight_scale = scale
+    if HALF:
+        unit = float16_unit(rate, scale, REVERSE)
+        state *= gl.exp2(-unit)
+        weight_scale *= gl.exp2(-unit)
     c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
     if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
@@ -181,14 +193,18 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
         fetch(a_desc, b_desc, c_desc, a_smem, b_smem, c_smem, ready, last, batch, first + ahead * step, head, column,
               ahead < blocks, C, BD, BE, OUTPUT)  # fmt: skip
         if OUTPUT:
-            left = gl.convert_layout(state.to(dtype), left_scores)
+            if HALF:  # rows of the state, each times a power of two that makes it fit
+                power, inverse = power_below(gl.max(gl.abs(state), 1))
+                left = gl.convert_layout((state * inverse[:, None]).to(dtype), left_scores)
+            else:
+                left = gl.convert_layout(state.to(dtype), left_scores)
             out = warpgroup_mma(left, a, nothing, use_acc=False, is_async=True)
 
-        # λ^r or λ^(m−r); the exponent of a row past the end is clamped, and that row of c is zero.
-        if REVERSE:
-            weight = gl.exp2(rate * (c_row + 1).to(gl.float32)) * scale
-        else:
-            weight = gl.exp2(rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32))
+        # λ^(m−1−r), or λ^(r+1) as λ^m over it: the same in every block, that would be kept in registers, 16 a thread,
+        # which Triton 3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row of c is zero.
+        across = rate * tokens.to(gl.float32)
+        to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
+        weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
         weighted = (c.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
 
         if OUTPUT:
@@ -197,12 +213,17 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
             fence_async_shared()
             barrier()
             out = warpgroup_mma_wait(0, deps=[out])
+            if HALF:
+                out = out * gl.convert_layout(power, gl.SliceLayout(1, scores_layout))[:, None]
+            to_end = rate * gl.maximum(tokens - 1 - out_row, 0).to(gl.float32)
             if REVERSE:
-                out = out * gl.exp2(rate * gl.maximum(tokens - 1 - out_row, 0).to(gl.float32))[None, :]
+                out = out * gl.exp2(to_end + unit)[None, :]
             else:
-                out = out * (gl.exp2(rate * (out_row + 1).to(gl.float32)) * scale)[None, :]
+                out = out * (gl.exp2(across - to_end + unit) * scale)[None, :]
             out = warpgroup_mma(c.permute((1, 0)), p_smem, out, is_async=True)
-        state = warpgroup_mma(weighted, b, state * gl.exp2(rate * tokens.to(gl.float32)), is_async=True)
+        # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
+        whole, rest = whole_and_rest(across * 0.6931471805599453)
+        state = warpgroup_mma(weighted, b, state + state * (rest + whole - 1.0), is_async=True)
         if OUTPUT:
             out = warpgroup_mma_wait(1, deps=[out])
             tma.store_wait(0)
@@ -229,6 +250,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
     if FINAL:
         if keep:
             where, exists = state_pointers(final, BE, BD, state_layout, column, b_width, c_width, b_stride, c_stride)
+            state *= gl.exp2(unit)
             gl.store(where, state.to(final.dtype.element_ty), mask=exists)
 
 

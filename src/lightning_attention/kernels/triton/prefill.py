@@ -127,6 +127,7 @@ def _snapshots(
         key = (k.device.index, tiles, *launcher.dtypes(k, log_decay, state, slots, fresh, cu_seqlens, at, to))
         launcher.run(hopper().snapshot_kernel, grid, args, key, lambda: constants)
         return
-    constants |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0, "PRECISION": float32_precision(k)}
+    constants |= {"EVEN_D": tiles.BD == D, "EVEN_E": E % tiles.TE == 0}
+    constants |= {"PRECISION": float32_precision(k), "LAZY": False}
     strides = (*k.stride()[1:3], *v.stride()[1:3])
     launcher.portable(sweep.snapshot_kernel, grid, (k, v, *strides, *states), constants, tiles)

@@ -11,7 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_attention.kernels.triton import launch, launcher
-from lightning_attention.kernels.triton.part import inherits, log2_decay, of_state, piece_rows, reach
+from lightning_attention.kernels.triton.part import (
+    inherits,
+    log2_decay,
+    of_state,
+    piece_rows,
+    reach,
+    whole_and_rest,
+)
 
 #: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
 #: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.
@@ -286,7 +293,7 @@ def scan_kernel(before_own, after_own, before, after, initial, dfinal, state_slo
         begin = tl.load(first + sequence)
         end = tl.load(first + sequence + 1)
         length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
-    across = tl.exp2(rate * L)
+    whole, rest = whole_and_rest(rate * L * 0.6931471805599453)
     state = tl.zeros([BLOCK], tl.float32)
     if INITIAL:
         if inherits(fresh, sequence):
@@ -300,7 +307,7 @@ def scan_kernel(before_own, after_own, before, after, initial, dfinal, state_slo
                           PIECES)  # fmt: skip
         tl.debug_barrier()  # what another thread has yet to read may be the same memory
         tl.store(before + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-        state = across * state + own
+        state = whole * state + (rest * state + own)
         own = ahead
     if AFTER:
         state = tl.zeros([BLOCK], tl.float32)
@@ -308,16 +315,17 @@ def scan_kernel(before_own, after_own, before, after, initial, dfinal, state_slo
             state = tl.load(dfinal + (sequence.to(tl.int64) * H + head) * SIZE + col, mask=inside)
         rows = length - (end - begin - 1) * L  # only a sequence's last segment can have fewer than L
         own = own_state(after_own, end - 1, rows, head, col, inside, rate, L, M, H, SIZE, PACKED, PIECES)
-        factor = tl.exp2(rate * rows)
+        first_whole, first_rest = whole_and_rest(rate * rows * 0.6931471805599453)
         for i in range(0, end - begin):
             s = end - 1 - i
             ahead = own_state(after_own, tl.maximum(s - 1, begin), L, head, col, inside, rate, L, M, H, SIZE, PACKED,
                               PIECES)  # fmt: skip
             tl.debug_barrier()  # what another thread has yet to read may be the same memory
             tl.store(after + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-            state = factor * state + own
+            state = first_whole * state + (first_rest * state + own)
             own = ahead
-            factor = across
+            first_whole = whole
+            first_rest = rest
 
 
 @triton.jit

@@ -8,7 +8,7 @@ on.
 import triton
 import triton.language as tl
 
-from lightning_attention.kernels.triton.part import inherits
+from lightning_attention.kernels.triton.part import inherits, natural_decay, whole_and_rest
 
 
 @triton.jit
@@ -57,28 +57,24 @@ def store_row(x, start, width, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def decay_of(log_decay, head):
-    """The head's decay as a sum of two, 1 or 0 and the rest.
-
-    A decay near 1 in float32, and more so what a GPU's fast exponential makes of it, is off by up to 2.4e-7; after t
-    tokens one by one that is t times as much, always in one direction. What is left of 1, expm1(log λ), is not.
-    """
+    """The head's decay as a sum of two, 1 or 0 and the rest."""
     whole = 1.0
     rest = 0.0
     if log_decay is not None:
-        x = tl.load(log_decay + head)
-        near_zero = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040))))))
-        slow = x > -0.25  # there the series' error is 1e-9 of it
-        whole = tl.where(slow, 1.0, 0.0)
-        rest = tl.where(slow, near_zero, tl.exp2(x * 1.4426950408889634))
+        whole, rest = whole_and_rest(natural_decay(log_decay, head))
     return whole, rest
 
 
 @triton.jit
 def step(state, k, v, whole, rest):
-    """λ S + kᵀ v, λ = whole + rest, in fused products and sums: said outright, it rounds the same in every kernel."""
+    """λ S + kᵀ v, λ = whole + rest, in fused products and sums: said outright, it rounds the same in every kernel.
+
+    The large term comes last: what decays in one token may be less than a rounding of S, and would be lost by itself.
+    """
     k = tl.broadcast_to(k[:, None], state.shape)
     v = tl.broadcast_to(v[None, :], state.shape)
-    return tl.fma(k, v, tl.fma(tl.full(state.shape, rest, tl.float32), state, state * whole))
+    change = tl.fma(tl.full(state.shape, rest, tl.float32), state, k * v)
+    return tl.fma(tl.full(state.shape, whole, tl.float32), state, change)
 
 
 @triton.jit(do_not_specialize=["q", "k", "v", "out", "state", "slots", "log_decay", "q_token", "q_head", "k_token",

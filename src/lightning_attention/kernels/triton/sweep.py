@@ -17,14 +17,18 @@ import triton
 import triton.language as tl
 
 from lightning_attention.kernels.triton.part import (
+    advance,
+    float16_unit,
     inherits,
     is_alone,
     log2_decay,
     of_state,
     piece_from_end,
     piece_from_start,
+    power_below,
     segment_or_piece,
     snapshot,
+    whole_and_rest,
 )
 
 
@@ -74,14 +78,24 @@ def first_state(initial, inherits, between, alone, column, b_width, c_width, b_s
 def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, alone, final, keep, b_stride, c_stride,
           start, stop, column, b_width, c_width, rate, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
           EVEN_B: tl.constexpr, EVEN_C: tl.constexpr, INITIAL: tl.constexpr, SEGMENTED: tl.constexpr,
-          FINAL: tl.constexpr, OUTPUT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+          FINAL: tl.constexpr, OUTPUT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, LAZY: tl.constexpr,
           STAGES: tl.constexpr):  # fmt: skip
     """Rows start … stop of one head, from its ``first_state`` to the state at ``final``, stored if ``keep``.
 
-    With time reversed the state is that of the rows after.
+    With time reversed the state is that of the rows after. LAZY: carried as ``advance`` says.
     """
+    HALF: tl.constexpr = b.dtype.element_ty == tl.float16
     state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, BD, BE,
                         INITIAL, SEGMENTED)  # fmt: skip
+    unit = 0.0
+    weight_scale = 1.0
+    if REVERSE:
+        weight_scale = scale
+    if HALF:
+        unit = float16_unit(rate, scale, REVERSE)
+        state *= tl.exp2(-unit)
+        weight_scale *= tl.exp2(-unit)
+    elapsed = 0
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -95,17 +109,21 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, al
         tokens = tl.minimum(stop - at, C)
         bt = load_rows(b, b_row, at, stop, 0, b_width, C, BD, EVEN_B)
         ct = tl.trans(load_rows(c, c_row, at, stop, column, c_width, C, BE, EVEN_C))
-        # λ^r and λ^(m−r), r = 1..m; the exponent of a row past the end is clamped, and that row of c is zero.
-        from_start = tl.exp2(rate * (row + 1))
-        to_end = tl.exp2(rate * tl.maximum(tokens - 1 - row, 0))
+        # Rows from the start of the block, 1..m, and to its end, m−1..0; a row past the end is clamped, and zero in c.
+        from_start = row + 1
+        to_end = tl.maximum(tokens - 1 - row, 0)
         if OUTPUT:
             at_ = tl.trans(load_rows(a, a_row, at, stop, 0, b_width, C, BD, EVEN_B))
             scores = tl.dot(bt, at_, input_precision=PRECISION) * mask
-            out = tl.dot(state.to(bt.dtype), at_, input_precision=PRECISION)
-            if REVERSE:
-                out = out * to_end[None, :]
+            if HALF:  # rows of the state, each times a power of two that makes it fit
+                power, inverse = power_below(tl.max(tl.abs(state), 1))
+                out = tl.dot((state * inverse[:, None]).to(bt.dtype), at_) * power[:, None]
             else:
-                out = out * (from_start * scale)[None, :]
+                out = tl.dot(state.to(bt.dtype), at_, input_precision=PRECISION)
+            if REVERSE:
+                out = out * tl.exp2(rate * (to_end + elapsed) + unit)[None, :]
+            else:
+                out = out * (tl.exp2(rate * (from_start + elapsed) + unit) * scale)[None, :]
             out = tl.dot(ct, scores.to(ct.dtype), out, input_precision=PRECISION)
             col = column + tl.arange(0, BE)
             rows = o + (at + row).to(tl.int64)[:, None] * o_row + col[None, :]
@@ -113,14 +131,22 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, al
             if not EVEN_C:
                 inside = inside & (col < c_width)[None, :]
             tl.store(rows, tl.trans(out.to(bt.dtype)), mask=inside)
+        if LAZY:
+            elapsed, whole, rest = advance(rate, elapsed, tokens)
+        else:
+            whole, rest = whole_and_rest(rate * tokens * 0.6931471805599453)
         weight = to_end
         if REVERSE:
-            weight = from_start * scale
-        weighted = (ct.to(tl.float32) * weight[None, :]).to(ct.dtype)
-        state = tl.dot(weighted, bt, state * tl.exp2(rate * tokens), input_precision=PRECISION)
+            weight = from_start
+        weighted = (ct.to(tl.float32) * (tl.exp2(rate * (weight - elapsed)) * weight_scale)[None, :]).to(ct.dtype)
+        if PRECISION == "ieee":  # one sum a block rounds a long state less often than one a row
+            state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
+        else:
+            state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
     if FINAL:
         if keep:
             where, exists = state_pointers(final, column, b_width, c_width, b_stride, c_stride, BD, BE)
+            state *= tl.exp2(rate * elapsed + unit)
             tl.store(where, state.to(final.dtype.element_ty), mask=exists)
 
 
@@ -129,7 +155,7 @@ def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, 
                     state_slot, state_head, slots, fresh, between, table, place, head, column, segments, L, M, T, H, D,
                     E, scale, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
                     EVEN_E: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr,
-                    FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+                    FINAL: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr, LAZY: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """The part of one head and some columns in one segment or, without OUTPUT, in one of its pieces."""
     sequence, batch, start, stop, is_first, is_last, slot, index, pieces = segment_or_piece(
@@ -146,13 +172,13 @@ def forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, 
             alone = is_alone(is_first, is_last, SEGMENTED, PACKED)
             sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial + of_sequence, alone & inherits(fresh, sequence),
                   of_segment, alone, final + of_sequence, is_last, E, 1, start, stop, column, D, E, rate, scale, C, BD,
-                  BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION, STAGES)  # fmt: skip
+                  BE, EVEN_D, EVEN_E, INITIAL, SEGMENTED, FINAL, True, False, PRECISION, LAZY, STAGES)  # fmt: skip
         else:
             start, stop = piece_from_end(start, stop, index, rate, L, M, PACKED)
             if (not is_last) & (start < stop):
                 sweep(q, k, v, o, q_row, k_row, v_row, H * E, initial, False, between, True, of_segment, True, E, 1,
                       start, stop, column, D, E, rate, scale, C, BD, BE, EVEN_D, EVEN_E, False, False, True, False,
-                      False, PRECISION, STAGES)  # fmt: skip
+                      False, PRECISION, LAZY, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["segments", "L", "M", "T", "state_slot", "state_head", "places"])
@@ -161,7 +187,8 @@ def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i
                    state_head: "i64", slots, fresh, between, table, places, segments, L, M, T, H, D, E, scale,
                    C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-                   OUTPUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                   OUTPUT: tl.constexpr, PRECISION: tl.constexpr, LAZY: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     """o = sweep(q, k, v); without OUTPUT the state that each piece of M rows of a segment would leave by itself.
 
     ``initial`` and ``final`` are states of sequences, sequence i's at ``slots[i]`` where there are slots; ``between``
@@ -180,7 +207,7 @@ def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i
         forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial, final,
                         state_slot, state_head, slots, fresh, between, table, first, head, column, segments, L, M, T, H,
                         D, E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL, OUTPUT, PRECISION,
-                        STAGES)  # fmt: skip
+                        LAZY, STAGES)  # fmt: skip
     else:
         if not OUTPUT:
             places = T // L * tl.cdiv(L, M)
@@ -188,7 +215,7 @@ def forward_kernel(q, k, v, o, q_batch: "i64", q_row, q_head: "i64", k_batch: "i
             forward_segment(q, k, v, o, q_batch, q_row, k_batch, k_row, v_batch, v_row, o_batch, log_decay, initial,
                             final, state_slot, state_head, slots, fresh, between, table, place, head, column, segments,
                             L, M, T, H, D, E, scale, C, BD, BE, EVEN_D, EVEN_E, PACKED, SEGMENTED, INITIAL, FINAL,
-                            OUTPUT, PRECISION, STAGES)  # fmt: skip
+                            OUTPUT, PRECISION, LAZY, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["segments", "L", "M", "T"])
@@ -199,7 +226,7 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
                     TD: tl.constexpr, TE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr,
                     EVEN_TD: tl.constexpr, EVEN_TE: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr,
                     INITIAL: tl.constexpr, DFINAL: tl.constexpr, DINITIAL: tl.constexpr, OUTPUT: tl.constexpr,
-                    PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    PRECISION: tl.constexpr, LAZY: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dv = reverse sweep(k, q, do); dk = reverse sweep(v, do, q); dq = sweep(do, v, k), one role a program.
 
     ``initial``, ``dfinal`` and ``dinitial`` are states of sequences and their gradients; ``before`` holds the states
@@ -234,16 +261,16 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
         if role < e_tiles:
             sweep(k, q, g, dv + batch * e_batch + head * E, k_row, q_row, g_row, H * E, dfinal + of_sequence, alone,
                   after, alone, dinitial + of_sequence, is_first, E, 1, start, stop, role * TE, D, E, rate,
-                  scale, C, BD, TE, EVEN_D, EVEN_TE, DFINAL, SEGMENTED, DINITIAL, True, True, PRECISION,
+                  scale, C, BD, TE, EVEN_D, EVEN_TE, DFINAL, SEGMENTED, DINITIAL, True, True, PRECISION, LAZY,
                   STAGES)  # fmt: skip
         elif role < e_tiles + d_tiles:
             sweep(g, v, k, dq + batch * d_batch + head * D, g_row, v_row, k_row, H * D, initial + of_sequence, alone,
                   before, alone, before, False, 1, E, start, stop, (role - e_tiles) * TD, E, D, rate, scale, C,
-                  BE, TD, EVEN_E, EVEN_TD, INITIAL, SEGMENTED, False, True, False, PRECISION, STAGES)  # fmt: skip
+                  BE, TD, EVEN_E, EVEN_TD, INITIAL, SEGMENTED, False, True, False, PRECISION, LAZY, STAGES)  # fmt: skip
         else:
             sweep(v, g, q, dk + batch * d_batch + head * D, v_row, g_row, q_row, H * D, dfinal + of_sequence, alone,
                   after, alone, after, False, 1, E, start, stop, (role - e_tiles - d_tiles) * TD, E, D, rate,
-                  scale, C, BE, TD, EVEN_E, EVEN_TD, DFINAL, SEGMENTED, False, True, True, PRECISION,
+                  scale, C, BE, TD, EVEN_E, EVEN_TD, DFINAL, SEGMENTED, False, True, True, PRECISION, LAZY,
                   STAGES)  # fmt: skip
     elif role < e_tiles:
         start, stop = piece_from_start(start, stop, index, rate, L, M, PACKED)
@@ -251,21 +278,21 @@ def backward_kernel(q, k, v, g, dq, dk, dv, q_batch: "i64", q_row, q_head: "i64"
             return
         sweep(k, q, g, dv, k_row, q_row, g_row, H * E, dfinal, False, after, True, after, True, E, 1, start, stop,
               role * TE, D, E, rate, scale, C, BD, TE, EVEN_D, EVEN_TE, False, False, True, False, True, PRECISION,
-              STAGES)  # fmt: skip
+              LAZY, STAGES)  # fmt: skip
     else:
         start, stop = piece_from_end(start, stop, index, rate, L, M, PACKED)
         if is_last | (start >= stop):
             return
         sweep(g, v, k, dq, g_row, v_row, k_row, H * D, initial, False, before, True, before, True, 1, E, start,
               stop, (role - e_tiles) * TD, E, D, rate, scale, C, BE, TD, EVEN_E, EVEN_TD, False, False, True, False,
-              False, PRECISION, STAGES)  # fmt: skip
+              False, PRECISION, LAZY, STAGES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "fresh", "cu_seqlens", "first", "at", "to", "P", "L", "H"])
 def snapshot_kernel(k, v, k_row, k_head: "i64", v_row, v_head: "i64", log_decay, state, state_slot: "i64",
                     state_head: "i64", slots, fresh, between, cu_seqlens, first, at, to,
                     P, L, H, D, E, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EVEN_D: tl.constexpr,
-                    EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
+                    EVEN_E: tl.constexpr, PRECISION: tl.constexpr, LAZY: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """Write the state after ``at`` [N, P] rows of each packed sequence to the row ``to`` [N, P] of the pool ``state``.
 
@@ -288,4 +315,4 @@ def snapshot_kernel(k, v, k_row, k_head: "i64", v_row, v_head: "i64", log_decay,
     sweep(k, k + head * k_head, v + head * v_head, v, k_row, k_row, v_row, 0,
           state + of_state(slots, sequence, state_slot) + head * state_head, alone & inherits(fresh, sequence), between,
           alone, state + target, True, E, 1, start, stop, tile * BE, D, E, log2_decay(log_decay,
-          head), 1.0, C, BD, BE, EVEN_D, EVEN_E, True, True, True, False, False, PRECISION, STAGES)  # fmt: skip
+          head), 1.0, C, BD, BE, EVEN_D, EVEN_E, True, True, True, False, False, PRECISION, LAZY, STAGES)  # fmt: skip
