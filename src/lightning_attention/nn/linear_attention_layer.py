@@ -183,7 +183,7 @@ class LinearAttentionLayer(nn.Module):
         if not self._encodes:
             return None
         if positions is not None:
-            if positions.shape not in {x.shape[1:2], x.shape[:2]}:  # rope would broadcast one to all
+            if positions.shape not in (x.shape[1:2], x.shape[:2]):  # rope would broadcast one to all
                 came, (B, T) = list(positions.shape), x.shape[:2]
                 raise ValueError(f"positions is {came}; it must be [{T}] or [{B}, {T}]")
             return positions
