@@ -163,22 +163,22 @@ class Engine:
         batch = {
             "cu_seqlens": self._boundaries([drafts for drafts, _, _ in trees]),
             "slots": self._tensor([r.row for r in writing]),
+            "parents": self._tensor([parent for _, parents, _ in trees for parent in parents]),
         }
         ids = self._tensor([token for drafts, _, _ in trees for token in drafts])
-        parents = self._tensor([parent for _, parents, _ in trees for parent in parents])
         # A draft stands as far past what the state holds as it is deep in the tree.
         positions = self._tensor([r.read + d for r, (_, _, depths) in zip(writing, trees, strict=True) for d in depths])
         keys_and_values: list[tuple[Tensor, Tensor]] = []
 
         def mix(i: int, x: Tensor) -> Tensor:
-            out, k, v = self.mixers[i].verify(x, self.pools[i], positions=positions, parents=parents, **batch)
+            out, k, v = self.mixers[i].verify(x, self.pools[i], positions=positions, **batch)
             keys_and_values.append((k, v))
             return out
 
         following = self.model(ids, mix).argmax(-1).tolist()
         accepted = [False] * len(following)
         first = 0
-        for r, (drafts, parents_, _) in zip(writing, trees, strict=True):
+        for r, (drafts, parents, _) in zip(writing, trees, strict=True):
             # From the newest token, which is no guess, down the tree while the model agrees.
             at: int | None = 0
             while at is not None and len(r.tokens) < r.limit:
@@ -186,7 +186,7 @@ class Engine:
                 token = following[first + at]
                 r.tokens.append(token)
                 r.read += 1
-                at = next((j for j, p in enumerate(parents_) if p == at and drafts[j] == token), None)
+                at = next((j for j, p in enumerate(parents) if p == at and drafts[j] == token), None)
             first += len(drafts)
         self.accepted += sum(accepted) - len(writing)
         for mixer, pool, (k, v) in zip(self.mixers, self.pools, keys_and_values, strict=True):

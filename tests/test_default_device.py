@@ -148,7 +148,8 @@ def commit(backend: str, other: bool) -> Results:
         "accepted": indices(True, True, False, False, True, False, False, False, False),
     }
     with calls(backend, other):
-        lightning_attention_commit(k, v, DECAY, states, **batch, slots=indices(*SLOTS))
+        parents = indices(-1, 0, 0, -1, -1, -1, -1, 1, -1)
+        lightning_attention_commit(k, v, DECAY, states, **batch, slots=indices(*SLOTS), parents=parents)
         four = states[:4].clone()
         lightning_attention_commit(k, v, None, four, **batch)
     return [states, four]

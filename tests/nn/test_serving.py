@@ -88,9 +88,10 @@ def test_drafts_get_what_reading_them_gives(layer: Layer, shape: str):
     starts = [start for start, _, parents, _ in sequences for _ in parents]
     positions = torch.tensor([a + b for a, b in zip(starts, depths, strict=True)] + [0] * padding)
     batch = {"cu_seqlens": torch.tensor(cuts), "slots": torch.tensor([slot for _, slot, _, _ in sequences])}
-    parents = torch.tensor([p for _, _, parents, _ in sequences for p in parents] + [-1] * padding)
+    if shape == "tree":
+        batch["parents"] = torch.tensor([p for _, _, parents, _ in sequences for p in parents] + [-1] * padding)
 
-    out, k, v = layer.verify(x, pool, positions=positions, parents=parents if shape == "tree" else None, **batch)
+    out, k, v = layer.verify(x, pool, positions=positions, **batch)
     assert torch.equal(pool, before)
     assert not out[cuts[-1] :].any()
     accepted = torch.zeros(len(x), dtype=torch.bool)
@@ -98,17 +99,26 @@ def test_drafts_get_what_reading_them_gives(layer: Layer, shape: str):
         accepted[[first + draft for draft in path]] = True
     layer.commit(k, v, pool, accepted=accepted, **batch)
 
-    for first, (start, slot, parents_, path) in zip(cuts, sequences, strict=False):
-        drafts = x[first : first + len(parents_)]
+    for first, (start, slot, parents, path) in zip(cuts, sequences, strict=False):
+        drafts = x[first : first + len(parents)]
         if slot < 0:
-            assert not out[first : first + len(parents_)].any()
+            assert not out[first : first + len(parents)].any()
             continue
-        for draft, way in enumerate(paths(parents_)):
+        for draft, way in enumerate(paths(parents)):
             expected, _ = alone(layer, drafts[way], before[slot], start)
             assert relative_error(out[first + draft], expected[-1]) <= BUDGET
         _, state = alone(layer, drafts[path], before[slot], start)
         assert relative_error(pool[slot], state) <= BUDGET
     assert torch.equal(pool[[2, 4, 5]], before[[2, 4, 5]])
+
+
+@pytest.mark.parametrize("name", ["minimax", "gated"])
+def test_a_path_with_a_hole_is_refused(layer: Layer):
+    pool, x = torch.randn(1, *layer.state_shape), torch.randn(3, HIDDEN)
+    tree = {"cu_seqlens": torch.tensor([0, 3]), "parents": torch.tensor([-1, -1, 0])}
+    _, k, v = layer.verify(x, pool, **tree)
+    with pytest.raises(ValueError, match=r"accepted\[2\] is True; draft 2 of its sequence follows draft 0"):
+        layer.commit(k, v, pool, accepted=torch.tensor([False, True, True]), **tree)
 
 
 @pytest.mark.parametrize("name", ENCODED)

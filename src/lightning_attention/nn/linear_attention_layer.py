@@ -158,6 +158,7 @@ class LinearAttentionLayer(nn.Module):
         cu_seqlens: Tensor,
         accepted: Tensor,
         slots: Tensor | None = None,
+        parents: Tensor | None = None,
     ) -> None:
         """Fold the accepted drafts into the states, in place, as if :meth:`step` had read them one by one.
 
@@ -166,10 +167,13 @@ class LinearAttentionLayer(nn.Module):
             v: [T, H, E], from :meth:`verify`.
             state: [S, H, D, E] float32 or bfloat16, updated in place.
             cu_seqlens: [N+1] integers, as given to :meth:`verify`.
-            accepted: [T] bool; in a tree, the drafts on one path from the state.
+            accepted: [T] bool, for each sequence the drafts on one path from its state: of a chain the first so many.
             slots: [N] integers, as given to :meth:`verify`.
+            parents: [T] integers, as given to :meth:`verify`; a path with a hole in it is found, on a CPU.
         """
-        lightning_attention_commit(k, v, self.log_decay, state, cu_seqlens=cu_seqlens, accepted=accepted, slots=slots)
+        lightning_attention_commit(
+            k, v, self.log_decay, state, cu_seqlens=cu_seqlens, accepted=accepted, slots=slots, parents=parents
+        )
 
     @property
     def _encodes(self) -> bool:

@@ -380,5 +380,6 @@ def test_a_float64_model_generates(model) -> None:
     batch = ContinuousBatch(model.double(), max_batch=2, prefill_tokens=16, suppress=[PAD])
     assert {state.dtype for state in batch.states} == {torch.float64}
     assert words(run(batch, [request])[0]) == greedy(model, request)
-    with pytest.raises(TypeError, match=r"state_dtype is torch.float32; for a model in torch.float64 it must be"):
-        ContinuousBatch(model, state_dtype=torch.float32)
+    assert ContinuousBatch(model, state_dtype=torch.float32).states[0].dtype == torch.float32
+    with pytest.raises(TypeError, match=r"torch.float16; for a model in torch.float64 it must be torch.float64 or "):
+        ContinuousBatch(model, state_dtype=torch.float16)

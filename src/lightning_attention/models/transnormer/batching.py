@@ -89,7 +89,7 @@ class ContinuousBatch:
         model: where it is and in the dtype it has; its weights must stay where they are.
         max_batch: requests that run at the same time, S rows in the pool. The others wait.
         prefill_tokens: tokens of prompts in a step, at most. More reads prompts faster, less holds up a step less.
-        state_dtype: of the pool, float32 or bfloat16; None for float32, or float64 where the model is (on a CPU).
+        state_dtype: of the pool, float32 or bfloat16 or, of a float64 model (on a CPU), float64. None: the widest.
         suppress: token ids that are never generated, in a collection, tensor or array.
 
     Attributes:
@@ -334,14 +334,12 @@ class ContinuousBatch:
 
 
 def _state_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:
-    """Of the pool. float64 inputs leave float64 states; of the others none are wanted."""
-    known = (torch.float64,) if model == torch.float64 else (torch.float32, torch.bfloat16)
-    if asked is None:
-        return known[0]
-    if asked not in known:
-        names = " or ".join(map(str, known))
-        raise TypeError(f"state_dtype is {asked}; for a model in {model} it must be {names}")
-    return asked
+    """The pool's."""
+    wide = torch.float64 if model == torch.float64 else torch.float32
+    if asked not in (None, wide, torch.float32, torch.bfloat16):
+        known = " or ".join(dict.fromkeys(map(str, (wide, torch.float32, torch.bfloat16))))
+        raise TypeError(f"state_dtype is {asked}; for a model in {model} it must be {known}")
+    return wide if asked is None else asked
 
 
 def _sampled(controls: list[list[float]]) -> bool:
