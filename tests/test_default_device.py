@@ -59,7 +59,7 @@ def interpreter() -> Iterator[Interpreter]:
 
 # The operations: every argument given, then as few as there can be.
 
-H, D, E = 2, 16, 8
+H, D, E = 1, 16, 8
 DECAY = decay.alibi(H)
 LENGTHS, SLOTS = [20, 0, 1, 36], (5, 0, -1, 3)
 

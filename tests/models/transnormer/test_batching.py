@@ -173,17 +173,22 @@ def test_sampling_draws_from_the_requests_own_seed(model) -> None:
     assert all(PAD not in words(tokens) for tokens in together.values())
 
 
-def test_cancelling_frees_the_row_and_leaves_the_others_alone(model) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_cancelling_frees_the_row_and_leaves_the_others_alone(model, ahead: int) -> None:
     requests = draw_requests(random.Random(3), 3)
     requests = [Request(r.prompt, 12) for r in requests]
     batch = ContinuousBatch(model, max_batch=2, suppress=[PAD])
+    batch._ahead = ahead
     first, second, third = (batch.submit(r) for r in requests)
     given = [token for _ in range(3) for token in batch.step()]
     batch.cancel(first)
+    assert batch.room == 0  # the row is free, and the third waits for it
     batch.cancel(99)
+    had = len([t for t in given if t.request == first])
     while batch.busy:
         given += batch.step()
-    assert len([t for t in given if t.request == first]) <= 3
+    assert len([t for t in given if t.request == first]) == had
+    assert batch.room == 2
     for number, request in ((second, requests[1]), (third, requests[2])):
         assert words([t for t in given if t.request == number]) == greedy(model, request)
     batch.submit(requests[0])
