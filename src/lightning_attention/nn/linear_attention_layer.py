@@ -14,9 +14,8 @@ class LinearAttentionLayer(nn.Module):
     """A layer with ``log_decay``, [H] float32, as a buffer that is no part of the state dict.
 
     It stays float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004. A layer
-    says what it makes of tokens before the operation (``_tokens``) and after it (``_finish``), whether it encodes
-    positions, and ``scale`` where it is not 1; :meth:`step`, :meth:`prefill`, :meth:`verify` and :meth:`commit` do the
-    rest.
+    says what it makes of tokens before the operation (``_tokens``) and after it (``_finish``), and ``scale`` where it
+    is not 1; :meth:`step`, :meth:`prefill`, :meth:`verify` and :meth:`commit` do the rest.
 
     Args:
         num_heads: H.
