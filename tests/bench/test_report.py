@@ -18,6 +18,7 @@ def test_environment_says_what_it_takes_to_repeat_the_run(cpu, monkeypatch):
     assert found["lightning_attention"] == __version__
     assert found["device_type"] == "cpu"
     assert found["device"].endswith("1 thread")
+    assert found["threads"] == 1
     assert found["driver"] is None
     assert list(found["peers"]) == ["fla"]
     json.dumps(found)

@@ -42,6 +42,19 @@ def test_a_quick_run_leaves_tables_numbers_and_a_figure(run, tmp_path):
     assert len(set(map(tuple, pixels[::8, ::8, :3].reshape(-1, 3).tolist()))) > 10
 
 
+def test_threads_are_set_and_written_down(run, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        result = run("--quick", "--threads", "3", "--out", str(tmp_path))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert result.exit_code == 0, result.output
+    environment = json.loads((tmp_path / "op-lengths-cpu.json").read_text())["environment"]
+    assert environment["threads"] == 3
+    assert environment["device"].endswith(", 3 threads")
+
+
 def test_a_missing_peer_does_not_stop_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fla", None)
     result = run("op", "--quick", "--peers", "fla", "--backend", "tiled", "--out", str(tmp_path))
@@ -134,6 +147,7 @@ def test_constancy_has_peers_only_where_both_are_named(run, arguments, peers, tm
         (("train",), "'train' is not"),
         (("--device", "cuda"), "PyTorch sees no GPU here"),
         (("--device", "gpu"), "'gpu' is not"),
+        (("--threads", "0"), "Invalid value for '--threads'"),
     ],
 )
 def test_bad_arguments_say_what_is_wanted(run, arguments, message, tmp_path, monkeypatch):

@@ -91,7 +91,9 @@ def test_forgetting_the_state_or_the_position_is_noticed() -> None:
     whole, _ = layer(x)
     _, state = layer(x[:, :20], output_state=True)
     assert relative_error(layer(x[:, 20:], positions=torch.arange(20, 40))[0], whole[:, 20:]) > 0.05
-    assert relative_error(layer(x[:, 20:], state)[0], whole[:, 20:]) > 0.05
+    assert relative_error(layer(x[:, 20:], state, positions=torch.arange(20))[0], whole[:, 20:]) > 0.05
+    with pytest.raises(ValueError, match="positions is None and state is given"):
+        layer(x[:, 20:], state)
 
 
 def test_forward_leaves_the_given_state_alone() -> None:
@@ -155,12 +157,15 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     cuts = [0, 1, 1, 64, 100]
     positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(cuts)])
     initial = torch.randn(4, H, 16, 8)
+    given, _ = layer(x, positions=positions, cu_seqlens=torch.tensor(cuts))
+    assert torch.equal(layer(x, cu_seqlens=torch.tensor(cuts))[0], given)
     out, states = layer(x, initial, positions=positions, cu_seqlens=torch.tensor(cuts), output_state=True)
     for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         if start == stop:
             assert torch.equal(states[i], initial[i])
             continue
-        alone, state = layer(x[:, start:stop], initial[i : i + 1], output_state=True)
+        counted = torch.arange(stop - start)
+        alone, state = layer(x[:, start:stop], initial[i : i + 1], positions=counted, output_state=True)
         assert relative_error(out[:, start:stop], alone) <= 1e-5
         assert relative_error(states[i], state[0]) <= 1e-5
 
@@ -223,9 +228,9 @@ def test_refuses(arguments: dict, message: str) -> None:
 
 def test_a_step_with_lrpe_needs_positions() -> None:
     x, state = torch.randn(2, EMBED), torch.zeros(2, H, 16, 8)
-    with pytest.raises(ValueError, match=r"positions is None; a layer with LRPE needs .* \[2\]"):
+    with pytest.raises(ValueError, match=r"positions is None; rope and LRPE need .* \[2\]"):
         make().step(x, state)
-    with pytest.raises(ValueError, match=r"positions is None; a layer with LRPE needs .* \[2\]"):
+    with pytest.raises(ValueError, match=r"positions is None; rope and LRPE need .* \[2\]"):
         make().prefill(x, state, cu_seqlens=torch.tensor([0, 1, 2]))
 
 

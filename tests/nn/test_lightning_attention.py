@@ -252,6 +252,13 @@ def test_positions_may_not_be_forgotten(name: str):
         layer(x, state)
     with pytest.raises(ValueError, match=r"positions is None; rope and LRPE need .* \[2\]"):
         layer.step(x[:, 0], state)
+    with pytest.raises(ValueError, match=r"positions is None; rope and LRPE need .* \[2\]"):
+        layer.verify(x[:, 0], state, cu_seqlens=torch.tensor([0, 1, 2]))
+    # One position for all would be broadcast.
+    with pytest.raises(ValueError, match=r"positions is \[1\]; it must be \[3\] or \[2, 3\]"):
+        layer(x, state, positions=torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"positions is \[1\]; rope and LRPE need .* \[2\]"):
+        layer.step(x[:, 0], state, positions=torch.tensor([5]))
 
 
 @every_layer

@@ -80,7 +80,7 @@ class _Inputs:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
         T, H, D, E = sum(lengths), self.H, self.D, self.E
         self.lengths = lengths
@@ -136,7 +136,7 @@ def _strong_decay(device: torch.device, dtype: torch.dtype, backend: str) -> lis
     """λ = 3e-4, at lengths around the blocks': an implementation that divides by decays overflows here."""
     found = []
     for T in (1, 2, 63, 64, 65, 127, 129):
-        inputs = _Inputs([T], device, dtype, torch.full((_Inputs.H,), -8.0))
+        inputs = _Inputs([T], device, dtype, torch.full((_Inputs.H,), -8.0, device="cpu"))
         for name, kind, got, wanted in _all_quantities(inputs, backend, packed=False):
             if name != "dlog_decay":  # of the size of λ itself: zero but for rounding
                 found.append((f"{name}, T = {T}", kind, got, wanted))

@@ -89,6 +89,7 @@ def environment(device: torch.device, implementations: Iterable[Implementation] 
         "commit": commit(),
         "device": device_name(device),
         "device_type": device.type,
+        "threads": torch.get_num_threads(),
         "driver": driver() if device.type == "cuda" else None,
         "platform": platform.platform(),
         "python": platform.python_version(),

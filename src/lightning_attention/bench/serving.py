@@ -200,7 +200,7 @@ def _generate(
     batch = ContinuousBatch(model, max_batch=B, prefill_tokens=scale.prefill_tokens)
     random = torch.Generator().manual_seed(context)
     for _ in range(B):
-        prompt = torch.randint(FIRST_ID, model.config.vocab_size, (context,), generator=random)
+        prompt = torch.randint(FIRST_ID, model.config.vocab_size, (context,), generator=random, device="cpu")
         batch.submit(Request(prompt.tolist(), max_tokens=1 << 40))
     started: set[int] = set()
     start = time.perf_counter()

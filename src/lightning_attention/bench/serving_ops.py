@@ -70,7 +70,7 @@ class Case:
     def __init__(self, scale: Scale, lengths: tuple[int, ...], state: torch.dtype, fresh: bool, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
         N, T = len(lengths), sum(lengths)
-        bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         # Drawn in float32 whatever it is kept in, so that q, k and v are the same for both types of state.
         pool = torch.randn(N, scale.H, scale.D, scale.D, generator=generator, device=device).to(state)
         q, k, v = (torch.randn(T, scale.H, scale.D, generator=generator, dtype=scale.dtype, device=device)

@@ -218,7 +218,7 @@ def _fla(b: Batch) -> Bound:
     """Without a pool: the states are dense and come back as a new tensor; no gather or scatter is in the time."""
     step = import_module("fla.ops.simple_gla").fused_recurrent_simple_gla
     q, k, v = (x.unsqueeze(1) for x in (b.q, b.k, b.v))
-    initial, finals = b.initial(), [torch.empty(0)]
+    initial, finals = b.initial(), [b.q.new_empty(0)]
 
     def call() -> Tensor:
         out, finals[0] = step(

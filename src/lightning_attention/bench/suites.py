@@ -104,7 +104,8 @@ def packings(tokens: int) -> dict[str, list[int]]:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(total: int, count: int) -> list[int]:
-        cuts = (torch.randperm(total - 1, generator=generator)[: count - 1] + 1).sort().values.tolist()
+        order = torch.randperm(total - 1, generator=generator, device="cpu")
+        cuts = (order[: count - 1] + 1).sort().values.tolist()
         return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 
     long = tokens * 3 // 4

@@ -70,6 +70,10 @@ def bench(
     device: Annotated[
         Device | None, typer.Option(help="A GPU (cuda, ROCm too) where there is one, if not given.")
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that PyTorch computes with on a CPU; as many as it chooses if not given."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("runs/bench"),
 ) -> None:
     """Measure speed and memory on this machine, beside softmax attention and other libraries.
@@ -92,6 +96,8 @@ def bench(
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch sees no GPU here", param_hint="--device")
+    if threads is not None:
+        torch.set_num_threads(threads)
     place = torch.device(device.value if device else "cuda" if torch.cuda.is_available() else "cpu")
     if operation is not Operation.op:
         for option, changed in {

@@ -1,6 +1,5 @@
 """Gated linear attention: the token mixer of TransNormerLLM."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ class GatedLinearAttention(LinearAttentionLayer):
     The norm runs over all heads concatenated. One recurrent state, [B, H, D, E] float32, carries everything the
     layer has read: :meth:`forward` takes and returns it for any number of tokens, so training, prefill and a
     continuation in pieces are one path; :meth:`step` and :meth:`prefill` update rows of a pool of states in place, one
-    token per sequence or any number of packed ones.
+    token per sequence or any number of packed ones; :meth:`verify` and :meth:`commit` do so with drafts.
     E is ``head_dim``; D is ``head_dim``, or twice that with LRPE.
 
     Args:
@@ -74,19 +73,21 @@ class GatedLinearAttention(LinearAttentionLayer):
         Args:
             x: [B, T, embed_dim].
             state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
-            positions: [T] or [B, T] integers, absolute positions for LRPE; None for 0..T−1. A layer without LRPE
-                does not look at them.
+            positions: [T] or [B, T] integers, absolute positions for LRPE; None for a count from 0 in every sequence.
+                A layer without LRPE does not look at them.
             cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x. None: N = B.
             output_state: whether to return the state after x.
 
         Returns:
             The output, like x, and the new state, [N, H, D, E] float32, or None.
+
+        Raises:
+            ValueError: the layer has LRPE, and ``state`` is given without ``positions``.
         """
+        positions = self._positions(x, state, positions, cu_seqlens)
         qk, v, u = self._project(x)
         q, k = qk.unbind(2)
-        if self.lrpe is not None:
-            if positions is None:
-                positions = torch.arange(x.shape[1], device=x.device)
+        if self.lrpe is not None and positions is not None:
             q, k = self.lrpe(q, k, positions)
         mixed, state = lightning_attention(
             q,
@@ -100,13 +101,16 @@ class GatedLinearAttention(LinearAttentionLayer):
         return self._finish(mixed, u), state
 
     def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self._check_positions(x, positions)
         qk, v, u = self._project(x)
         q, k = qk.unbind(1)
-        if self.lrpe is not None:
-            if positions is None:
-                raise ValueError(f"positions is None; a layer with LRPE needs the position of each token, [{len(qk)}]")
+        if self.lrpe is not None and positions is not None:
             q, k = (z.squeeze(0) for z in self.lrpe(q.unsqueeze(0), k.unsqueeze(0), positions))
         return q, k, v, u
+
+    @property
+    def _encodes(self) -> bool:
+        return self.lrpe is not None
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Activated q and k as [..., 2, H, d], v as [..., H, d], u as [..., hidden_dim]; v and u are views."""

@@ -39,8 +39,8 @@ class LightningAttention(LinearAttentionLayer):
     residual itself, are the caller's.
 
     The state, [N, H, D, E] float32, carries all that the layer has read: :meth:`forward` takes and returns it for any
-    number of tokens, :meth:`step` and :meth:`prefill` update rows of a pool in place. D is ``head_dim``, or twice that
-    with LRPE.
+    number of tokens, :meth:`step`, :meth:`prefill` and, for drafts, :meth:`verify` and :meth:`commit` work on rows of a
+    pool in place. D is ``head_dim``, or twice that with LRPE.
 
     Args:
         hidden_size: width of the input and the output.
@@ -204,13 +204,7 @@ class LightningAttention(LinearAttentionLayer):
         Raises:
             ValueError: the layer has rope or LRPE, and ``state`` is given without ``positions``.
         """
-        if positions is None and self._encodes:
-            if state is not None:
-                raise ValueError("positions is None and state is given; rope and LRPE need every token's position")
-            positions = torch.arange(x.shape[1], device=x.device)
-            if cu_seqlens is not None:
-                own = torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1
-                positions = positions - cu_seqlens[own]
+        positions = self._positions(x, state, positions, cu_seqlens)
         q, k, v = self._qkv(x, positions)
         mixed, final = lightning_attention(
             q,
@@ -247,8 +241,7 @@ class LightningAttention(LinearAttentionLayer):
         return q, k, v.unflatten(-1, (self.num_heads, self.value_dim))
 
     def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if positions is None and self._encodes:
-            raise ValueError(f"positions is None; rope and LRPE need the position of each token, [{len(x)}]")
+        self._check_positions(x, positions)
         q, k, v = self._qkv(x.unsqueeze(0), positions)
         return q.squeeze(0), k.squeeze(0), v.squeeze(0), x
 

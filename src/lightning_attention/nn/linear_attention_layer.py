@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
+from lightning_attention.ops.speculative import lightning_attention_commit, lightning_attention_verify
 
 
 class LinearAttentionLayer(nn.Module):
@@ -14,7 +15,7 @@ class LinearAttentionLayer(nn.Module):
 
     It stays float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004. A layer
     says what it makes of tokens before the operation (``_tokens``) and after it (``_finish``), and ``scale`` where it
-    is not 1; :meth:`step` and :meth:`prefill` do the rest.
+    is not 1; :meth:`step`, :meth:`prefill`, :meth:`verify` and :meth:`commit` do the rest.
 
     Args:
         num_heads: H.
@@ -81,6 +82,8 @@ class LinearAttentionLayer(nn.Module):
         positions: Tensor | None = None,
         slots: Tensor | None = None,
         fresh: Tensor | None = None,
+        snapshot_at: Tensor | None = None,
+        snapshot_slots: Tensor | None = None,
     ) -> Tensor:
         """Mix N packed sequences of any lengths and update their states in place; no gradients.
 
@@ -94,6 +97,9 @@ class LinearAttentionLayer(nn.Module):
             positions: [T] integers, each token's absolute position; required where the layer encodes positions.
             slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
             fresh: [N] bool, true for a sequence that starts from nothing, whatever its row holds; None: none does.
+            snapshot_at: [N, P] integers: the state after this many tokens of the call (0 to the sequence's length) is
+                written to the row in ``snapshot_slots``, for prefix caching. Other values write nothing.
+            snapshot_slots: [N, P] integers, distinct rows of ``state``, none of them in ``slots``; negative: none.
 
         Returns:
             The output, [T, width].
@@ -103,12 +109,103 @@ class LinearAttentionLayer(nn.Module):
         """
         q, k, v, rest = self._tokens(x, positions)
         mixed = lightning_attention_prefill(
-            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=self.scale
-        )
+            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=self.scale,
+            snapshot_at=snapshot_at, snapshot_slots=snapshot_slots,
+        )  # fmt: skip
         return self._finish(mixed, rest)
 
+    def verify(
+        self,
+        x: Tensor,
+        state: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        positions: Tensor | None = None,
+        slots: Tensor | None = None,
+        parents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix draft tokens, each after its ancestors and the state of its sequence; no state is touched, no gradients.
+
+        Args:
+            x: [T, width], the drafts of N sequences, packed.
+            state: [S, H, D, E] float32 or bfloat16, read only.
+            cu_seqlens: [N+1] integers: sequence i has the drafts cu_seqlens[i] to cu_seqlens[i+1], possibly none.
+            positions: [T] integers, each draft's absolute position; required where the layer encodes positions. In a
+                tree it is the tokens before the drafts plus the number of the draft's ancestors: siblings share one.
+            slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.
+            parents: [T] integers, each draft's parent as its place among the drafts of its sequence, an earlier one,
+                or -1 for the state. None: every draft follows the one before it.
+
+        Returns:
+            The output, [T, width], and the drafts' k [T, H, D] and v [T, H, E] for :meth:`commit`.
+
+        Raises:
+            ValueError: the layer encodes positions, and ``positions`` is None.
+        """
+        q, k, v, rest = self._tokens(x, positions)
+        mixed = lightning_attention_verify(
+            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, parents=parents, scale=self.scale
+        )
+        return self._finish(mixed, rest), k, v
+
+    def commit(
+        self,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        accepted: Tensor,
+        slots: Tensor | None = None,
+        parents: Tensor | None = None,
+    ) -> None:
+        """Fold the accepted drafts into the states, in place, as if :meth:`step` had read them one by one.
+
+        Args:
+            k: [T, H, D], from :meth:`verify`.
+            v: [T, H, E], from :meth:`verify`.
+            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            cu_seqlens: [N+1] integers, as given to :meth:`verify`.
+            accepted: [T] bool, for each sequence the drafts on one path from its state: of a chain the first so many.
+            slots: [N] integers, as given to :meth:`verify`.
+            parents: [T] integers, as given to :meth:`verify`; a path with a hole in it is found, on a CPU.
+        """
+        lightning_attention_commit(
+            k, v, self.log_decay, state, cu_seqlens=cu_seqlens, accepted=accepted, slots=slots, parents=parents
+        )
+
+    @property
+    def _encodes(self) -> bool:
+        """Whether queries and keys depend on their positions."""
+        raise NotImplementedError
+
+    def _positions(
+        self, x: Tensor, state: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor | None:
+        """What ``forward`` over x [B, T, width] counts with: the given positions, or from 0 in every sequence."""
+        if not self._encodes:
+            return None
+        if positions is not None:
+            if positions.shape not in (x.shape[1:2], x.shape[:2]):  # rope would broadcast one to all
+                came, (B, T) = list(positions.shape), x.shape[:2]
+                raise ValueError(f"positions is {came}; it must be [{T}] or [{B}, {T}]")
+            return positions
+        if state is not None:
+            raise ValueError("positions is None and state is given; rope and LRPE need every token's position")
+        counted = torch.arange(x.shape[1], device=x.device)
+        if cu_seqlens is None:
+            return counted
+        own = torch.searchsorted(cu_seqlens, counted.to(cu_seqlens.dtype), right=True) - 1
+        return counted - cu_seqlens[own]
+
+    def _check_positions(self, x: Tensor, positions: Tensor | None) -> None:
+        """Whether each of the tokens x [T, width] has one, where the layer looks at them."""
+        if self._encodes and (positions is None or positions.shape != x.shape[:1]):
+            came = None if positions is None else list(positions.shape)
+            raise ValueError(f"positions is {came}; rope and LRPE need the position of each token, [{len(x)}]")
+
     def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of [T, width], tokens of any sequences: q and k [T, H, D], v [T, H, E], and what ``_finish`` wants."""
+        """What tokens [T, width] of any sequences become: q, k [T, H, D], v [T, H, E], and what ``_finish`` wants."""
         raise NotImplementedError
 
     def _finish(self, mixed: Tensor, rest: Tensor) -> Tensor:

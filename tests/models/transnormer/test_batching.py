@@ -1,6 +1,7 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -172,17 +173,22 @@ def test_sampling_draws_from_the_requests_own_seed(model) -> None:
     assert all(PAD not in words(tokens) for tokens in together.values())
 
 
-def test_cancelling_frees_the_row_and_leaves_the_others_alone(model) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_cancelling_frees_the_row_and_leaves_the_others_alone(model, ahead: int) -> None:
     requests = draw_requests(random.Random(3), 3)
     requests = [Request(r.prompt, 12) for r in requests]
     batch = ContinuousBatch(model, max_batch=2, suppress=[PAD])
+    batch._ahead = ahead
     first, second, third = (batch.submit(r) for r in requests)
     given = [token for _ in range(3) for token in batch.step()]
     batch.cancel(first)
+    assert batch.room == 0  # the row is free, and the third waits for it
     batch.cancel(99)
+    had = len([t for t in given if t.request == first])
     while batch.busy:
         given += batch.step()
-    assert len([t for t in given if t.request == first]) <= 3
+    assert len([t for t in given if t.request == first]) == had
+    assert batch.room == 2
     for number, request in ((second, requests[1]), (third, requests[2])):
         assert words([t for t in given if t.request == number]) == greedy(model, request)
     batch.submit(requests[0])
@@ -218,25 +224,167 @@ def test_decode_steps_come_in_few_sizes(model, monkeypatch) -> None:
     assert all(a >= b for a, b in pairwise(sizes))
 
 
+def test_a_request_keeps_its_tokens_whatever_kind_they_came_in(model) -> None:
+    ids = [3, 96, 5]
+    wanted = words(run(ContinuousBatch(model, suppress=[PAD]), [Request(ids, 8)])[0])
+    for prompt in (
+        tuple(ids),
+        torch.tensor(ids),
+        torch.tensor(ids, dtype=torch.int32),
+        np.array(ids),
+        list(np.array(ids)),
+    ):
+        request = Request(prompt, np.int64(8), stop=torch.tensor([PAD]))
+        assert words(run(ContinuousBatch(model, suppress=np.array([PAD])), [request])[0]) == wanted
+        assert request == Request(ids, 8, stop={PAD})
+    request = Request(ids, 8)
+    ids[1] = 10**9  # the list is the caller's: what becomes of it is not the request's
+    assert words(run(ContinuousBatch(model, suppress=[PAD]), [request])[0]) == wanted
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("settings", "kind", "message"),
     [
-        (lambda model: Request([], 5), "prompt is empty; it must have at least one token"),
-        (lambda model: Request([3], 0), "max_tokens is 0; it must be at least 1"),
-        (lambda model: Request([3], 1, temperature=float("nan")), "temperature is nan; it must be 0 or more"),
-        (lambda model: Request([3], 1, top_p=1.5), "top_p is 1.5; it must be between 0 and 1"),
-        (lambda model: ContinuousBatch(model, max_batch=0), "max_batch is 0; it must be at least 1"),
-        (lambda model: ContinuousBatch(model, prefill_tokens=0), "prefill_tokens is 0; it must be at least 1"),
+        ({"prompt": []}, ValueError, "prompt is empty; it must have at least one token"),
+        ({"prompt": torch.ones(0)}, ValueError, "prompt is empty"),
+        ({"prompt": 3}, TypeError, "prompt is a int; it must be a collection of token ids"),
+        ({"prompt": None}, TypeError, "prompt is a NoneType; it must be a collection of token ids"),
+        ({"prompt": "text"}, TypeError, "prompt is a str; it must be a collection of token ids"),
+        ({"prompt": b"text"}, TypeError, "prompt is a bytes; it must be a collection of token ids"),
+        ({"prompt": {3, 4}}, TypeError, "prompt is a set, which has no order"),
+        ({"prompt": iter([3])}, TypeError, "prompt is a list_iterator; it must be a collection"),
+        ({"prompt": [3, 4.0]}, TypeError, r"prompt\[1\] is a float; it must be an integer"),
+        ({"prompt": [3, True]}, TypeError, r"prompt\[1\] is a bool; it must be an integer"),
+        ({"prompt": [3, None]}, TypeError, r"prompt\[1\] is a NoneType; it must be an integer"),
+        ({"prompt": ["3"]}, TypeError, r"prompt\[0\] is a str; it must be an integer"),
+        ({"prompt": [[3, 4]]}, TypeError, r"prompt\[0\] is a list; it must be an integer"),
+        ({"prompt": torch.tensor([[3, 4]])}, TypeError, r"prompt\[0\] is a list; it must be an integer"),
+        ({"prompt": torch.tensor([3.0])}, TypeError, r"prompt\[0\] is a float; it must be an integer"),
+        ({"prompt": torch.tensor([True])}, TypeError, r"prompt\[0\] is a bool; it must be an integer"),
+        ({"prompt": [3, -1]}, ValueError, "prompt has token -1; ids must be 0 or more"),
+        ({"max_tokens": 0}, ValueError, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 5.0}, TypeError, "max_tokens is a float; it must be an integer"),
+        ({"max_tokens": True}, TypeError, "max_tokens is a bool; it must be an integer"),
+        ({"max_tokens": "5"}, TypeError, "max_tokens is a str; it must be an integer"),
+        ({"temperature": float("nan")}, ValueError, "temperature is nan; it must be between 0 and 3.4"),
+        ({"temperature": -0.1}, ValueError, "temperature is -0.1; it must be between 0 and 3.4"),
+        ({"temperature": float("inf")}, ValueError, "temperature is inf; it must be between 0 and 3.4"),
+        ({"temperature": 1e39}, ValueError, r"temperature is 1e\+39; it must be between 0 and 3.4"),
+        ({"temperature": 10**400}, ValueError, "temperature is inf; it must be between 0 and 3.4"),
+        ({"temperature": None}, TypeError, "temperature is a NoneType; it must be a float"),
+        ({"temperature": "1"}, TypeError, "temperature is a str; it must be a float"),
+        ({"temperature": True}, TypeError, "temperature is a bool; it must be a float"),
+        ({"top_p": 1.5}, ValueError, "top_p is 1.5; it must be between 0 and 1"),
+        ({"top_p": float("nan")}, ValueError, "top_p is nan; it must be between 0 and 1"),
+        ({"top_p": [0.9]}, TypeError, "top_p is a list; it must be a float"),
+        ({"seed": None}, TypeError, "seed is a NoneType; it must be an integer"),
+        ({"seed": 1.0}, TypeError, "seed is a float; it must be an integer"),
+        ({"seed": 1 << 64}, ValueError, "seed is 18446744073709551616; it must be at most 18446744073709551615"),
         (
-            lambda model: ContinuousBatch(model).submit(Request([3, 97], 1)),
-            "prompt has token 97; ids must be from 0 to 96",
+            {"seed": -(1 << 63) - 1},
+            ValueError,
+            "seed is -9223372036854775809; it must be at least -9223372036854775808",
         ),
-        (
-            lambda model: ContinuousBatch(model).submit(Request([-1], 1)),
-            "prompt has token -1; ids must be from 0 to 96",
-        ),
+        ({"stop": 5}, TypeError, "stop is a int; it must be a collection of token ids"),
+        ({"stop": None}, TypeError, "stop is a NoneType; it must be a collection of token ids"),
+        ({"stop": "."}, TypeError, "stop is a str; it must be a collection of token ids"),
+        ({"stop": ["."]}, TypeError, r"stop\[0\] is a str; it must be an integer"),
+        ({"stop": [None]}, TypeError, r"stop\[0\] is a NoneType; it must be an integer"),
+        ({"stop": [[5]]}, TypeError, r"stop\[0\] is a list; it must be an integer"),
+        ({"stop": [-5]}, ValueError, "stop has token -5; ids must be 0 or more"),
     ],
 )
-def test_refuses(model, make, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(model)
+def test_a_request_that_is_wrong_is_not_made(settings: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^{message}"):
+        Request(**{"prompt": [3, 4], "max_tokens": 3, **settings})
+
+
+def test_the_ends_of_what_a_request_may_be_do_run(model) -> None:
+    settings = [
+        {"seed": (1 << 64) - 1, "temperature": 1.0},
+        {"seed": -(1 << 63), "temperature": 1.0},
+        {"temperature": float(torch.finfo(torch.float32).max)},
+        {"temperature": 5e-324, "top_p": 0.0},
+        {"temperature": 1e-42},
+        {"temperature": np.float32(0.5), "top_p": 1},
+        {"max_tokens": 1 << 80, "stop": range(97)},
+    ]
+    requests = [Request(**{"prompt": [9, 8], "max_tokens": 4, **s}) for s in settings]
+    given = run(ContinuousBatch(model, suppress=[PAD]), requests)
+    assert [len(given[i]) for i in range(len(requests))] == [4] * 6 + [1]
+    for i in (3, 4):  # as good as none
+        assert words(given[i]) == greedy(model, Request([9, 8], 4))
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "message"),
+    [
+        (Request([3, 97], 1), ValueError, "prompt has token 97; ids must be from 0 to 96"),
+        (Request([3], 1, stop=[1, 1 << 70]), ValueError, f"stop has token {1 << 70}; ids must be from 0 to 96"),
+        ([3, 4], TypeError, "request is a list; it must be a Request"),
+    ],
+)
+def test_a_bad_request_costs_the_others_nothing(model, request_, kind: type[Exception], message: str) -> None:
+    batch, good = ContinuousBatch(model, max_batch=2, suppress=[PAD]), Request([3, 4], 6)
+    first = batch.submit(good)
+    given = batch.step()
+    with pytest.raises(kind, match=f"^{message}"):
+        batch.submit(request_)
+    second = batch.submit(good)
+    while batch.busy:
+        given += batch.step()
+    for number in (first, second):
+        assert words([t for t in given if t.request == number]) == greedy(model, good)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"max_batch": 0}, ValueError, "max_batch is 0; it must be at least 1"),
+        ({"max_batch": 2.0}, TypeError, "max_batch is a float; it must be an integer"),
+        ({"prefill_tokens": 0}, ValueError, "prefill_tokens is 0; it must be at least 1"),
+        ({"prefill_tokens": None}, TypeError, "prefill_tokens is a NoneType; it must be an integer"),
+        (
+            {"state_dtype": torch.float16},
+            TypeError,
+            "state_dtype is torch.float16; for a model in torch.float32 it must",
+        ),
+        (
+            {"state_dtype": torch.float64},
+            TypeError,
+            "state_dtype is torch.float64; for a model in torch.float32 it must",
+        ),
+        ({"suppress": 0}, TypeError, "suppress is a int; it must be a collection of token ids"),
+        ({"suppress": [97]}, ValueError, "suppress has token 97; ids must be from 0 to 96"),
+        ({"suppress": [-1]}, ValueError, "suppress has token -1; ids must be 0 or more"),
+        ({"suppress": range(97)}, ValueError, "suppress has all 97 tokens; there must be one to generate"),
+    ],
+)
+def test_refuses(model, settings: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^{message}"):
+        ContinuousBatch(model, **settings)
+
+
+@pytest.mark.parametrize("prefill_tokens", [7, 2048])
+@torch.no_grad()
+def test_nan_in_a_request_stays_in_it(model, prefill_tokens: int) -> None:
+    bad = [Request([3] * n + [50] + [4] * 9, 6, temperature=t) for n in (0, 70) for t in (0.0, 1.0)]
+    good = [Request([*range(5, 5 + n)], m, temperature=t) for n, m, t in ((1, 9, 0.0), (30, 12, 1.0), (40, 5, 0.0))]
+    both = [*bad, *good, *bad, *good]  # in few rows: those of the bad ones come to the good ones
+    given = []
+    for value in (0.0, torch.nan, torch.inf):
+        model.model.embed_tokens.weight[50] = value
+        batch = ContinuousBatch(model, max_batch=5, prefill_tokens=prefill_tokens, suppress=[PAD, 50])
+        tokens = run(batch, both, [3 * i for i in range(len(both))])
+        given.append([words(tokens[i]) for i in range(len(both)) if both[i] in good])
+    assert given[0] == given[1] == given[2]
+
+
+def test_a_float64_model_generates(model) -> None:
+    request = Request([*range(3, 40)], 12)
+    batch = ContinuousBatch(model.double(), max_batch=2, prefill_tokens=16, suppress=[PAD])
+    assert {state.dtype for state in batch.states} == {torch.float64}
+    assert words(run(batch, [request])[0]) == greedy(model, request)
+    assert ContinuousBatch(model, state_dtype=torch.float32).states[0].dtype == torch.float32
+    with pytest.raises(TypeError, match=r"torch.float16; for a model in torch.float64 it must be torch.float64 or "):
+        ContinuousBatch(model, state_dtype=torch.float16)

@@ -43,3 +43,9 @@ def test_greedy_rows_look_at_logits_not_at_probabilities():
     logits = torch.tensor([[1e-8, 2e-8, -1.0], [1.0, 0.0, -1.0]])
     assert logits[0].softmax(0)[0] == logits[0].softmax(0)[1]
     assert sample(logits, torch.tensor([0.0, 1.0]), torch.ones(2), torch.zeros(2)).tolist() == [1, 0]
+
+
+def test_a_small_temperature_is_as_good_as_none():
+    logits = torch.tensor([30.0, 29.0, -torch.inf, 30.5]).expand(3, 4)
+    temperature = torch.tensor([1e-3, 1e-37, 1e-44])  # at 1e-37, 30 becomes inf
+    assert sample(logits, temperature, torch.ones(3), torch.full((3,), 0.999)).tolist() == [3, 3, 3]

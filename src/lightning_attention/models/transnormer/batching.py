@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,45 +9,12 @@ from torch import Tensor
 
 from lightning_attention.cuda_graphs import capture
 from lightning_attention.models.transnormer.modeling_transnormer import TransnormerForCausalLM
+from lightning_attention.models.transnormer.request import Request, check_vocabulary, integer, token_ids
 from lightning_attention.models.transnormer.sampling import sample
 from lightning_attention.nn import GatedLinearAttention
 
 #: Random numbers drawn at a time for a request: one call of torch.rand costs as much as 64 numbers of another.
 _DRAWS = 64
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
-
-    Args:
-        prompt: token ids, one at least.
-        max_tokens: tokens to generate, at most.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: sample from the fewest tokens that hold this much probability.
-        seed: what the request draws its randomness from; no other request has a part in it.
-        stop: token ids that end the request; the one that does is its last token.
-
-    Raises:
-        ValueError: a number is out of its range, or the prompt is empty.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: Collection[int] = ()
-
-    def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ValueError("prompt is empty; it must have at least one token, such as the model's bos_token_id")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be between 0 and 1")
 
 
 class Token(NamedTuple):
@@ -68,7 +34,7 @@ class _Sequence:
         self.asked = 0  # tokens asked of the device
         self.given = 0  # tokens handed out
         self.over = False
-        self._random = torch.Generator().manual_seed(request.seed)
+        self._random = torch.Generator("cpu").manual_seed(request.seed)
         self._draws: list[float] = []
 
     @property
@@ -85,7 +51,7 @@ class _Sequence:
         if self.request.temperature == 0:
             return 0.0, 1.0, 0.0
         if not self._draws:
-            self._draws = torch.rand(_DRAWS, generator=self._random).tolist()[::-1]
+            self._draws = torch.rand(_DRAWS, generator=self._random, device="cpu").tolist()[::-1]
         return self.request.temperature, self.request.top_p, self._draws.pop()
 
 
@@ -123,14 +89,17 @@ class ContinuousBatch:
         model: where it is and in the dtype it has; its weights must stay where they are.
         max_batch: requests that run at the same time, S rows in the pool. The others wait.
         prefill_tokens: tokens of prompts in a step, at most. More reads prompts faster, less holds up a step less.
-        state_dtype: of the pool, float32 or bfloat16.
-        suppress: token ids that are never generated.
+        state_dtype: of the pool, float32 or bfloat16 or, of a float64 model (on a CPU), float64. None: the widest.
+        suppress: token ids that are never generated, in a collection, tensor or array.
 
     Attributes:
         states: one pool per layer, [S, H, D, E].
 
     Raises:
-        ValueError: ``max_batch`` or ``prefill_tokens`` is below 1.
+        TypeError: ``max_batch`` or ``prefill_tokens`` is no integer, ``state_dtype`` is none of those, or ``suppress``
+            holds what is no integer.
+        ValueError: ``max_batch`` or ``prefill_tokens`` is below 1, or ``suppress`` has a token that the model does not
+            know, or all that it does.
     """
 
     def __init__(
@@ -139,27 +108,30 @@ class ContinuousBatch:
         *,
         max_batch: int = 256,
         prefill_tokens: int = 2048,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
         suppress: Collection[int] = (),
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self._max_batch = integer("max_batch", max_batch, least=1)
+        self._prefill_tokens = integer("prefill_tokens", prefill_tokens, least=1)
+        self._vocab = model.config.vocab_size
+        suppressed = set(token_ids("suppress", suppress))
+        check_vocabulary("suppress", suppressed, self._vocab)
+        if len(suppressed) == self._vocab:
+            raise ValueError(f"suppress has all {self._vocab} tokens; there must be one to generate")
+        state_dtype = _state_dtype(state_dtype, model.dtype)
         self._model = model.eval()
         self._blocks: list[Any] = list(model.model.layers)
         self._device = model.device
-        self._max_batch = max_batch
-        self._prefill_tokens = prefill_tokens
         self.states = [
-            torch.zeros(max_batch, *layer.token_mixer.state_shape, dtype=state_dtype, device=self._device)
+            torch.zeros(self._max_batch, *layer.token_mixer.state_shape, dtype=state_dtype, device=self._device)
             for layer in self._blocks
         ]
         # Each row's newest token stays on the device. One more: padding, slot −1, reads and writes the last.
-        self._newest = torch.zeros(max_batch + 1, dtype=torch.long, device=self._device)
-        self._suppress = torch.tensor([*suppress], dtype=torch.long, device=self._device)
+        self._newest = torch.zeros(self._max_batch + 1, dtype=torch.long, device=self._device)
+        self._suppress = torch.tensor(sorted(suppressed), dtype=torch.long, device=self._device)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: list[_Sequence] = []
-        self._free = list(range(max_batch))[::-1]
+        self._free = list(range(self._max_batch))[::-1]
         self._flights: deque[_Flight] = deque()
         self._ahead = int(self._newest.is_cuda)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
@@ -179,17 +151,22 @@ class ContinuousBatch:
         """Let a request wait for a row of the pool. Returns the number that its tokens will carry.
 
         Raises:
-            ValueError: the prompt has a token that the model does not know.
+            TypeError: it is no :class:`Request`.
+            ValueError: ``prompt`` or ``stop`` has a token that the model does not know.
         """
-        least, most, vocab = min(request.prompt), max(request.prompt), self._model.config.vocab_size
-        if least < 0 or most >= vocab:
-            raise ValueError(f"prompt has token {least if least < 0 else most}; ids must be from 0 to {vocab - 1}")
+        if not isinstance(request, Request):
+            raise TypeError(f"request is a {type(request).__name__}; it must be a Request")
+        check_vocabulary("prompt", request.prompt, self._vocab)
+        check_vocabulary("stop", request.stop, self._vocab)
         self._waiting.append((self._submitted, request))
         self._submitted += 1
         return self._submitted - 1
 
     def cancel(self, number: int) -> None:
-        """Take a request out, waiting or running; one that is over or unknown is left as it is."""
+        """Take a request out, waiting or running; one that is over or unknown is left as it is.
+
+        Its row of the pool is free at once. No token of it is given any more, one that a GPU is at included.
+        """
         self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
         for sequence in [s for s in self._running if s.number == number]:
             self._release(sequence)
@@ -350,10 +327,19 @@ class ContinuousBatch:
         return tokens
 
     def _on_host(self, values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, pin_memory=self._newest.is_cuda)
+        return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self._newest.is_cuda)
 
     def _to_device(self, values: list, dtype: torch.dtype) -> Tensor:
         return self._on_host(values, dtype).to(self._device, non_blocking=True)
+
+
+def _state_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:
+    """The pool's."""
+    wide = torch.float64 if model == torch.float64 else torch.float32
+    if asked not in (None, wide, torch.float32, torch.bfloat16):
+        known = " or ".join(dict.fromkeys(map(str, (wide, torch.float32, torch.bfloat16))))
+        raise TypeError(f"state_dtype is {asked}; for a model in {model} it must be {known}")
+    return wide if asked is None else asked
 
 
 def _sampled(controls: list[list[float]]) -> bool:

@@ -20,7 +20,10 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) ->
     """
     greedy = temperature == 0
     heat = torch.where(greedy, 1, temperature)[:, None]
-    probabilities, tokens = (logits / heat).softmax(-1).sort(descending=True, stable=True)
+    # From the likeliest downwards: a small temperature then takes the others to −inf, not several to +inf, of which the
+    # softmax is NaN.
+    below = logits - logits.amax(-1, keepdim=True)
+    probabilities, tokens = (below / heat).softmax(-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     kept = (cumulative - probabilities < top_p[:, None]) & (probabilities > 0)
     kept = kept.sum(-1, keepdim=True).clamp_min(1)
