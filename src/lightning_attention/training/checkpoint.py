@@ -69,12 +69,17 @@ def remove_folder(folder: Path) -> None:
 
     Raises InputError when there is something else in it.
     """
-    if others := foreign_files(folder):
-        raise InputError(f"{folder} holds files that no run wrote ({', '.join(others)}); move them elsewhere")
+    refuse_foreign_files(folder)
     doomed = unfinished_name(folder)
     shutil.rmtree(doomed, ignore_errors=True)
     rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise InputError when there is something in a folder that `atomic_folder` did not make."""
+    if others := foreign_files(folder):
+        raise InputError(f"{folder} holds files that no run wrote ({', '.join(others)}); move them elsewhere")
 
 
 def foreign_files(folder: Path) -> list[str]:

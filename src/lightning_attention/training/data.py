@@ -55,7 +55,7 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
     Raises InputError when the text cannot be read or is too short for `config.seq_len`, DiskError when it has no room.
     """
     tally = Tally()
-    with writing(folder), atomic_folder(folder) as target:
+    with writing(folder), atomic_folder(folder) as target, writing(folder):
         # The text lies beside the tokens until they are made: the folder for temporary files is often the smallest.
         with (target / "text").open("w+b") as file, (target / "held_out_text").open("w+b") as held_out_file:
             if config.validation is None:

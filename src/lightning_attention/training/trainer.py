@@ -284,7 +284,8 @@ class Trainer:
         target = checkpoint.checkpoint_path(self._folder.checkpoints, self.step)
         if not target.exists():
             self._check_finite()
-            with writing(target), checkpoint.atomic_folder(target) as folder:
+            # The inner one tells how much room there was before what is unfinished is deleted.
+            with writing(target), checkpoint.atomic_folder(target) as folder, writing(target):
                 save_model(self.model, folder)
                 self._tokenizer.save_pretrained(folder)
                 checkpoint.save_state(folder, self._state())
@@ -328,15 +329,21 @@ class Trainer:
         if found and not resume and not overwrite:
             raise InputError(f"{self.out} holds checkpoints; add --resume to go on or --overwrite to start again")
         self._folder.clear_leftovers()
-        if not found or not resume:
-            return None
-        self.resumed_from = found[-1]
-        return checkpoint.load_state(self.resumed_from)
+        if resume and found:
+            self.resumed_from = found[-1]
+            return checkpoint.load_state(self.resumed_from)
+        for folder in self._earlier_run():
+            checkpoint.refuse_foreign_files(folder)
+        return None
+
+    def _earlier_run(self) -> list[Path]:
+        """The folders that a new run replaces."""
+        # Token files without a checkpoint may be of another text, and are cheap to make again.
+        tokens = [self._folder.tokens] if self._folder.tokens.exists() else []
+        return [*checkpoint.checkpoints(self._folder.checkpoints), *tokens]
 
     def _replace_earlier_run(self) -> None:
         """Delete what there is of an earlier run, now that the new one's text is there."""
-        # Token files without a checkpoint may be of another text, and are cheap to make again.
-        tokens = [self._folder.tokens] if self._folder.tokens.exists() else []
-        for folder in (*checkpoint.checkpoints(self._folder.checkpoints), *tokens):
+        for folder in self._earlier_run():
             checkpoint.remove_folder(folder)
         checkpoint.rename(self._folder.fresh_tokens, self._folder.tokens)
