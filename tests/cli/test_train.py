@@ -132,10 +132,8 @@ def test_without_a_terminal_every_logged_step_is_a_line(run, tmp_path, monkeypat
     assert lines[1].endswith(" in a step")
     number = r"\d+\.\d{3}"
     for line, step, measured in zip(lines[2:], (2, 4, 6), (0, 4, 6), strict=True):
-        assert re.fullmatch(
-            rf"step {step}/6  loss {number}, held out {number} at step {measured} bits/byte  [\d,]+ tokens/s  0:00:0\d left",
-            line,
-        ), line
+        losses = rf"loss {number}, held out {number} at step {measured} bits/byte"
+        assert re.fullmatch(rf"step {step}/6  {losses}  [\d,]+ tokens/s  0:00:0\d left", line), line
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
@@ -179,8 +177,8 @@ def test_a_model_that_does_not_fit_is_one_line(run, tmp_path, monkeypatch):
     assert err.splitlines()[-1].startswith("error: not enough memory: ")
 
 
-ODD = ["", "0", "-1", "1", "3", "inf", "-inf", "nan", "1e400", "9" * 23, "0x1", "1.5", "a", "é\udcff", "\ud800", "-", "--",
-       "auto", "cuda:99999999999", "cpu", "utf-16", "\n", "/", "..", "a" * 300]  # fmt: skip
+ODD = ["", "0", "-1", "1", "3", "inf", "-inf", "nan", "1e400", "9" * 23, "0x1", "1.5", "a", "é\udcff", "\ud800", "-",
+       "--", "auto", "cuda:99999999999", "cpu", "utf-16", "\n", "/", "..", "a" * 300]  # fmt: skip
 TRAIN_OPTIONS = [f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig) if f.name != "inputs"]
 TRAIN_OPTIONS += ["--config", "--resume", "--auto-resume", "--overwrite", "--no-compile", ""]
 GENERATE_OPTIONS = [
@@ -203,8 +201,12 @@ def test_no_value_of_any_option_ends_in_a_traceback(command, tmp_path, monkeypat
     small = tiny_settings(tmp_path, out=str(tmp_path / "run"))
     monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.nn.Linear(1, 1))
     monkeypatch.setattr("lightning_attention.training.trainer.Windows", lambda *_: SimpleNamespace(per_epoch=10))
-    monkeypatch.setattr("lightning_attention.training.trainer.Trainer.fit", lambda self, *_: self._folder.release() or Outcome(
-        1, 1, None, None, tmp_path, tmp_path, tmp_path))  # fmt: skip
+
+    def fit(self, *_):
+        self._folder.release()
+        return Outcome(1, 1, None, None, tmp_path, tmp_path, tmp_path)
+
+    monkeypatch.setattr("lightning_attention.training.trainer.Trainer.fit", fit)
     options = TRAIN_OPTIONS if command == "train" else GENERATE_OPTIONS
 
     @given(chosen=st.lists(st.tuples(st.sampled_from(options), st.sampled_from(ODD)), max_size=2))

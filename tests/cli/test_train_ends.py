@@ -1,6 +1,7 @@
 """How a run ends that does not end by itself: signals, closed terminals, disks that are full."""
 
 import contextlib
+import io
 import os
 import re
 import resource
@@ -132,21 +133,26 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     assert saved_step(tmp_path / "run") == 60
 
 
-def limited(size: int):
-    """A process that can write no file larger than this: what a full disk or a quota does, for every user."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+@contextlib.contextmanager
+def no_file_over(size: int):
+    """Let this process write no larger file: what a quota does, for every user."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_is_full_when_a_checkpoint_is_written(tmp_path):
+def test_a_disk_that_is_full_when_a_checkpoint_is_written(tmp_path, capsys):
     settings = tiny_settings(tmp_path, width=64)
     train(settings)
     (whole,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     assert (whole / "model.safetensors").stat().st_size > 60_000
-    command = [*COMMAND, *flags({**settings, "steps": 9}), "--resume"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, preexec_fn=limited(60_000))
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
+    with no_file_over(60_000), pytest.raises(SystemExit) as caught:
+        main(["train", *flags({**settings, "steps": 9}), "--resume"])
+    assert caught.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
     target = tmp_path / "run" / "checkpoints" / "step_00000008"
     assert re.fullmatch(
         rf"error: cannot write {target}: .*File too large.* \([\d,.]+ MB free there\); "
@@ -226,15 +232,17 @@ def test_a_real_disk_that_fills_up(tmp_path, small_disk, capsys):
     assert saved_step(small_disk / "run") >= 2
 
 
-def test_a_full_folder_for_temporary_files_is_in_nobodys_way(tmp_path, small_disk):
+def test_a_full_folder_for_temporary_files_is_in_nobodys_way(tmp_path, small_disk, capsys, monkeypatch):
     with (small_disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
     assert shutil.disk_usage(small_disk).free == 0
-    environment = {**os.environ, "TMPDIR": str(small_disk), "MPLCONFIGDIR": str(tmp_path)}
-    command = [*COMMAND, *flags(tiny_settings(tmp_path)), "-"]
-    done = subprocess.run(
-        command, cwd=ROOT, text=True, capture_output=True, env=environment, input="from a pipe\n" * 50
-    )
-    assert done.returncode == 0, done.stderr
-    assert saved_step(tmp_path / "run") == 6
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n" * 50)))
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *flags(tiny_settings(tmp_path)), "-"])
+    assert not caught.value.code, capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--model", str(tmp_path / "run"), "--max-tokens", "3", "a", "b"])
+    assert not caught.value.code, capsys.readouterr().err
+    assert "=== 2 of 2 ===" in capsys.readouterr().out

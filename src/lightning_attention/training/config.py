@@ -55,9 +55,9 @@ class TrainConfig:
         None, "Data", "Validate on this file, folder or glob instead; what it holds is left out of the training text."
     )
     # The defaults of data, model and optimisation are for the 0.4 MB of pydoc and two minutes on two CPU cores.
-    # Held-out bits per byte: 2.08 after 131 steps, 1.92 after 221, 1.77 after 440 (3.9 epochs, 200 s of one thread's
-    # time). A run of 1,320 steps is at its best after 880 (7.8 epochs) and ends at 1.88. A vocabulary of 1,024 with
-    # half the learning rate came to 1.78 after 440.
+    # Bits per byte of the last tenth of that text: 2.08 after 131 steps, 1.92 after 221, 1.77 after 440 (3.9 epochs,
+    # 200 s of one thread's time). A run of 1,320 steps is at its best after 880 (7.8 epochs) and ends at 1.88. A
+    # vocabulary of 1,024 with half the learning rate came to 1.78 after 440.
     vocab_size: int = _setting(2048, "Data", "Size of the byte-level BPE vocabulary; 258 is plain bytes.")
     seq_len: int = _setting(256, "Data", "Tokens in one training window.")
 

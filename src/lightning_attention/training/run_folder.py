@@ -47,9 +47,12 @@ class RunFolder:
             raise InputError(f"cannot make the folder {self.root}: {error.strerror}") from error
         try:
             self._refuse_foreign_files()
-            self._lock_file.open("ab").close()  # filelock takes a folder that cannot be written for one that is held
+            if not os.access(self.root, os.W_OK):
+                raise InputError(f"cannot write in the folder {self.root}")
             self._lock.acquire(timeout=0)
         except Timeout as error:
+            if not self._lock_file.exists():  # filelock takes a folder that cannot be written for one that is held
+                raise InputError(f"cannot write in the folder {self.root}") from error
             raise InputError(
                 f"{self.root} is in use: {self._holder()} trains in it; wait for it, or choose another --out"
             ) from error
