@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from lightning_attention.training.metrics import read_metrics
 from tests.cli.test_train import flags
 from tests.training.tiny import tiny_settings, train
 
+resource = pytest.importorskip("resource", reason="needs POSIX")
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "lightning_attention_command", "train"]
 LONG = {"steps": 100_000, "eval_every": 0, "save_every": 0}
@@ -164,6 +164,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(tmp_path, capsys):
     assert outcome.step == 9
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_is_full_when_the_optimizer_or_the_record_is_written(tmp_path, capsys, monkeypatch):
     settings = tiny_settings(tmp_path)
     train(settings)

@@ -15,8 +15,8 @@ class LastingStream:
     """
 
     def __init__(self, stream: Any) -> None:
-        """Write to `stream`."""
-        self._stream = stream
+        """Write to `stream`, which is None where the process was started without one."""
+        self._stream = stream or io.StringIO()
 
     def write(self, text: str) -> int:
         """Write if somebody listens."""
