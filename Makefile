@@ -15,17 +15,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# OMP_WAIT_POLICY=PASSIVE: threads wait asleep. Where something else runs on the cores, waiting awake made training steps
-# up to ten times slower (4.5 s against 0.4 s).
 demo: $(STAMP)  ## check, measure, train for two minutes and generate (under six minutes)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention check
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention bench --quick --out demo/bench
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention train --max-minutes 2 --max-epochs 8 --out demo --overwrite
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-attention generate --model demo --max-tokens 150 "The with statement" "A class definition"
+	$(BIN)/lightning-attention check
+	$(BIN)/lightning-attention bench --quick --out demo/bench
+	$(BIN)/lightning-attention train --max-minutes 2 --max-epochs 8 --out demo/run --overwrite
+	$(BIN)/lightning-attention generate --model demo/run --max-tokens 150 "The with statement" "A class definition"
 	@echo
 	@echo "speed and memory: $$(ls demo/bench/*.png)"
-	@echo "loss:             demo/loss.png"
-	@echo "checkpoint:       $$(ls -d demo/checkpoints/step_* | tail -1)"
+	@echo "loss:             demo/run/loss.png"
+	@echo "checkpoint:       $$(ls -d demo/run/checkpoints/step_* | tail -1)"
 
 test: $(STAMP)  ## run the tests (GPU tests skip where there is no GPU)
 	$(BIN)/python -m pytest -n 2

@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -205,3 +206,45 @@ def test_bad_models_are_one_line_and_a_status(run, tmp_path):
         assert (status, out) == (2, "")
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+def test_prompts_that_are_no_text(run, monkeypatch, tmp_path):
+    for prompt in ("a\udcff", "\ud800"):
+        status, out, err = run("fine", prompt)
+        assert (status, out) == (2, "")
+        assert err.startswith("error: prompt 2 is not Unicode text: ")
+        assert "typed or stored as UTF-8" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve"), encoding="utf-8"))
+    status, _, err = run("-")
+    assert status == 2
+    assert err == "error: standard input is not UTF-8: invalid continuation byte at byte 2\n"
+    file = tmp_path / "prompts.jsonl"
+    for line, message in {
+        b'{"prompt": "\\ud800"}': 'line 1: prompt is "\\ud800"; it must be a string, in Unicode',
+        b'{"prompt": "a", "id": "\\udfff"}': "line 1: id is ",
+        b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}": "line 1: temperature is 1000",
+        b'{"prompt": "a", "max_tokens": 99999999999999}': "line 1: max_tokens is 99999999999999",
+        b"[" * 100_000: "line 1 is not JSON: ",
+        b'{"prompt": "\xff"}': "cannot read the prompts in ",
+    }.items():
+        file.write_bytes(line)
+        status, _, err = run("--prompts", str(file))
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_output_that_knows_few_characters(checkpoint_folder, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    pipe(monkeypatch, '{"prompt": "a", "id": "漢🙂"}')
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--model", str(checkpoint_folder), "--max-tokens", "3", "--prompts", "-"])
+    assert not caught.value.code
+    sys.stdout.flush()
+    assert json.loads(written.getvalue())["id"] == "漢🙂"
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--model", str(checkpoint_folder), "--max-tokens", "3", "漢"])
+    assert not caught.value.code
+    sys.stdout.flush()
+    assert b"\\u6f22" in written.getvalue()

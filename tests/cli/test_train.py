@@ -1,16 +1,18 @@
+import contextlib
 import io
-import signal
-import subprocess
-import sys
-import time
+import re
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_attention.cli.app import main
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
-from lightning_attention.training.metrics import read_metrics
+from lightning_attention.training.progress import Outcome
 from tests.training.tiny import tiny_settings, write_text
 
 
@@ -120,23 +122,101 @@ def test_divergence_has_another_status(run, tmp_path):
     assert "try a lower lr" in err.splitlines()[-1]
 
 
-def test_ctrl_c_saves_and_exits_cleanly(tmp_path):
-    settings = tiny_settings(tmp_path, steps=100_000, eval_every=0, save_every=0)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_attention.cli", "train", *flags(settings)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def test_without_a_terminal_every_logged_step_is_a_line(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # nothing is cut to fit a width
+    status, _, err = run("train", *flags(tiny_settings(tmp_path, log_every=2, eval_every=4)))
+    assert status == 0, err
+    lines = err.splitlines()
+    assert lines[0] == "read 1 file: 1 utf-8"
+    assert lines[1].startswith("starting: 0.0")
+    assert lines[1].endswith(" in a step")
+    number = r"\d+\.\d{3}"
+    for line, step, measured in zip(lines[2:], (2, 4, 6), (0, 4, 6), strict=True):
+        losses = rf"loss {number}, held out {number} at step {measured} bits/byte"
+        assert re.fullmatch(rf"step {step}/6  {losses}  [\d,]+ tokens/s  0:00:0\d left", line), line
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["train", *flags(tiny_settings(tmp_path))])
+    err = capsys.readouterr().err
+    assert "step 2/6" not in err
+    assert "tokens/s" in err
+    assert "6/6" in err
+
+
+def test_resume_needs_something_to_go_on_from(run, tmp_path):
+    command = ["train", *flags(tiny_settings(tmp_path))]
+    status, _, err = run(*command, "--resume")
+    assert status == 2
+    assert "error: there is no checkpoint in " in err
+    assert "--auto-resume starts where none is" in err
+    assert run(*command, "--auto-resume")[0] == 0
+    status, _, err = run(*command, "--auto-resume")
+    assert status == 0
+    assert "going on from " in err
+
+
+def test_one_process_trains(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run("train", *flags(tiny_settings(tmp_path)))
+    assert (status, err) == (
+        2,
+        "error: train runs in one process, and WORLD_SIZE is 2: start it without torchrun\n",
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while len(read_metrics(metrics)) < 4 and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-    (saved,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
-    step = checkpoint.load_state(saved)["step"]
-    assert step >= 3
-    assert f"stopped by SIGINT after step {step} of 100000; --resume goes on from there" in out
-    assert read_metrics(metrics)[-1]["step"] == step
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.empty(1 << 50))
+    status, _, err = run("train", *flags(tiny_settings(tmp_path)))
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: not enough memory: ")
+
+
+ODD = ["", "0", "-1", "1", "3", "inf", "-inf", "nan", "1e400", "9" * 23, "0x1", "1.5", "a", "é\udcff", "\ud800", "-",
+       "--", "auto", "cuda:99999999999", "cpu", "utf-16", "\n", "/", "..", "a" * 300]  # fmt: skip
+TRAIN_OPTIONS = [f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig) if f.name != "inputs"]
+TRAIN_OPTIONS += ["--config", "--resume", "--auto-resume", "--overwrite", "--no-compile", ""]
+GENERATE_OPTIONS = [
+    "--prompts",
+    "--max-batch",
+    "--model",
+    "--max-tokens",
+    "--temperature",
+    "--top-p",
+    "--seed",
+    "--device",
+    "",
+]
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_no_value_of_any_option_ends_in_a_traceback(command, tmp_path, monkeypatch):
+    """Everything but the training itself runs: what it would need of time and memory is not bounded."""
+    monkeypatch.chdir(tmp_path)
+    small = tiny_settings(tmp_path, out=str(tmp_path / "run"))
+    monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("lightning_attention.training.trainer.Windows", lambda *_: SimpleNamespace(per_epoch=10))
+
+    def fit(self, *_):
+        self._folder.release()
+        return Outcome(1, 1, None, None, tmp_path, tmp_path, tmp_path)
+
+    monkeypatch.setattr("lightning_attention.training.trainer.Trainer.fit", fit)
+    options = TRAIN_OPTIONS if command == "train" else GENERATE_OPTIONS
+
+    @given(chosen=st.lists(st.tuples(st.sampled_from(options), st.sampled_from(ODD)), max_size=2))
+    @settings(max_examples=150, deadline=None)
+    def fuzz(chosen):
+        own = [*flags(small), "--overwrite"] if command == "train" else []
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff text " * 30), encoding="utf-8"))
+        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as caught:
+            main([command, *own, *(part for pair in chosen for part in pair if part != "")])
+        assert caught.value.code in (None, 0, 1, 2), chosen
+        assert "Traceback" not in err.getvalue()
+
+    fuzz()

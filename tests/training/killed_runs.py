@@ -48,7 +48,7 @@ def died(pid: int) -> bool:
 
 def train(root: Path, out: Path) -> None:
     trainer.plot_loss = lambda records, path: None  # would be most of the time, and no part of what is resumed
-    Trainer(tiny_settings(root, out=str(out), **SETTINGS), resume=True).fit()
+    Trainer(tiny_settings(root, out=str(out), **SETTINGS), resume="auto").fit()
 
 
 def count_events(action: Callable[[int], None]) -> None:

@@ -48,7 +48,7 @@ def test_every_file_is_synced_before_the_name_is_given_and_the_name_after(tmp_pa
     with checkpoint.atomic_folder(tmp_path / "folder") as unfinished:
         fill(unfinished)
     renamed = events.index(("rename", "folder"))
-    assert {name for _, name in events[:renamed]} == {"a.txt", "sub", "b.txt", "folder"}
+    assert {name for _, name in events[:renamed]} == {"a.txt", "sub", "b.txt", "files.json", "folder"}
     assert events[renamed + 1 :] == [("sync", tmp_path.name)]
 
 
@@ -66,19 +66,31 @@ def test_an_existing_folder_is_not_replaced(tmp_path):
 
 def test_only_whole_checkpoints_count_and_the_oldest_go(tmp_path):
     for step in (5, 100, 20):
-        fill_path = checkpoint.checkpoint_path(tmp_path, step)
-        fill_path.mkdir()
-        fill(fill_path)
+        with checkpoint.atomic_folder(checkpoint.checkpoint_path(tmp_path, step)) as folder:
+            fill(folder)
     (tmp_path / ("step_00000200" + checkpoint.UNFINISHED)).mkdir()
+    (tmp_path / ("chapter" + checkpoint.UNFINISHED)).mkdir()
     (tmp_path / "step_7").mkdir()
     (tmp_path / "step_00000300").write_text("a file")
     names = [path.name for path in checkpoint.checkpoints(tmp_path)]
     assert names == ["step_00000005", "step_00000020", "step_00000100"]
     checkpoint.prune(tmp_path, keep=2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == names[1:]
-    checkpoint.clear_leftovers(tmp_path)
-    assert not list(tmp_path.glob("*" + checkpoint.UNFINISHED))
+    assert [path.name for path in checkpoint.unfinished_checkpoints(tmp_path)] == ["step_00000200.unfinished"]
     assert (tmp_path / "step_7").exists()
+
+
+def test_a_folder_with_files_of_somebody_else_stays(tmp_path):
+    for step in (1, 2, 3):
+        with checkpoint.atomic_folder(checkpoint.checkpoint_path(tmp_path, step)) as folder:
+            fill(folder)
+    notes = checkpoint.checkpoint_path(tmp_path, 1) / "sub" / "notes.txt"
+    notes.write_text("years of work")
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
+    with pytest.raises(InputError, match=r"holds files that no run wrote \(sub/notes.txt\); move them elsewhere"):
+        checkpoint.remove_folder(checkpoint.checkpoint_path(tmp_path, 1))
+    assert notes.read_text() == "years of work"
 
 
 def test_state_round_trip_and_damage(tmp_path):

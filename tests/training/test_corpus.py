@@ -1,4 +1,6 @@
 import io
+import itertools
+import json
 
 import pytest
 from hypothesis import given
@@ -7,35 +9,80 @@ from hypothesis import strategies as st
 from lightning_attention.training import corpus as corpus_module
 from lightning_attention.training.config import InputError, make_config
 from lightning_attention.training.corpus import SpooledCorpus, spool
+from lightning_attention.training.sources import Tally
 
 
-def spooled(**settings) -> tuple[SpooledCorpus, str]:
-    """A corpus, and all of its documents with a bar after each."""
-    corpus = spool(make_config(settings), io.BytesIO())
-    return corpus, "".join(text + "|" * ends for text, ends in corpus.pieces(0, corpus.total_bytes))
+def spooled(**settings) -> tuple[SpooledCorpus, str, Tally]:
+    """A corpus, all of its documents with a bar after each, and what was said about them."""
+    corpus, tally = SpooledCorpus(io.BytesIO()), Tally()
+    spool(make_config(settings), corpus, tally)
+    return corpus, whole(corpus), tally
+
+
+def whole(corpus: SpooledCorpus) -> str:
+    return "".join(text + "|" * ends for text, ends in corpus.pieces([(0, corpus.total_bytes)]))
+
+
+def read(*names: object, **settings) -> str:
+    return spooled(inputs=[str(name) for name in names], **settings)[1]
+
+
+def left_out(*names: object, **settings) -> dict[str, list[str]]:
+    tally = spooled(inputs=[str(name) for name in names], **settings)[2]
+    return {reason: [name.rpartition("/")[2] for name in names.first] for reason, names in tally.skipped.items()}
 
 
 @given(
-    documents=st.lists(st.text("aé漢🙂\n ", max_size=40), max_size=4),
+    documents=st.lists(st.text("aé漢🙂\n ", max_size=200), max_size=6),
     piece=st.integers(4, 12),
+    block=st.integers(4, 60),
     fraction=st.floats(0.05, 0.95),
 )
-def test_pieces_give_back_the_text(documents, piece, fraction):
-    whole = "".join(documents).encode()
+def test_training_and_held_out_text_make_the_whole_text(documents, piece, block, fraction):
     corpus = SpooledCorpus(io.BytesIO())
     for document in documents:
         corpus.add([document[:3], document[3:]])
-    assert corpus.total_bytes == len(whole)
-    cut = corpus.split_at(fraction)
-    assert abs(cut - len(whole) * (1 - fraction)) < 4  # the next character, of at most 4 bytes
+    text = "".join(dict.fromkeys(documents)).encode()
+    assert corpus.total_bytes == len(text)
+    if not text:
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "PIECE_BYTES", piece)
-        left, right = list(corpus.pieces(0, cut)), list(corpus.pieces(cut, len(whole)))
-    for part, raw in ((left, whole[:cut]), (right, whole[cut:])):
-        assert "".join(text for text, _ in part).encode() == raw
-        assert all(text and len(text.encode()) <= piece for text, _ in part)
-    joined = "".join(text + "|" * ends for text, ends in left + right)
-    assert joined == "".join(document + "|" for document in documents if document)
+        patch.setattr(corpus_module, "BLOCK_BYTES", block)
+        train, held_out = corpus.split(fraction)
+        spans = sorted([*train, *held_out])
+        assert spans[0][0] == 0
+        assert spans[-1][1] == len(text)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))  # no byte is in both or in neither
+        for part in (train, held_out):
+            pieces = list(corpus.pieces(part))
+            assert "".join(text for text, _ in pieces).encode() == b"".join(text[start:end] for start, end in part)
+            assert all(piece_text and len(piece_text.encode()) <= piece for piece_text, _ in pieces)
+            assert sum(ends for _, ends in pieces) >= sum(end > start for start, end in part)  # a span ends a piece
+    assert whole(corpus) == "".join(document + "|" for document in dict.fromkeys(documents) if document)
+
+
+def test_held_out_blocks_are_spread_over_the_whole_text():
+    lines = [f"line {number} of the text\n" for number in range(20_000)]
+    corpus = SpooledCorpus(io.BytesIO())
+    corpus.add(lines)
+    train, held_out = corpus.split(0.1)
+    assert len(held_out) == 10  # of 4 KB or more each
+    assert sum(end - start for start, end in held_out) == pytest.approx(0.1 * corpus.total_bytes, rel=0.01)
+    gaps = [end - start for start, end in train]
+    assert max(gaps) < 1.1 * min(gaps)
+    for text, _ in corpus.pieces(held_out):
+        assert text.startswith("line ")  # no line is cut
+        assert text.endswith("\n")
+
+
+def test_a_cut_prefers_the_end_of_a_document():
+    corpus = SpooledCorpus(io.BytesIO())
+    for number in range(1000):
+        corpus.add([f"document {number}\nwith more than a line\n"])
+    for text, ends in corpus.pieces(corpus.split(0.1)[1]):
+        assert text.startswith("document")
+        assert ends
 
 
 def test_pieces_break_after_lines():
@@ -43,22 +90,23 @@ def test_pieces_break_after_lines():
     corpus.add(["one\ntwo\nthree"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "PIECE_BYTES", 6)
-        assert [text for text, _ in corpus.pieces(0, 13)] == ["one\n", "two\n", "three"]
+        assert [text for text, _ in corpus.pieces([(0, 13)])] == ["one\n", "two\n", "three"]
 
 
 def test_default_corpus_is_pydoc_topics():
     from pydoc_data.topics import topics
 
-    corpus, text = spooled()
-    assert text == "".join(topic + "|" for topic in topics.values())
+    corpus, text, _ = spooled()
+    assert text == "".join(topic + "|" for topic in dict.fromkeys(topics.values()))
     assert corpus.total_bytes > 400_000
 
 
 def test_stdlib_corpus_holds_modules_and_no_tests():
-    _, text = spooled(corpus="stdlib")
+    _, text, tally = spooled(corpus="stdlib")
     assert "class ThreadPoolExecutor(" in text
     assert "class TestProgram(" in text  # unittest itself is a module
     assert "import test.support" not in text.splitlines()
+    assert tally.read["utf-8"].count > 200
 
 
 def test_files_folders_globs_and_stdin(tmp_path, monkeypatch):
@@ -69,26 +117,80 @@ def test_files_folders_globs_and_stdin(tmp_path, monkeypatch):
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.bin").write_bytes(b"\0\1")
+    assert read(tmp_path) == "a|bé|c|"
+    assert read(tmp_path / "*.txt") == "bé|"
+    assert read(tmp_path / "**" / "*.txt") == "bé|c|"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("stdin ü".encode())))
-    assert spooled(inputs=[str(tmp_path)])[1] == "a|bé|c|"
-    assert spooled(inputs=[str(tmp_path / "*.txt")])[1] == "bé|"
-    assert spooled(inputs=[str(tmp_path / "**" / "*.txt")])[1] == "bé|c|"
-    assert spooled(inputs=[str(tmp_path / "b.txt"), "-"])[1] == "bé|stdin ü|"
+    assert read(tmp_path / "b.txt", "-") == "bé|stdin ü|"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Привет, как дела? ".encode("cp1251") * 20)))
+    assert read("-") == "Привет, как дела? " * 20 + "|"
 
 
-def test_bytes_that_are_no_text_become_replacement_characters(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
-    assert spooled(inputs=[str(tmp_path / "latin.txt")])[1] == "na�ve|"
+def test_says_what_was_read_and_what_was_not(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_bytes("Где же вы теперь, друзья-однополчане?\n".encode("cp1251"))
+    (tmp_path / "c.txt").write_text("a")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "y.pdf").write_bytes(b"%PDF-1.7 text")
+    assert spooled(inputs=[str(tmp_path)])[2].lines() == [
+        f"read 2 files: 1 utf-8, 1 cp1251 ({tmp_path}/b.txt)",
+        f"left out 1, the same text as one before: {tmp_path}/c.txt",
+        f"left out 1, without text: {tmp_path}/empty.txt",
+        f"left out 1, no text: zero bytes: {tmp_path}/x.png",
+        f"left out 1, no text: {tmp_path}/y.pdf",
+    ]
+
+
+def test_the_same_text_counts_once_whatever_it_is_called_and_however_it_is_encoded(tmp_path):
+    text = "Der Fluß ist schön, die Straße über die Brücke auch.\n" * 3
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt").write_text(text, encoding="utf-16")
+    (tmp_path / "c.txt").write_text(text, encoding="latin-1")
+    (tmp_path / "d.txt").write_text(text, encoding="utf-8-sig")
+    assert read(tmp_path) == text + "|"
+    assert left_out(tmp_path) == {"the same text as one before": ["b.txt", "c.txt", "d.txt"]}
+
+
+def test_json_lines_are_documents_without_their_syntax(tmp_path):
+    lines = [{"text": "one\n", "id": 1}, {"id": 2, "text": "two é"}, {"text": "one\n"}, "three", {"text": ""}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    assert read(file) == "one\n|two é|three|"
+    assert left_out(file) == {"the same text as one before": ["a.jsonl line 5"]}
+    file.write_text('{"content": "one"}\n{"content": "two"}\n')
+    assert read(file, text_field="content") == "one|two|"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"content": "two"}', r"is without a field 'text' in line 2 \(--text-field\): it has 'content'"),
+        ('{"text": 5}', "is without text in line 2: it is of type int"),
+        ("[1]", "is without text in line 2: it is of type list"),
+        ("{text}", "is not JSON in line 2: "),
+        ('{"text": "\\ud800"}', "is not Unicode in line 2: "),
+    ],
+)
+def test_json_lines_that_hold_no_text(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line)
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "a.jsonl")
+    assert read(tmp_path) == "b|"  # in a folder it is left out, and whole: its first line too
+    assert [*left_out(tmp_path).values()] == [["a.jsonl"]]
 
 
 def test_bad_input(tmp_path):
     (tmp_path / "binary.bin").write_bytes(b"text\0")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "cyrillic.txt").write_bytes("Привет".encode("cp1251"))
     for name, message in {
         "missing.txt": "no such file or folder: ",
         "*.rst": "no file matches ",
-        "binary.bin": "is not text: it holds zero bytes",
-        "empty.txt": "there is no text in ",
+        "binary.bin": "is no text: zero bytes",
+        "empty.txt": "there is no text in .*; left out 1, without text: ",
+        "": "there is no text in .*; left out 1, no text: zero bytes: .*binary.bin; left out 1, not utf-8: ",
     }.items():
         with pytest.raises(InputError, match=message):
-            spooled(inputs=[str(tmp_path / name)])
+            read(tmp_path / name, encoding="utf-8" if not name else "auto")

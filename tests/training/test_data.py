@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_attention.training.config import InputError, make_config
-from lightning_attention.training.data import Windows, discard_data, prepare_data, validation_batches
+from lightning_attention.training.data import Windows, prepare_data, validation_batches
 from lightning_attention.training.tokenizer import END_ID
 
 
@@ -37,35 +37,81 @@ def test_windows_depend_on_seed_and_step_alone():
 
 
 @given(n=st.integers(1, 60), seq_len=st.integers(2, 20), batch=st.integers(1, 4), limit=st.integers(0, 70))
-def test_validation_predicts_every_token_once(n, seq_len, batch, limit):
+def test_validation_predicts_tokens_once_and_spread_over_all_of_them(n, seq_len, batch, limit):
     tokens = np.arange(100, 100 + n, dtype=np.uint16)
     batches = list(validation_batches(tokens, seq_len, batch, limit))
     assert all(b.shape[0] <= batch and b.shape[1] <= seq_len for b in batches)
-    predicted = torch.cat([b[:, 1:].flatten() for b in batches])
-    assert predicted.tolist() == tokens[: limit or n].tolist()
+    predicted = torch.cat([b[:, 1:].flatten() for b in batches]).tolist()
+    assert predicted == sorted(set(predicted))
+    if not limit or limit >= n:
+        assert predicted == tokens.tolist()
+    else:
+        window = min(seq_len - 1, limit)
+        assert limit - window < len(predicted) <= limit
+        # From end to end: no stretch as long as the part left out, and a window more, goes unseen.
+        gaps = np.diff([100 - window, *predicted, 100 + n])
+        assert gaps.max() <= window * (n // len(predicted) + 2)
     # What stands before a token in its window is what stands before it in the text.
-    before = torch.cat([b[:, :-1].flatten() for b in batches])
-    assert before.tolist() == [END_ID, *tokens[: limit or n].tolist()][:-1]
+    before = torch.cat([b[:, :-1].flatten() for b in batches]).tolist()
+    assert before == [END_ID if token == 100 else token - 1 for token in predicted]
 
 
-def test_prepared_data_is_the_text_and_its_last_tenth(tmp_path):
-    lines = [f"line {i} of the text\n" for i in range(500)]
-    (tmp_path / "a.txt").write_text("".join(lines[:300]))
-    (tmp_path / "b.txt").write_text("".join(lines[300:]) + "zq" * 50)
+def lines_of(start, end):
+    return [f"line {i} of the text\n" for i in range(start, end)]
+
+
+def test_prepared_data_is_the_text_and_a_tenth_of_it_in_blocks(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(lines_of(0, 9000)))
+    (tmp_path / "b.txt").write_text("".join(lines_of(9000, 10_000)) + "zq" * 50)
     config = make_config({"inputs": [str(tmp_path / "*.txt")], "vocab_size": 400, "seq_len": 8})
-    data = prepare_data(config, tmp_path / "tokens")
-    text = "".join(lines) + "zq" * 50
-    cut = len(text) - len(text) // 10
+    said = []
+    data = prepare_data(config, tmp_path / "tokens", said.append)
+    assert said == ["read 2 files: 2 utf-8"]
     decode = data.tokenizer.decode
-    assert decode(data.train.tolist()) + decode(data.val.tolist()) == text
-    assert abs(len(decode(data.train.tolist())) - cut) <= 1
-    assert data.count_bytes(torch.from_numpy(data.val.astype(np.int64))) == len(decode(data.val.tolist()))
-    # One end of document lies inside the training part, the other at the very end.
-    assert (data.train == END_ID).sum() == 1
-    assert data.val[-1] == END_ID
-    # The tokenizer has not seen the held-out text.
+    train, val = (
+        decode(part.tolist(), skip_special_tokens=False).split("<|endoftext|>") for part in (data.train, data.val)
+    )
+    assert train.pop() == val.pop() == ""  # each ends with the end of a text
+    text = "".join(lines_of(0, 10_000)) + "zq" * 50
+    assert len(val) == 5
+    assert len(train) == 5 + 1  # one end of document lies inside the training part
+    assert len("".join(val)) == pytest.approx(len(text) / 10, rel=0.02)
+    # Held-out lines are in no other place, and nothing is lost.
+    train_lines, val_lines = ("".join(part).splitlines() for part in (train, val))
+    assert not {*train_lines} & {*val_lines}
+    assert sorted(train_lines + val_lines) == sorted(text.splitlines())
+    # A window that crosses from one part of the text to another sees that there is an end.
+    assert all(part.endswith("\n") for part in train)
+    assert data.count_bytes(torch.from_numpy(data.val.astype(np.int64))) == len("".join(val))
+    # The tokenizer has not seen the held-out text, of which the last block is the end.
     assert "zq" not in data.tokenizer.get_vocab()
     assert "line" in data.tokenizer.get_vocab()
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == [
+        "files.json", "token_files.json", "tokenizer.json", "train.bin", "val.bin"
+    ]  # fmt: skip
+
+
+def test_a_text_to_validate_on_is_not_trained_on(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.txt").write_text("".join(lines_of(0, 100)))
+    (tmp_path / "train" / "copy.txt").write_text("".join(lines_of(200, 300)), encoding="utf-16")
+    (tmp_path / "held.txt").write_text("".join(lines_of(200, 300)))
+    config = make_config(
+        {"inputs": [str(tmp_path / "train")], "validation": str(tmp_path / "held.txt"), "seq_len": 8, "vocab_size": 300}
+    )
+    said = []
+    data = prepare_data(config, tmp_path / "tokens", said.append)
+    assert data.tokenizer.decode(data.train.tolist()) == "".join(lines_of(0, 100))
+    assert data.tokenizer.decode(data.val.tolist()) == "".join(lines_of(200, 300))
+    assert any("left out 1, the same text as one before: " in line and "copy.txt" in line for line in said)
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a <|endoftext|> in a text <|padding|>\n" * 50)
+    config = make_config({"inputs": [str(tmp_path / "a.txt")], "vocab_size": 300, "seq_len": 8})
+    data = prepare_data(config, tmp_path / "tokens")
+    assert (data.train == END_ID).sum() == 1
+    assert data.train[-1] == END_ID
 
 
 def test_bits_per_byte_of_a_uniform_code(tmp_path):
@@ -81,12 +127,3 @@ def test_too_long_windows(tmp_path):
     config = make_config({"inputs": [str(tmp_path / "a.txt")], "seq_len": 512})
     with pytest.raises(InputError, match=r"seq_len is 512, but the training text has only \d+ tokens"):
         prepare_data(config, tmp_path / "tokens")
-
-
-def test_discards_only_its_own_files(tmp_path):
-    mine = tmp_path / "tokens"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="was not made by training"):
-        discard_data(mine)
-    assert (mine / "thesis.txt").exists()

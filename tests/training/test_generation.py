@@ -72,6 +72,15 @@ def test_prompts_longer_than_a_step_reads(generator, monkeypatch):
         assert texts(generator, PROMPTS, temperature=0) == wanted
 
 
+def test_a_special_token_in_a_prompt_is_text(generator):
+    # As it is in the text that was trained on: only the generator itself begins and ends a document.
+    ids = generator._request(Prompt("a<|endoftext|>b<|padding|>")).prompt
+    assert END_ID not in ids
+    assert PAD_ID not in ids
+    assert generator._tokenizer.decode(ids) == "a<|endoftext|>b<|padding|>"
+    assert generator._request(Prompt("")).prompt == [END_ID]
+
+
 def test_never_broken_characters(generator):
     # At a high temperature the little model throws bytes about; what is complete comes out, whole and in order.
     steps = list(generator.stream(asked(["漢"], max_tokens=400, temperature=3.0)))

@@ -28,7 +28,8 @@ def test_learns(tmp_path):
     first = read_metrics(outcome.metrics)[0]["val_bits_per_byte"]
     # Words drawn evenly from 11 of 6.3 bytes on average, with a space: 3.46 bits for 7.3 bytes, 0.5 bits per byte.
     assert first > 3
-    assert 0.45 < outcome.val_bits_per_byte < 1.2
+    assert 0.45 < outcome.held_out.bits_per_byte < 1.2
+    assert outcome.held_out.step == 60
     assert outcome.step == 60
     assert outcome.stopped_by is None
     assert outcome.plot.read_bytes().startswith(b"\x89PNG")
@@ -53,9 +54,9 @@ def test_metrics_lines(tmp_path):
 
 
 def test_validation_loss_is_the_code_length_of_the_held_out_text(tmp_path):
-    trainer, outcome = train(tiny_settings(tmp_path, eval_tokens=60))
+    trainer, outcome = train(tiny_settings(tmp_path, eval_tokens=0))
     seq_len = trainer.config.seq_len
-    stream = torch.tensor([END_ID, *trainer.data.val[:60].tolist()])
+    stream = torch.tensor([END_ID, *trainer.data.val.tolist()])
     nats = 0.0
     for position in range(1, len(stream)):
         # Windows share one token, so token i is predicted from its window's start on.
@@ -64,7 +65,7 @@ def test_validation_loss_is_the_code_length_of_the_held_out_text(tmp_path):
             logits = trainer.model(input_ids=stream[None, start:position], use_cache=False).logits[0, -1]
         nats -= float(logits.double().log_softmax(-1)[stream[position]])
     text_bytes = trainer.data.count_bytes(stream)
-    assert outcome.val_bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+    assert outcome.held_out.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -125,10 +126,50 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert (outcome.metrics.read_text(), (outcome.checkpoint / "model.safetensors").stat().st_mtime_ns) == before
 
 
-def test_resume_without_a_checkpoint_starts(tmp_path):
-    trainer, outcome = train(tiny_settings(tmp_path), resume=True)
+def test_resume_without_a_checkpoint_is_an_error_unless_it_is_auto(tmp_path):
+    with pytest.raises(InputError, match=r"there is no checkpoint in .*; --auto-resume starts where none is"):
+        Trainer(tiny_settings(tmp_path), resume=True)
+    trainer, outcome = train(tiny_settings(tmp_path), resume="auto")
     assert trainer.resumed_from is None
     assert outcome.step == 6
+    trainer, _ = train(tiny_settings(tmp_path), resume="auto")
+    assert trainer.resumed_from == outcome.checkpoint
+
+
+def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_line(tmp_path):
+    every, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "every")))
+    some, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "some"), log_every=4))
+    by_step = {r["step"]: r["loss"] for r in read_metrics(every.out / "metrics.jsonl") if "loss" in r}
+    lines = {record["step"]: record for record in read_metrics(some.out / "metrics.jsonl") if "loss" in record}
+    assert lines[4]["loss"] == pytest.approx(sum(by_step[step] for step in (1, 2, 3, 4)) / 4, rel=1e-6)
+    assert lines[6]["loss"] == pytest.approx(sum(by_step[step] for step in (5, 6)) / 2, rel=1e-6)
+    # The bits are those of all of the bytes that the steps read.
+    nats = lines[4]["loss"] * 4 * 2 * 24
+    text_bytes = sum(some.data.count_bytes(some._windows.step(step)) for step in range(4))
+    assert lines[4]["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes)
+
+
+def test_the_mean_goes_on_over_a_resume(tmp_path):
+    settings = tiny_settings(tmp_path, log_every=4)
+    whole, _ = train({**settings, "out": str(tmp_path / "whole")})
+    Trainer(settings).fit(lambda progress: progress.step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    resumed, _ = train(settings, resume=True)
+    assert losses(resumed) == losses(whole)
+
+
+def test_the_held_out_loss_says_when_it_was_measured(tmp_path):
+    settings = tiny_settings(tmp_path, eval_every=3)
+    seen = []
+
+    def stop_at_five(progress):
+        seen.append((progress.step, progress.held_out.step, progress.logged))
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome = Trainer(settings).fit(stop_at_five)
+    assert seen == [(1, 0, True), (2, 0, True), (3, 3, True), (4, 3, True), (5, 3, True)]
+    assert (outcome.step, outcome.held_out.step) == (5, 3)
+    assert Trainer(settings, resume=True).held_out == outcome.held_out
 
 
 def test_a_folder_with_a_run_needs_a_word(tmp_path):

@@ -1,5 +1,10 @@
-"""`python -m lightning_attention.cli`."""
+"""`python -m lightning_attention.cli`: the command, begun again where PyTorch has been loaded too early."""
 
-from lightning_attention.cli.app import main
+import os
+import sys
 
+from lightning_attention_command import main, sleep_while_waiting
+
+if sleep_while_waiting() and os.name == "posix":
+    os.execv(sys.executable, sys.orig_argv)
 main()

@@ -11,6 +11,7 @@ import lightning_attention
 from lightning_attention.cli.bench import bench
 from lightning_attention.cli.check import check
 from lightning_attention.cli.generate import generate
+from lightning_attention.cli.streams import show_every_character
 from lightning_attention.cli.train import train
 from lightning_attention.training.config import InputError
 
@@ -42,8 +43,12 @@ def _options(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; exit status 2 and one line on stderr when what the user gave cannot be used."""
+    show_every_character()
     try:
         app(args=args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that cannot be written, a name that is too long
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        sys.exit(1)

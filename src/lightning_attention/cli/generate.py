@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lightning_attention.cli.prompts import MOST_SEED, MOST_TEMPERATURE, MOST_TOKENS, read_prompts
+from lightning_attention.training.config import InputError, check_text
 
 if TYPE_CHECKING:
     from lightning_attention.training.generation import Piece
@@ -42,14 +46,16 @@ def generate(
     model: Annotated[
         Path, typer.Option(metavar="FOLDER", help="A run, one of its checkpoints, or a Hugging Face folder.")
     ] = Path("runs/default"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt, at most.")] = 200,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens to generate for each prompt, at most.")
+    ] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Divides the logits; 0 always takes the likeliest token.")
+        float, typer.Option(min=0, max=MOST_TEMPERATURE, help="Divides the logits; 0 always takes the likeliest token.")
     ] = 0.8,
     top_p: Annotated[
         float, typer.Option(min=0, max=1, help="Sample from the fewest tokens that hold this much probability.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same text.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of a document.")] = False,
     echo: Annotated[bool, typer.Option(help="Print each prompt before its continuation.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -65,8 +71,10 @@ def generate(
     """
     if prompts is not None and texts:
         raise typer.BadParameter("give either PROMPT or --prompts", param_hint="--prompts")
+    for option, value in {"--temperature": temperature, "--top-p": top_p}.items():
+        if math.isnan(value):
+            raise typer.BadParameter("nan is not a number", param_hint=option)
     openings = _texts(texts or []) if prompts is None else []
-    from lightning_attention.cli.prompts import read_prompts
     from lightning_attention.training.checkpoint import find_model
     from lightning_attention.training.generation import Generator, Prompt
     from lightning_attention.training.runtime import Runtime
@@ -89,9 +97,12 @@ def _texts(prompts: list[str]) -> list[str]:
     if not prompts:
         prompts = [""] if sys.stdin.isatty() else ["-"]
     if "-" in prompts:
-        piped = sys.stdin.read()
+        try:
+            piped = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
         prompts = [piped if prompt == "-" else prompt for prompt in prompts]
-    return prompts
+    return [check_text(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
 
 
 def _print_streams(stream: Iterator[list[Piece]], openings: list[str]) -> None:
@@ -99,7 +110,10 @@ def _print_streams(stream: Iterator[list[Piece]], openings: list[str]) -> None:
     out = sys.stdout
     many = len(openings) > 1
     with ExitStack() as stack:
-        waiting = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in openings[1:]]
+        # A file only for what is long, so that a full folder for temporary files is in nobody's way.
+        waiting = [
+            stack.enter_context(tempfile.SpooledTemporaryFile(1 << 24, "w+", encoding="utf-8")) for _ in openings[1:]
+        ]
         sinks = [out, *waiting]
         for number, (sink, opening) in enumerate(zip(sinks, openings, strict=True), 1):
             sink.write(f"=== {number} of {len(openings)} ===\n{opening}" if many else opening)
@@ -119,6 +133,7 @@ def _print_lines(stream: Iterator[list[Piece]], ids: list[str | int]) -> None:
     """Print every prompt's text as a line of JSON when it has ended, and the speed, to standard error, at the end."""
     running: dict[int, list[str]] = {}
     tokens, start = 0, time.perf_counter()
+    escape = (sys.stdout.encoding or "").lower() != "utf-8"
     for pieces in stream:
         tokens += len(pieces)
         for prompt, text, finished in pieces:
@@ -126,6 +141,6 @@ def _print_lines(stream: Iterator[list[Piece]], ids: list[str | int]) -> None:
             if finished:
                 texts = running.pop(prompt)
                 line = {"id": ids[prompt], "text": "".join(texts), "tokens": len(texts), "finish_reason": finished}
-                print(json.dumps(line, ensure_ascii=False), flush=True)
+                print(json.dumps(line, ensure_ascii=escape), flush=True)
     seconds = time.perf_counter() - start
     print(f"{len(ids)} prompts, {tokens} tokens, {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)

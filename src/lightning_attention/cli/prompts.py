@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from lightning_attention.training.generation import Prompt
 
 
+MOST_TOKENS = (1 << 31) - 1
+MOST_SEED = (1 << 63) - 1
+MOST_TEMPERATURE = 1e6
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -25,14 +30,22 @@ def _number(value: Any) -> bool:
     return _whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _text(value: Any) -> bool:
+    """Whether it is a string that can be written: JSON's escapes can spell halves of characters."""
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
+
+
 #: What a line may hold: whether a value will do, and in words.
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "prompt": (lambda x: isinstance(x, str), "a string"),
-    "id": (lambda x: isinstance(x, str) or _whole(x), "a string or a whole number"),
-    "max_tokens": (lambda x: _whole(x) and x >= 1, "a whole number, 1 or more"),
-    "temperature": (lambda x: _number(x) and x >= 0, "a number, 0 or more"),
+    "prompt": (_text, "a string, in Unicode"),
+    "id": (lambda x: _text(x) or _whole(x), "a string or a whole number, in Unicode"),
+    "max_tokens": (lambda x: _whole(x) and 1 <= x <= MOST_TOKENS, "a whole number, 1 or more, below 2^31"),
+    "temperature": (
+        lambda x: _number(x) and 0 <= x <= MOST_TEMPERATURE,
+        f"a number, 0 or more, at most {MOST_TEMPERATURE:,.0f}",
+    ),
     "top_p": (lambda x: _number(x) and 0 <= x <= 1, "a number from 0 to 1"),
-    "seed": (lambda x: _whole(x) and 0 <= x < 1 << 63, "a whole number, 0 or more"),
+    "seed": (lambda x: _whole(x) and 0 <= x <= MOST_SEED, "a whole number, 0 or more, below 2^63"),
 }
 
 
@@ -74,7 +87,7 @@ def _parse(lines: Iterable[str], name: str, defaults: Prompt) -> tuple[list[str 
 def _checked(line: str, where: str) -> dict[str, Any]:
     try:
         settings = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{where} is not JSON: {error}; wanted is {{"prompt": "..."}}') from error
     if not isinstance(settings, dict):
         raise InputError(f'{where} is {_shown(settings)}; wanted is an object, {{"prompt": "..."}}')
@@ -90,5 +103,5 @@ def _checked(line: str, where: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

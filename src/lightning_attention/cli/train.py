@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from datetime import timedelta
+from functools import partial
+from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lightning_attention.training.config import InputError, TrainConfig, read_toml
+from lightning_attention.cli.streams import LastingStream
+from lightning_attention.training.config import InputError, TrainConfig, make_config, read_toml
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.console import Console
 
-    from lightning_attention.training.trainer import Outcome, Progress, Trainer
+    from lightning_attention.training.progress import Outcome, Progress
+    from lightning_attention.training.trainer import Trainer
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -75,6 +81,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.", rich_help_panel="Run")
     ] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume", help="Go on from the newest checkpoint in --out, or start.", rich_help_panel="Run"
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again where --out holds a run.", rich_help_panel="Run")
     ] = False,
@@ -83,26 +95,72 @@ def train(
 
     Without INPUT it trains on the English of pydoc's topics, which every Python carries. Ctrl-C saves and stops;
     --resume goes on from there as if nothing had happened. Every checkpoint is a Hugging Face folder.
+
+    The exit status is 0 when the run is complete, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP; 1 when it
+    diverged or a disk failed it, 2 when something given cannot be used.
     """
-    if resume and overwrite:
+    if (resume or auto_resume) and overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    _refuse_several_processes()
     settings = {**(read_toml(config) if config else {}), **settings}
+    make_config(settings)  # what is wrong is said before PyTorch's models are loaded
     from rich.console import Console
 
+    from lightning_attention.training.disk import DiskError
+    from lightning_attention.training.interrupt import StoppedAtOnce
     from lightning_attention.training.trainer import DivergedError, Trainer
 
-    console = Console(stderr=True, highlight=False)
-    with console.status("reading the text"):
-        trainer = Trainer(settings, resume=resume, overwrite=overwrite)
-    console.print(_introduction(trainer))
-    bar = _bar(console)
+    console = Console(file=cast("IO[str]", LastingStream(sys.stderr)), highlight=False, soft_wrap=True, markup=False)
     try:
-        with bar:
-            outcome = trainer.fit(_reporter(bar, trainer))
-    except (DivergedError, OSError) as error:  # an OSError here is a full or lost disk
-        print(f"error: {error}", file=sys.stderr)
+        with console.status("reading the text"):
+            trainer = Trainer(
+                settings, resume="auto" if auto_resume else resume, overwrite=overwrite, report=console.print
+            )
+    except DiskError as error:
+        print(f"error: {error}; what was in the folder is as it was", file=sys.stderr)
         raise typer.Exit(1) from error
-    _conclude(outcome)
+    except (MemoryError, RuntimeError) as error:
+        raise _memory_error(error) from error
+    except KeyboardInterrupt as error:
+        print("stopped before the first step; what was in the folder is as it was", file=sys.stderr)
+        raise typer.Exit(130) from error
+    console.print(_introduction(trainer))
+    show = _ShowBar if console.is_interactive else _ShowLines
+    try:
+        with show(console, trainer) as report:
+            outcome = trainer.fit(report, _acknowledger(console, trainer))
+    except (DivergedError, DiskError) as error:
+        console.print(f"error: {error}; {trainer.kept()}")
+        raise typer.Exit(1) from error
+    except (MemoryError, RuntimeError) as error:
+        raise _memory_error(error) from error
+    except StoppedAtOnce as stop:
+        console.print(f"stopped by {stop.signal_name} at once: {trainer.kept()}")
+        raise typer.Exit(_status(stop.signal_name)) from stop
+    _conclude(outcome, partial(print, file=LastingStream(sys.stdout)))
+    if outcome.stopped_by:
+        raise typer.Exit(_status(outcome.stopped_by))
+
+
+def _refuse_several_processes() -> None:
+    """A launcher's processes would all train the same model."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise InputError(
+            f"train runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it without torchrun"
+        )
+
+
+def _memory_error(error: Exception) -> Exception:
+    """The error itself, or what to do about it where it is that a model or a batch does not fit."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return InputError(f"not enough memory: {text}; try a smaller width, batch_size or seq_len")
+    return error
+
+
+def _status(signal_name: str) -> int:
+    """What a shell makes of a process that died of that signal, so that `train && generate` stops."""
+    return 128 + signal.Signals[signal_name]
 
 
 def _introduction(trainer: Trainer) -> str:
@@ -116,40 +174,83 @@ def _introduction(trainer: Trainer) -> str:
     )
 
 
-def _bar(console: Any) -> Bar:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _acknowledger(console: Console, trainer: Trainer) -> Callable[[str, bool], None]:
+    def acknowledge(name: str, again: bool) -> None:
+        if again:
+            console.print(f"{name} again: stopping now; {trainer.kept()}")
+        else:
+            console.print(
+                f"{name}: finishing step {trainer.step + 1}, then saving it; a second signal stops at once, without it"
+            )
 
-    return Progress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        expand=True,
-    )
+    return acknowledge
 
 
-def _reporter(bar: Bar, trainer: Trainer) -> Callable[[Progress], None]:
-    task = bar.add_task("", total=trainer.planned_steps, completed=trainer.step, loss="", speed="")
-
-    def report(progress: Progress) -> None:
-        loss = "" if progress.bits_per_byte is None else f"loss {progress.bits_per_byte:.2f}"
-        if progress.val_bits_per_byte is not None:
-            loss += f" held out {progress.val_bits_per_byte:.2f} bits/byte"
-        speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f} tokens/s"
-        bar.update(task, completed=progress.step, total=progress.planned_steps, loss=loss, speed=speed)
-
-    return report
+def _numbers(progress: Progress) -> tuple[str, str]:
+    """The losses and the speed, as far as they are known."""
+    loss = [] if progress.bits_per_byte is None else [f"loss {progress.bits_per_byte:.3f}"]
+    if held_out := progress.held_out:
+        loss.append(f"held out {held_out.bits_per_byte:.3f} at step {held_out.step}")
+    speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f} tokens/s"
+    return ", ".join(loss) + " bits/byte" if loss else "", speed
 
 
-def _conclude(outcome: Outcome) -> None:
+class _ShowBar:
+    """A bar on the terminal's last line."""
+
+    def __init__(self, console: Console, trainer: Trainer) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = [TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()]
+        bar_column = BarColumn(bar_width=None)
+        self._bar = Bar(MofNCompleteColumn(), bar_column, *columns, TextColumn("left"), console=console, expand=True)
+        self._task = self._bar.add_task("", total=trainer.planned_steps, completed=trainer.step, loss="", speed="")
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        self._bar.start()
+        return self._report
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def _report(self, progress: Progress) -> None:
+        loss, speed = _numbers(progress)
+        self._bar.update(self._task, completed=progress.step, total=progress.planned_steps, loss=loss, speed=speed)
+
+
+class _ShowLines:
+    """A line for every logged step, for a file or a pipe."""
+
+    def __init__(self, console: Console, trainer: Trainer) -> None:
+        self._print = console.print
+        self._tokens_per_step = trainer.config.tokens_per_step
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        return self._report
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def _report(self, progress: Progress) -> None:
+        if not progress.logged:
+            return
+        loss, speed = _numbers(progress)
+        planned, left = "", ""
+        if progress.planned_steps is not None:
+            planned = f"/{progress.planned_steps}"
+            if progress.tokens_per_second:
+                steps = progress.planned_steps - progress.step
+                left = f"{timedelta(seconds=round(steps * self._tokens_per_step / progress.tokens_per_second))} left"
+        self._print("  ".join(part for part in (f"step {progress.step}{planned}", loss, speed, left) if part))
+
+
+def _conclude(outcome: Outcome, say: Callable[[str], None]) -> None:
     if outcome.stopped_by:
         planned = "" if outcome.planned_steps is None else f" of {outcome.planned_steps}"
-        typer.echo(f"stopped by {outcome.stopped_by} after step {outcome.step}{planned}; --resume goes on from there")
-    elif outcome.val_bits_per_byte is not None:
-        typer.echo(f"held-out loss: {outcome.val_bits_per_byte:.3f} bits per byte after {outcome.step} steps")
-    typer.echo(f"checkpoint:    {outcome.checkpoint}")
-    typer.echo(f"loss plot:     {outcome.plot}")
-    typer.echo(f"metrics:       {outcome.metrics}")
+        say(f"stopped by {outcome.stopped_by} after step {outcome.step}{planned}; --resume goes on from there")
+    if outcome.held_out is not None:
+        say(f"held-out loss: {outcome.held_out.bits_per_byte:.3f} bits per byte after {outcome.held_out.step} steps")
+    say(f"checkpoint:    {outcome.checkpoint}")
+    say(f"loss plot:     {outcome.plot}")
+    say(f"metrics:       {outcome.metrics}")

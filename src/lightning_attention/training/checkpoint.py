@@ -5,6 +5,7 @@ Every checkpoint is a Hugging Face folder (weights, configuration, tokenizer) wi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ import torch
 from lightning_attention.training.config import InputError
 
 STATE_FILE = "trainer_state.pt"
-# Names with this ending are unfinished or on their way out; nothing but `clear_leftovers` looks at them.
+FILES = "files.json"  # the names of what a run wrote into a folder: nothing else is deleted
+# Names with this ending are unfinished or on their way out; nothing but `RunFolder.clear_leftovers` looks at them.
 UNFINISHED = ".unfinished"
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -33,22 +35,29 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     if target.exists():
         raise FileExistsError(f"{target} exists already")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + UNFINISHED)
+    unfinished = unfinished_name(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         yield unfinished
+        names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
+        (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
         _sync_tree(unfinished)
-        os.rename(unfinished, target)
-        _sync(target.parent)
+        rename(unfinished, target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name, on disk."""
+    os.rename(path, target)
+    _sync(target.parent)
+
+
 def atomic_text(target: Path, text: str) -> None:
     """Replace a small file's content, all at once and on disk."""
-    unfinished = target.with_name(target.name + UNFINISHED)
+    unfinished = unfinished_name(target)
     unfinished.write_text(text, encoding="utf-8")
     _sync(unfinished)
     os.replace(unfinished, target)
@@ -56,21 +65,49 @@ def atomic_text(target: Path, text: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that it never shows half of its files under its own name."""
-    doomed = folder.with_name(folder.name + UNFINISHED)
+    """Delete a folder that `atomic_folder` made so that it never shows half of its files under its own name.
+
+    Raises InputError when there is something else in it.
+    """
+    refuse_foreign_files(folder)
+    doomed = unfinished_name(folder)
     shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    _sync(folder.parent)
+    rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
-def clear_leftovers(root: Path) -> None:
-    """Delete what a killed process left unfinished."""
-    for path in root.glob(f"*{UNFINISHED}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise InputError when there is something in a folder that `atomic_folder` did not make."""
+    if others := foreign_files(folder):
+        raise InputError(f"{folder} holds files that no run wrote ({', '.join(others)}); move them elsewhere")
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What is in a folder that `atomic_folder` did not make."""
+    try:
+        own = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        own = []
+    return sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {*own})
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def unfinished_name(path: Path) -> Path:
+    """What a file or folder is called until it is whole, and while it is being deleted."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def unfinished_checkpoints(root: Path) -> list[Path]:
+    """What a killed process left of checkpoints under `root`."""
+    found = root.glob("*" + UNFINISHED)
+    return [path for path in found if _NAME.fullmatch(path.name.removesuffix(UNFINISHED))]
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -82,18 +119,20 @@ def checkpoints(root: Path) -> list[Path]:
     """Every whole checkpoint under `root`, oldest first."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints, and those in which somebody has put files."""
     for path in checkpoints(root)[:-keep]:
-        remove_folder(path)
+        if not foreign_files(path):
+            remove_folder(path)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write the trainer's state: tensors and plain values."""
-    torch.save(state, folder / STATE_FILE)
+    with (folder / STATE_FILE).open("wb") as file:  # rather than by name: a full disk is then an OSError that says so
+        torch.save(state, file)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,10 @@ The command line's options and the keys of a TOML file are both read off `TrainC
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,12 +19,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# Larger sizes are slips of the keyboard, and would take all of the memory before anything could be said.
+MOST = 1 << 20
 CORPORA = ("pydoc", "stdlib")
 PRECISIONS = ("auto", "bf16", "float32")
 # Settings that may differ between a run and its continuation: none of them touches what is computed in a step,
 # apart from `steps`, which moves the end of the schedule because somebody asked for that.
 CHANGEABLE_ON_RESUME = frozenset({"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"})
 DEFAULT_STEPS = 1000
+DEFAULT_VAL_FRACTION = 0.1
 
 
 class InputError(Exception):
@@ -39,11 +44,20 @@ class TrainConfig:
 
     inputs: tuple[str, ...] = _setting((), "Data", "Text files, folders or globs to train on; - reads standard input.")
     corpus: str = _setting("pydoc", "Data", "Built-in text when no INPUT is given: pydoc (English) or stdlib (Python).")
-    val_fraction: float = _setting(0.1, "Data", "Share of the text, at its end, held out for validation.")
+    encoding: str = _setting("auto", "Data", "Encoding of the text: auto detects each file's own; cp1251, utf-16, ...")
+    text_field: str = _setting("text", "Data", "Where the text is in the objects of .jsonl files.")
+    val_fraction: float | None = _setting(
+        None,
+        "Data",
+        f"Share of the text held out for validation, in blocks all over it. [default: {DEFAULT_VAL_FRACTION}]",
+    )
+    validation: str | None = _setting(
+        None, "Data", "Validate on this file, folder or glob instead; what it holds is left out of the training text."
+    )
     # The defaults of data, model and optimisation are for the 0.4 MB of pydoc and two minutes on two CPU cores.
-    # Held-out bits per byte: 2.08 after 131 steps, 1.92 after 221, 1.77 after 440 (3.9 epochs, 200 s of one thread's
-    # time). A run of 1,320 steps is at its best after 880 (7.8 epochs) and ends at 1.88. A vocabulary of 1,024 with
-    # half the learning rate came to 1.78 after 440.
+    # Bits per byte of the last tenth of that text: 2.08 after 131 steps, 1.92 after 221, 1.77 after 440 (3.9 epochs,
+    # 200 s of one thread's time). A run of 1,320 steps is at its best after 880 (7.8 epochs) and ends at 1.88. A
+    # vocabulary of 1,024 with half the learning rate came to 1.78 after 440.
     vocab_size: int = _setting(2048, "Data", "Size of the byte-level BPE vocabulary; 258 is plain bytes.")
     seq_len: int = _setting(256, "Data", "Tokens in one training window.")
 
@@ -95,9 +109,16 @@ class TrainConfig:
         self._require("seq_len", self.seq_len >= 2, "at least 2 tokens, one to read and one to predict")
         self._require("corpus", self.corpus in CORPORA, f"one of {', '.join(CORPORA)}")
         self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-        self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
+        self._require("encoding", _is_text_encoding(self.encoding), "auto or the name of a text encoding, as cp1251")
+        if self.val_fraction is not None:
+            self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
+            self._require("val_fraction", self.validation is None, "left out when validation is given")
         self._require("vocab_size", self.vocab_size >= 258, "at least 258: 256 bytes and 2 special tokens")
         self._require("width", self.width % self.heads == 0, f"a multiple of heads ({self.heads})")
+        for name in ("vocab_size", "layers", "width", "glu_dim"):
+            self._require(name, (getattr(self, name) or 0) <= MOST, f"at most {MOST:,}")
+        self._require("batch_size", self.tokens_per_step < 1 << 31, "smaller: a step would read 2^31 tokens or more")
+        self._require("seed", self.seed < 1 << 63, "below 2^63")
         self._require("lr", self.lr > 0, "above 0")
         self._require("final_lr", 0 <= self.final_lr <= 1, "between 0 and 1")
         for name in ("beta1", "beta2"):
@@ -107,6 +128,10 @@ class TrainConfig:
             self._require("max_minutes", self.max_minutes > 0, "above 0")
             self._require("steps", self.steps is None, "left out when max_minutes is given")
             self._require("warmup_steps", self.warmup_steps >= 5, "at least 5 when max_minutes is given, to time them")
+
+        for name, kind in _TYPES.items():
+            if kind.startswith("float") and getattr(self, name) is not None:
+                self._require(name, math.isfinite(getattr(self, name)), "a finite number")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -169,6 +194,13 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def _is_text_encoding(name: str) -> bool:
+    try:
+        return name == "auto" or (codecs.lookup(name) is not None and isinstance(b"a".decode(name, "replace"), str))
+    except (LookupError, ValueError):  # not known, bytes to bytes as base64 is, or no name at all
+        return False
+
+
 _TYPES: dict[str, Any] = {f.name: f.type for f in fields(TrainConfig)}
 
 
@@ -180,13 +212,25 @@ def _checked(name: str, value: Any) -> Any:
     kind = _TYPES[name]
     if kind.startswith("tuple"):
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+            return tuple(check_text(name, item) for item in value)
         raise InputError(f"{name} must be a list of strings; got {value!r}")
     kind, _, optional = kind.partition(" | ")
     if value is None and optional:
         return None
     if kind == "float" and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 1 << 63 else math.inf  # which is refused later
     if type(value).__name__ != kind:
         raise InputError(f"{name} must be of type {kind}; got {value!r}")
+    return check_text(name, value) if kind == "str" else value
+
+
+def check_text(name: str, value: str) -> str:
+    """The text itself. Raises InputError when it cannot be written as UTF-8 or holds a zero character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        place = f"{value[error.start]!r} at character {error.start}"
+        raise InputError(f"{name} is not Unicode text: {place}; was it typed or stored as UTF-8?") from error
+    if "\0" in value:
+        raise InputError(f"{name} must hold no zero character; got {value!r}")
     return value

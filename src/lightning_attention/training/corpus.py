@@ -1,61 +1,126 @@
-"""Find the text to train on and hold it on disk, so that a corpus may be larger than memory."""
+"""The text to train on, held on disk, so that it may be larger than memory."""
 
 from __future__ import annotations
 
-import codecs
-import glob
-import os
+import hashlib
+import json
+import shutil
 import sys
 import sysconfig
+import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from lightning_attention.training.config import InputError, TrainConfig
+from lightning_attention.training.encoding import PIECE_BYTES, NotTextError, decoded, find_encoding
+from lightning_attention.training.sources import Finder, Tally, shown
 
-PIECE_BYTES = 1 << 20
 SKIPPED_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+JSON_LINES = (".jsonl", ".ndjson")
+# A block of held-out text has at least so many bytes, four windows of the default length, and there are at most so many
+# blocks: each costs the loss of the context before it.
+BLOCK_BYTES, MOST_BLOCKS = 4096, 100
+REPEATED = "the same text as one before"
+
+Span = tuple[int, int]  # of bytes
 
 
 class SpooledCorpus:
-    """Documents one after another in a binary file, as UTF-8, with the offset at which each of them ends."""
+    """Different documents one after another in a binary file, as UTF-8, with the offset at which each of them ends."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        """Start with no text in `file`, which must be open for reading and writing."""
+    def __init__(self, file: IO[bytes], apart_from: SpooledCorpus | None = None) -> None:
+        """Start with no text in `file`, which must be open for reading and writing.
+
+        Documents of `apart_from` are taken for repeated ones.
+        """
         self._file = file
         self._ends: list[int] = []
+        self._digests: dict[bytes, None] = {}  # in the order of the documents
+        self._apart_from = apart_from
 
     @property
     def total_bytes(self) -> int:
         """Bytes of text."""
         return self._ends[-1] if self._ends else 0
 
-    def add(self, texts: Iterable[str]) -> None:
-        """Append one document, given in any number of pieces; an empty one is left out."""
-        size = sum(self._file.write(text.encode("utf-8", errors="replace")) for text in texts)
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self._ends)
+
+    def add(self, texts: Iterable[str]) -> bool:
+        """Append one document, given in any number of pieces; False when there is the same one already.
+
+        An empty one is left out. When `texts` raises, nothing is appended.
+        """
+        start = self.total_bytes
+        size, digest = 0, hashlib.blake2b(digest_size=16)
+        self._file.seek(start)
+        for text in texts:
+            raw = text.encode("utf-8")
+            digest.update(raw)
+            size += self._file.write(raw)
+        key = digest.digest()
+        if key in self._digests or (self._apart_from and key in self._apart_from._digests):
+            return False
         if size:
-            self._ends.append(self.total_bytes + size)
+            self._ends.append(start + size)
+            self._digests[key] = None
+        return True
 
-    def split_at(self, fraction: float) -> int:
-        """The offset of the character at which the last `fraction` of the bytes begins."""
-        offset = int(self.total_bytes * (1 - fraction))
+    def forget_after(self, documents: int) -> None:
+        """Drop all but the first so many documents."""
+        while len(self._ends) > documents:
+            self._ends.pop()
+            self._digests.popitem()
+
+    def split(self, fraction: float) -> tuple[list[Span], list[Span]]:
+        """What to train on and what to hold out: the last `fraction` of each of many equal parts of the text.
+
+        A cut is moved on to the end of a document or of a line where there is one near.
+        """
+        total = self.total_bytes
+        blocks = max(1, min(MOST_BLOCKS, int(total * fraction) // BLOCK_BYTES))
+        size = int(total / blocks * fraction)
+        reach = min(size, total // blocks - size) // 4
+        train: list[Span] = []
+        held_out: list[Span] = []
+        position = 0
+        for block in range(1, blocks + 1):
+            end = total * block // blocks
+            cut = self._break_near(end - size, reach)
+            end = self._break_near(end, reach) if block < blocks else total
+            train.append((position, cut))
+            held_out.append((cut, end))
+            position = end
+        return train, held_out
+
+    def _break_near(self, offset: int, reach: int) -> int:
+        following = bisect_left(self._ends, offset)
+        if self._ends[following] <= offset + reach:
+            return self._ends[following]
         self._file.seek(offset)
-        following = self._file.read(4)
-        return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
+        raw = self._file.read(max(reach, 4))
+        line = raw[:reach].find(b"\n") + 1
+        return offset + (line or next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), len(raw)))
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[str, bool]]:
-        """The text of bytes start..end in pieces of about 1 MB, each with whether a document ends with it."""
-        doc_start = 0
-        for doc_end in self._ends:
-            position, stop = max(start, doc_start), min(end, doc_end)
-            while position < stop:
-                self._file.seek(position)
-                raw = self._file.read(min(PIECE_BYTES, stop - position))
-                if position + len(raw) < stop:
-                    raw = raw[: _last_break(raw)]
-                position += len(raw)
-                yield raw.decode("utf-8"), position == doc_end
-            doc_start = doc_end
+    def pieces(self, spans: Iterable[Span]) -> Iterator[tuple[str, bool]]:
+        """The text of spans of bytes in pieces of about 1 MB, each with whether a document or a span ends with it."""
+        for start, end in spans:
+            for document in range(bisect_left(self._ends, start + 1), len(self._ends)):
+                doc_start = self._ends[document - 1] if document else 0
+                if doc_start >= end:
+                    break
+                position, stop = max(start, doc_start), min(end, self._ends[document])
+                while position < stop:
+                    self._file.seek(position)
+                    raw = self._file.read(min(PIECE_BYTES, stop - position))
+                    if position + len(raw) < stop:
+                        raw = raw[: _last_break(raw)]
+                    position += len(raw)
+                    yield raw.decode("utf-8"), position == stop
 
 
 def _last_break(raw: bytes) -> int:
@@ -64,70 +129,128 @@ def _last_break(raw: bytes) -> int:
     return cut or len(raw.decode("utf-8", errors="ignore").encode())  # only an unfinished last character is ignored
 
 
-def spool(config: TrainConfig, file: IO[bytes], stdin: BinaryIO | None = None) -> SpooledCorpus:
-    """Read all that the configuration names into `file`. Raises InputError when something is missing or empty."""
-    corpus = SpooledCorpus(file)
-    if config.inputs:
-        for name in config.inputs:
-            if name == "-":
-                corpus.add(_decoded(stdin or sys.stdin.buffer))
-            else:
-                _add_files(corpus, _expand(name), skip_binary=not Path(name).is_file())
-        label = " ".join(config.inputs)
+def spool(config: TrainConfig, corpus: SpooledCorpus, tally: Tally, scratch: Path | None = None) -> None:
+    """Read all that the configuration names to train on. Raises InputError when something is missing or empty.
+
+    Standard input is copied into a file in `scratch` first, for its encoding to be found.
+    """
+    if not config.inputs:
+        BUILT_IN[config.corpus](corpus, tally)
     else:
-        BUILT_IN[config.corpus](corpus)
-        label = f"corpus {config.corpus}"
-    if corpus.total_bytes == 0:
-        raise InputError(f"there is no text in {label}")
-    return corpus
+        Reader(corpus, tally, config, scratch).read(config.inputs)
 
 
-def _add_pydoc(corpus: SpooledCorpus) -> None:
+def spool_validation(config: TrainConfig, corpus: SpooledCorpus, tally: Tally, scratch: Path | None = None) -> None:
+    """Read what the configuration names to validate on. Raises InputError when it is missing or empty."""
+    Reader(corpus, tally, config, scratch).read([config.validation or ""])
+
+
+class Reader:
+    """Reads files into a corpus, each in its encoding, and keeps the tally."""
+
+    def __init__(self, corpus: SpooledCorpus, tally: Tally, config: TrainConfig, scratch: Path | None = None) -> None:
+        """Use the encoding and the text field of the configuration."""
+        self._scratch = scratch
+        self._corpus = corpus
+        self._tally = tally
+        self._config = config
+
+    def read(self, names: Iterable[str]) -> None:
+        """Read files, folders, globs, and for - standard input. Raises InputError when one is missing, or all empty."""
+        names, before = [*names], self._corpus.documents
+        finder = Finder(self._tally)
+        for name in names:
+            if name == "-":
+                with tempfile.TemporaryFile(dir=self._scratch) as copy:
+                    shutil.copyfileobj(sys.stdin.buffer, copy)
+                    self._add("standard input", copy, named=True)
+                continue
+            for path, named in finder.find(name):
+                self.add_file(path, named)
+        if self._corpus.documents == before:
+            raise InputError("; ".join([f"there is no text in {' '.join(names)}", *self._tally.lines()]))
+
+    def add_file(self, path: Path, named: bool) -> None:
+        """Read a file. One that cannot be read is an InputError if it was named, and else left out."""
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            if named:
+                raise InputError(f"cannot read {shown(path)}: {error.strerror}") from error
+            self._tally.skipped[f"cannot be read ({error.strerror})"].add(shown(path))
+            return
+        with file:
+            self._add(shown(path), file, named)
+
+    def _add(self, name: str, file: BinaryIO, named: bool) -> None:
+        before = self._corpus.documents
+        try:
+            encoding = find_encoding(file, self._config.encoding)
+            texts = decoded(file, encoding)
+            if name.endswith(JSON_LINES):
+                self._add_json_lines(name, texts)
+                is_new = True
+            else:
+                is_new = self._corpus.add(texts)
+        except NotTextError as error:
+            self._corpus.forget_after(before)
+            if named:
+                raise InputError(f"{name} is {error}") from error
+            self._tally.skipped[str(error)].add(name)
+            return
+        if not is_new or self._corpus.documents == before:
+            self._tally.skipped[REPEATED if not is_new else "without text"].add(name)
+            return
+        self._tally.read[encoding.name].add(name)
+        if encoding.damaged:
+            self._tally.damaged[name] = encoding.damaged
+
+    def _add_json_lines(self, name: str, texts: Iterable[str]) -> None:
+        """A document for every line: a string, or the text field of an object."""
+        field = self._config.text_field
+        for number, line in enumerate(_lines(texts), 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise NotTextError(f"not JSON in line {number}: {error}") from error
+            if isinstance(value, dict):
+                if field not in value:
+                    there = ", ".join(map(repr, value))
+                    raise NotTextError(f"without a field {field!r} in line {number} (--text-field): it has {there}")
+                value = value[field]
+            if not isinstance(value, str):
+                raise NotTextError(f"without text in line {number}: it is of type {type(value).__name__}")
+            try:
+                if not self._corpus.add([value]):
+                    self._tally.skipped[REPEATED].add(f"{name} line {number}")
+            except UnicodeEncodeError as error:
+                raise NotTextError(f"not Unicode in line {number}: {error.reason}") from error
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for text in texts:
+        *whole, rest = (rest + text).split("\n")
+        yield from whole
+    yield rest
+
+
+def _add_pydoc(corpus: SpooledCorpus, tally: Tally) -> None:
     from pydoc_data.topics import topics
 
-    for text in topics.values():
-        corpus.add([text])
+    for name, text in topics.items():
+        if not corpus.add([text]):
+            tally.skipped[REPEATED].add(name)
 
 
-def _add_stdlib(corpus: SpooledCorpus) -> None:
+def _add_stdlib(corpus: SpooledCorpus, tally: Tally) -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    sources = (p for p in root.rglob("*.py") if not SKIPPED_STDLIB_FOLDERS.intersection(p.relative_to(root).parts))
-    _add_files(corpus, sorted(sources), skip_binary=True)
+    reader = Reader(corpus, tally, TrainConfig())
+    for path in sorted(root.rglob("*.py")):
+        if not SKIPPED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts):
+            reader.add_file(path, named=False)
 
 
-BUILT_IN: dict[str, Callable[[SpooledCorpus], None]] = {"pydoc": _add_pydoc, "stdlib": _add_stdlib}
-
-
-def _expand(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        return sorted(p for p in visible if p.is_file())
-    if path.exists():
-        return [path]
-    found = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
-    if not found:
-        what = "no file matches" if glob.has_magic(name) else "no such file or folder:"
-        raise InputError(f"{what} {name}")
-    return found
-
-
-def _add_files(corpus: SpooledCorpus, paths: list[Path], skip_binary: bool) -> None:
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                if b"\0" in file.peek(1024)[:1024]:
-                    if skip_binary:
-                        continue
-                    raise InputError(f"{path} is not text: it holds zero bytes")
-                corpus.add(_decoded(file))
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _decoded(file: BinaryIO) -> Iterator[str]:
-    """Text of a file in pieces. Bytes that are not UTF-8 become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    while raw := file.read(PIECE_BYTES):
-        yield decoder.decode(raw)
-    yield decoder.decode(b"", final=True)
+BUILT_IN: dict[str, Callable[[SpooledCorpus, Tally], None]] = {"pydoc": _add_pydoc, "stdlib": _add_stdlib}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lightning_attention.training.checkpoint import atomic_folder, remove_folder
-from lightning_attention.training.config import InputError, TrainConfig
-from lightning_attention.training.corpus import SpooledCorpus, spool
+from lightning_attention.training.checkpoint import atomic_folder
+from lightning_attention.training.config import DEFAULT_VAL_FRACTION, InputError, TrainConfig
+from lightning_attention.training.corpus import Span, SpooledCorpus, spool, spool_validation
+from lightning_attention.training.disk import writing
+from lightning_attention.training.sources import Tally
 from lightning_attention.training.tokenizer import END_ID, token_bytes, train_tokenizer
 
 MANIFEST = "token_files.json"
@@ -47,34 +48,41 @@ class TokenData:
         return int(self.bytes_per_token[tokens.numpy()].sum())
 
 
-def prepare_data(config: TrainConfig, folder: Path) -> TokenData:
-    """Tokenize the corpus into `folder`, or open what an earlier run of the same command left there.
+def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None] | None = None) -> TokenData:
+    """Tokenize the corpus into `folder`, which does not exist yet.
 
-    The tokenizer sees the training part only. Raises InputError when the text cannot be read or is too short for
-    `config.seq_len`.
+    The tokenizer sees the training part only. `report` is called with every line of what was read and what was not.
+    Raises InputError when the text cannot be read or is too short for `config.seq_len`, DiskError when it has no room.
     """
-    if not folder.exists():
-        with tempfile.TemporaryFile() as file, atomic_folder(folder) as target:
-            corpus = spool(config, file)
-            cut = corpus.split_at(config.val_fraction)
-            tokenizer = train_tokenizer((text for text, _ in corpus.pieces(0, cut)), config.vocab_size)
+    tally = Tally()
+    with writing(folder), atomic_folder(folder) as target, writing(folder):
+        # The text lies beside the tokens until they are made: the folder for temporary files is often the smallest.
+        with (target / "text").open("w+b") as file, (target / "held_out_text").open("w+b") as held_out_file:
+            if config.validation is None:
+                corpus = held_out = SpooledCorpus(file)
+                spool(config, corpus, tally, target)
+                train, val = corpus.split(config.val_fraction or DEFAULT_VAL_FRACTION)
+            else:
+                held_out = SpooledCorpus(held_out_file)
+                spool_validation(config, held_out, tally, target)
+                corpus = SpooledCorpus(file, apart_from=held_out)
+                spool(config, corpus, tally, target)
+                train, val = [(0, corpus.total_bytes)], [(0, held_out.total_bytes)]
+            for line in tally.lines():
+                if report:
+                    report(line)
+            tokenizer = train_tokenizer((text for text, _ in corpus.pieces(train)), config.vocab_size)
             tokenizer.save(str(target / "tokenizer.json"))
             digests = [
-                _write_tokens(target / "train.bin", tokenizer, corpus, 0, cut),
-                _write_tokens(target / "val.bin", tokenizer, corpus, cut, corpus.total_bytes),
+                _write_tokens(target / "train.bin", tokenizer, corpus, train),
+                _write_tokens(target / "val.bin", tokenizer, held_out, val),
             ]
-            fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-            (target / MANIFEST).write_text(json.dumps({"fingerprint": fingerprint}))
+        for name in ("text", "held_out_text"):
+            (target / name).unlink()
+        fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
+        (target / MANIFEST).write_text(json.dumps({"fingerprint": fingerprint, "sources": tally.lines()}, indent=1))
+        open_data(config, target)  # raises now where the text is too short
     return open_data(config, folder)
-
-
-def discard_data(folder: Path) -> None:
-    """Delete the token files in `folder`. Raises InputError when it exists and holds something else."""
-    if not folder.exists():
-        return
-    if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder} exists and was not made by training; choose another output folder")
-    remove_folder(folder)
 
 
 def open_data(config: TrainConfig, folder: Path) -> TokenData:
@@ -104,12 +112,12 @@ def _map(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def _write_tokens(path: Path, tokenizer: Tokenizer, corpus: SpooledCorpus, start: int, end: int) -> str:
+def _write_tokens(path: Path, tokenizer: Tokenizer, corpus: SpooledCorpus, spans: Iterable[Span]) -> str:
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for text, ends_document in corpus.pieces(start, end):
+        for text, ends in corpus.pieces(spans):
             ids = tokenizer.encode(text).ids
-            raw = np.array([*ids, END_ID] if ends_document else ids, _dtype(tokenizer)).tobytes()
+            raw = np.array([*ids, END_ID] if ends else ids, _dtype(tokenizer)).tobytes()
             digest.update(raw)
             file.write(raw)
     return digest.hexdigest()
@@ -151,17 +159,23 @@ class Windows:
 
 
 def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, limit: int) -> Iterator[Tensor]:
-    """Batches of windows [b, t] int64 in which every one of the first `limit` tokens (0: all) is predicted once.
+    """Batches of windows [b, t] int64 in which each token is predicted once, or `limit` (0: all) at the most.
 
     A model predicts all but the first token of a window, so windows overlap by one token and an end-of-text token
-    stands before the first.
+    stands before the first. With a limit they are whole windows, spread evenly over the tokens.
     """
-    limit = min(limit or len(tokens), len(tokens))
-    stream = np.concatenate([[END_ID], tokens[:limit].astype(np.int64)])
-    full = limit // (seq_len - 1)
+    length = min(seq_len - 1, limit or seq_len)
+    there = len(tokens) // length
+    full = min(there, limit // length) if limit else there
     for first in range(0, full, batch_size):
-        starts = (seq_len - 1) * np.arange(first, min(first + batch_size, full))
-        yield torch.from_numpy(stream[starts[:, None] + np.arange(seq_len)])
-    rest = stream[full * (seq_len - 1) :]
-    if len(rest) > 1:
-        yield torch.from_numpy(rest)[None]
+        windows = [index * there // full for index in range(first, min(first + batch_size, full))]
+        yield torch.stack([_after(tokens, index * length, length) for index in windows])
+    rest = len(tokens) - there * length
+    if rest and (not limit or limit >= len(tokens)):
+        yield _after(tokens, there * length, rest)[None]
+
+
+def _after(tokens: np.ndarray, start: int, length: int) -> Tensor:
+    """[1 + length] int64: so many tokens from `start` on, and the one before them."""
+    before = [END_ID] if start == 0 else tokens[start - 1 : start]
+    return torch.from_numpy(np.concatenate([before, tokens[start : start + length]]).astype(np.int64))

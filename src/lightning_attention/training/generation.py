@@ -109,7 +109,8 @@ class Generator:
 
     def _request(self, prompt: Prompt) -> Request:
         return Request(
-            self._tokenizer.encode(prompt.text) or [self._tokenizer.bos_token_id],
+            # "<|endoftext|>" in a prompt is text, as it is in the text that was trained on.
+            self._tokenizer.encode(prompt.text, split_special_tokens=True) or [self._tokenizer.bos_token_id],
             prompt.max_tokens,
             prompt.temperature,
             prompt.top_p,

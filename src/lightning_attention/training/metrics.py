@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_attention.training.checkpoint import atomic_text
+from lightning_attention.training.disk import writing
 
 
 class MetricsLog:
@@ -16,13 +17,18 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there."""
         kept = [] if resume_step is None else [line for line in read_metrics(path) if line["step"] <= resume_step]
-        atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            # Without a buffer, in which a full disk would leave what cannot be written.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; it is in the file when this returns."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        rest = memoryview((json.dumps(record) + "\n").encode())
+        with writing(self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Close the file."""

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_attention.training.checkpoint import UNFINISHED
+from lightning_attention.training.checkpoint import unfinished_name
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
@@ -39,6 +39,6 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     axes.set_title("Loss of a TransNormer in training")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = unfinished_name(path)
     figure.savefig(unfinished, dpi=120, format="png")
     os.replace(unfinished, path)

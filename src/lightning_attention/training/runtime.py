@@ -26,7 +26,7 @@ class Runtime:
         else:
             try:
                 chosen = torch.device(device)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
             if chosen.type not in ("cpu", "cuda"):
                 raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")

@@ -7,20 +7,24 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import DEFAULT_STEPS, InputError, make_config, resumed_config
-from lightning_attention.training.data import Windows, discard_data, open_data, prepare_data, validation_batches
+from lightning_attention.training.data import Windows, open_data, prepare_data, validation_batches
+from lightning_attention.training.disk import writing
 from lightning_attention.training.interrupt import StopRequest
 from lightning_attention.training.metrics import MetricsLog, read_metrics
 from lightning_attention.training.model import load_model, new_model, new_optimizer, save_model
 from lightning_attention.training.plot import plot_loss
+from lightning_attention.training.progress import HeldOutLoss, MeanLoss, Outcome, Progress
+from lightning_attention.training.run_folder import RunFolder
 from lightning_attention.training.runtime import Runtime
 from lightning_attention.training.schedule import learning_rate, steps_in_budget
 from lightning_attention.training.tokenizer import as_pretrained
@@ -30,55 +34,57 @@ class DivergedError(Exception):
     """The loss or its gradient is not a finite number any more."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What there is to show after a step. The loss and the speed are those of the last logged step."""
-
-    step: int
-    planned_steps: int | None  # None while a time budget is still being measured
-    bits_per_byte: float | None
-    tokens_per_second: float | None
-    val_bits_per_byte: float | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    planned_steps: int | None
-    val_bits_per_byte: float | None
-    stopped_by: str | None  # a signal's name, or None when the run is complete
-    checkpoint: Path
-    plot: Path
-    metrics: Path
-
-
 class Trainer:
     """One training run in the folder `config.out`."""
 
-    def __init__(self, settings: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
-        """Set a run up: from its newest whole checkpoint with `resume` where there is one, else from the start.
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        resume: bool | Literal["auto"] = False,
+        overwrite: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Set a run up from the start or, with `resume`, from its newest whole checkpoint.
+
+        The output folder is held until `fit` ends: no other process can train in it.
 
         Args:
             settings: names and values for TrainConfig; the rest are defaults, or what the checkpoint says.
-            resume: go on from the newest whole checkpoint in the output folder, if there is one.
-            overwrite: delete an earlier run's files in the output folder first.
+            resume: go on from the newest whole checkpoint in the output folder; "auto" starts where there is none.
+            overwrite: delete an earlier run's files in the output folder, once the new run's text has been read.
+            report: called with every line of what was read and what was left out.
 
         Raises:
             InputError: a setting, the text, the output folder or a checkpoint cannot be used.
+            DiskError: there is no room for the text.
         """
         self.config = make_config(settings)
         self.out = Path(self.config.out)
-        self._checkpoints = self.out / "checkpoints"
-        self._tokens = self.out / "tokens"
-        self._metrics_path = self.out / "metrics.jsonl"
-        state = self._open_folder(resume, overwrite)
+        self._folder = RunFolder(self.out)
+        self._folder.claim()
+        try:
+            self._set_up(settings, resume, overwrite, report)
+        except BaseException:
+            self._folder.release()
+            raise
+
+    def _set_up(
+        self,
+        settings: dict[str, Any],
+        resume: bool | Literal["auto"],
+        overwrite: bool,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        state = self._find_checkpoint(resume, overwrite)
         if state:
             self.config = resumed_config(state["config"], settings)
         config = self.config
         self.runtime = Runtime.choose(config.device, config.precision)
-        self.data = open_data(config, self._tokens) if state else prepare_data(config, self._tokens)
+        if not state:
+            prepare_data(config, self._folder.fresh_tokens, report)
+            self._replace_earlier_run()
+        self.data = open_data(config, self._folder.tokens)
         self._tokenizer = as_pretrained(self.data.tokenizer)
         self._windows = Windows(self.data.train, config.seq_len, config.batch_size * config.accumulate, config.seed)
 
@@ -92,29 +98,55 @@ class Trainer:
         self.step = 0
         self.planned_steps = None if config.max_minutes else self._within_epochs(config.steps or DEFAULT_STEPS)
         self.seconds = 0.0  # spent on this run by all the processes that worked on it
-        self.val_bits_per_byte: float | None = None
+        self.held_out: HeldOutLoss | None = None
         self._eval_seconds = 0.0
         self._step_seconds: deque[float] = deque(maxlen=50)  # of the latest steps
+        self._mean_loss = MeanLoss()
         self._latest: tuple[Tensor, ...] = (torch.zeros(()), torch.zeros(()))  # loss and gradient norm
         self._shown: tuple[float | None, float | None] = (None, None)
         if state:
             self._restore(state)
 
-    def fit(self, report: Callable[[Progress], None] | None = None) -> Outcome:
-        """Train to the last step, or until SIGINT or SIGTERM asks to save and stop.
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        return self._folder.kept()
+
+    def fit(
+        self,
+        report: Callable[[Progress], None] | None = None,
+        acknowledge: Callable[[str, bool], None] | None = None,
+    ) -> Outcome:
+        """Train to the last step, or until SIGINT, SIGTERM or SIGHUP asks to save and stop.
 
         Args:
             report: called after every step.
+            acknowledge: called at once, in another thread, with a signal's name and whether it is the second.
 
         Raises:
             DivergedError: the loss or the gradient became infinite or NaN; the newest checkpoint is from before that.
+            DiskError: something could not be written; the newest checkpoint is whole.
+            StoppedAtOnce: a second signal came before the run had been saved.
         """
-        self._started = time.perf_counter() - self.seconds
-        self._metrics = MetricsLog(self._metrics_path, self.step if self.resumed_from else None)
-        checkpoint.atomic_text(self.out / "config.toml", self.config.as_toml())
         try:
-            with StopRequest() as stop:
-                if self.val_bits_per_byte is None:  # before the first step
+            outcome = self._fit(report, acknowledge)
+        except Exception:
+            with suppress(Exception):  # the error that ended the run is the one to tell
+                self._plot()
+            raise
+        finally:
+            self._folder.release()
+        return outcome
+
+    def _fit(
+        self, report: Callable[[Progress], None] | None, acknowledge: Callable[[str, bool], None] | None
+    ) -> Outcome:
+        self._started = time.perf_counter() - self.seconds
+        self._metrics = MetricsLog(self._folder.metrics, self.step if self.resumed_from else None)
+        with StopRequest(acknowledge) as stop:
+            try:
+                with writing(self._folder.settings):
+                    checkpoint.atomic_text(self._folder.settings, self.config.as_toml())
+                if self.held_out is None:  # before the first step
                     self._validate()
                 while not self._complete() and not stop.signal_name:
                     self._train_step()
@@ -124,20 +156,25 @@ class Trainer:
                     if self._complete() or self._due(self.config.save_every):
                         self._save()
                     if report:
-                        report(Progress(self.step, self.planned_steps, *self._shown, self.val_bits_per_byte))
+                        logged = self._complete() or self._due(self.config.log_every)
+                        report(Progress(self.step, self.planned_steps, logged, *self._shown, self.held_out))
                 self._save()
-        finally:
-            self._metrics.close()
-            plot_loss(read_metrics(self._metrics_path), self.out / "loss.png")
+            finally:
+                self._metrics.close()
+            self._plot()
         return Outcome(
             step=self.step,
             planned_steps=self.planned_steps,
-            val_bits_per_byte=self.val_bits_per_byte,
+            held_out=self.held_out,
             stopped_by=None if self._complete() else stop.signal_name,
-            checkpoint=checkpoint.checkpoint_path(self._checkpoints, self.step),
-            plot=self.out / "loss.png",
-            metrics=self._metrics_path,
+            checkpoint=checkpoint.checkpoint_path(self._folder.checkpoints, self.step),
+            plot=self._folder.plot,
+            metrics=self._folder.metrics,
         )
+
+    def _plot(self) -> None:
+        with writing(self._folder.plot):
+            plot_loss(read_metrics(self._folder.metrics), self._folder.plot)
 
     def _complete(self) -> bool:
         return self.planned_steps is not None and self.step >= self.planned_steps
@@ -163,12 +200,13 @@ class Trainer:
         self.step += 1
 
         self._latest = (loss, norm)
+        self._mean_loss.add(loss, tokens.numel(), self.data.count_bytes(tokens))
         logged = self._complete() or self._due(self.config.log_every)
         if logged or self.planned_steps is None:
             self._check_finite()  # waits for the device, so that the clock below has seen all of the work
         self._step_seconds.append(time.perf_counter() - began)
         if logged:
-            self._log_training(float(loss), float(norm), rate, tokens)
+            self._log_training(float(norm), rate)
 
     def _check_finite(self) -> None:
         """Raise DivergedError when the latest loss or gradient is not finite: the weights are lost then."""
@@ -184,8 +222,8 @@ class Trainer:
             loss: Tensor = self._forward(input_ids=batch, labels=batch, use_cache=False).loss
         return loss
 
-    def _log_training(self, nats: float, norm: float, rate: float, tokens: Tensor) -> None:
-        bits_per_byte = self.data.bits_per_byte(nats * tokens.numel(), tokens)
+    def _log_training(self, norm: float, rate: float) -> None:
+        nats, bits_per_byte = self._mean_loss.take()
         recent = list(self._step_seconds)[-self.config.log_every :]
         speed = self.config.tokens_per_step * len(recent) / sum(recent)
         self._shown = (bits_per_byte, speed)
@@ -231,9 +269,9 @@ class Trainer:
             tokens += predicted.numel()
             text_bytes += self.data.count_bytes(predicted)
         self.model.train()
-        self.val_bits_per_byte = nats / math.log(2) / max(1, text_bytes)
+        self.held_out = HeldOutLoss(nats / math.log(2) / max(1, text_bytes), self.step)
         self._eval_seconds = time.perf_counter() - began
-        self._write(val_loss=nats / tokens, val_bits_per_byte=self.val_bits_per_byte)
+        self._write(val_loss=nats / tokens, val_bits_per_byte=self.held_out.bits_per_byte)
 
     def _write(self, **values: float) -> None:
         tokens = self.step * self.config.tokens_per_step
@@ -243,21 +281,23 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of this step, unless there is one, and drop the oldest."""
-        target = checkpoint.checkpoint_path(self._checkpoints, self.step)
+        target = checkpoint.checkpoint_path(self._folder.checkpoints, self.step)
         if not target.exists():
             self._check_finite()
-            with checkpoint.atomic_folder(target) as folder:
+            # The inner one tells how much room there was before what is unfinished is deleted.
+            with writing(target), checkpoint.atomic_folder(target) as folder, writing(target):
                 save_model(self.model, folder)
                 self._tokenizer.save_pretrained(folder)
                 checkpoint.save_state(folder, self._state())
-        checkpoint.prune(self._checkpoints, self.config.keep)
+        checkpoint.prune(self._folder.checkpoints, self.config.keep)
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,  # the position in the data too: what a step reads depends on its number alone
             "planned_steps": self.planned_steps,
             "seconds": time.perf_counter() - self._started,
-            "val_bits_per_byte": self.val_bits_per_byte,
+            "held_out": self.held_out and asdict(self.held_out),
+            "mean_loss": self._mean_loss.state(),
             "eval_seconds": self._eval_seconds,
             "config": self.config.as_dict(),
             "data_fingerprint": self.data.fingerprint,
@@ -267,34 +307,43 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["data_fingerprint"] != self.data.fingerprint:
-            raise InputError(f"the token files in {self._tokens} are not those that {self.resumed_from} was trained on")
+            raise InputError(
+                f"the token files in {self._folder.tokens} are not those that {self.resumed_from} was trained on"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.runtime.set_rng_state(state["rng"])
         self.step = state["step"]
         self.seconds = state["seconds"]
-        self.val_bits_per_byte = state["val_bits_per_byte"]
+        self.held_out = HeldOutLoss(**state["held_out"]) if state["held_out"] else None
+        self._mean_loss.restore(state["mean_loss"])
         self._eval_seconds = state["eval_seconds"]
         if self.config.max_minutes:
             self.planned_steps = state["planned_steps"]
 
-    def _open_folder(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Make the output folder ready; the state to go on from, if any, which sets `resumed_from`."""
+    def _find_checkpoint(self, resume: bool | Literal["auto"], overwrite: bool) -> dict[str, Any] | None:
+        """The state to go on from, if any; its folder becomes `resumed_from`."""
         self.resumed_from: Path | None = None
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {self.out}: {error.strerror}") from error
-        if overwrite:
-            for folder in checkpoint.checkpoints(self._checkpoints):
-                checkpoint.remove_folder(folder)
-        found = checkpoint.checkpoints(self._checkpoints)
-        if found and not resume:
+        found = checkpoint.checkpoints(self._folder.checkpoints)
+        if resume is True and not found:
+            raise InputError(f"there is no checkpoint in {self.out} to go on from; --auto-resume starts where none is")
+        if found and not resume and not overwrite:
             raise InputError(f"{self.out} holds checkpoints; add --resume to go on or --overwrite to start again")
-        for root in (self.out, self._checkpoints):
-            checkpoint.clear_leftovers(root)
-        if not found:
-            # Token files without a checkpoint may be of another text, and are cheap to make again.
-            discard_data(self._tokens)
-            return None
-        self.resumed_from = found[-1]
-        return checkpoint.load_state(self.resumed_from)
+        self._folder.clear_leftovers()
+        if resume and found:
+            self.resumed_from = found[-1]
+            return checkpoint.load_state(self.resumed_from)
+        for folder in self._earlier_run():
+            checkpoint.refuse_foreign_files(folder)
+        return None
+
+    def _earlier_run(self) -> list[Path]:
+        """The folders that a new run replaces."""
+        # Token files without a checkpoint may be of another text, and are cheap to make again.
+        tokens = [self._folder.tokens] if self._folder.tokens.exists() else []
+        return [*checkpoint.checkpoints(self._folder.checkpoints), *tokens]
+
+    def _replace_earlier_run(self) -> None:
+        """Delete what there is of an earlier run, now that the new one's text is there."""
+        for folder in self._earlier_run():
+            checkpoint.remove_folder(folder)
+        checkpoint.rename(self._folder.fresh_tokens, self._folder.tokens)

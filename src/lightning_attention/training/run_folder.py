@@ -1,0 +1,110 @@
+"""The folder of a run: known by a marker, held by one process at a time, with nothing touched that no run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lightning_attention.training import checkpoint
+from lightning_attention.training.config import InputError
+from lightning_attention.training.disk import writing
+
+MARKER = "lightning_attention_run.json"
+LOCK = "lightning_attention_run.lock"
+
+
+class RunFolder:
+    """Where a run's files are, and the right to write them."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the files; nothing is made yet."""
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.tokens = root / "tokens"
+        self.fresh_tokens = root / "tokens.new"  # until the run before, if any, may go
+        self.metrics = root / "metrics.jsonl"
+        self.plot = root / "loss.png"
+        self.settings = root / "config.toml"
+        self._marker = root / MARKER
+        self._lock_file = root / LOCK
+        self._lock = FileLock(self._lock_file)
+
+    def claim(self) -> None:
+        """Make the folder and hold it until `release`, or until the process ends, however it ends.
+
+        Raises:
+            InputError: it cannot be made or written, holds files that no run wrote, or another process holds it.
+            DiskError: there is no room for the marker.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {self.root}: {error.strerror}") from error
+        try:
+            self._refuse_foreign_files()
+            if not os.access(self.root, os.W_OK):
+                raise InputError(f"cannot write in the folder {self.root}")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            if not self._lock_file.exists():  # filelock takes a folder that cannot be written for one that is held
+                raise InputError(f"cannot write in the folder {self.root}") from error
+            raise InputError(
+                f"{self.root} is in use: {self._holder()} trains in it; wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise InputError(f"cannot write in the folder {self.root}: {error.strerror}") from error
+        about = {
+            "made_by": "lightning-attention train",
+            "process": os.getpid(),
+            "host": platform.node(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        try:
+            with writing(self._marker):
+                checkpoint.atomic_text(self._marker, json.dumps(about, indent=1) + "\n")
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.release()
+
+    def clear_leftovers(self) -> None:
+        """Delete what a killed process left unfinished."""
+        files = (self._marker, self.metrics, self.plot, self.settings, self.tokens, self.fresh_tokens)
+        for path in (*map(checkpoint.unfinished_name, files), *checkpoint.unfinished_checkpoints(self.checkpoints)):
+            checkpoint.remove(path)
+        checkpoint.remove(self.fresh_tokens)
+
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        if found := checkpoint.checkpoints(self.checkpoints):
+            return f"{found[-1]} is whole, and --resume goes on from it"
+        return "no checkpoint had been written yet"
+
+    def _refuse_foreign_files(self) -> None:
+        if self._marker.exists():
+            return
+        own = {LOCK, checkpoint.unfinished_name(self._marker).name}  # of a process killed before it wrote the marker
+        foreign = sorted(path.name for path in self.root.iterdir() if path.name not in own)
+        if foreign:
+            names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+            raise InputError(f"{self.root} holds files that no run wrote ({names}); choose a new or an empty folder")
+
+    def _holder(self) -> str:
+        try:
+            about = json.loads(self._marker.read_text(encoding="utf-8"))
+            return f"process {about['process']} on {about['host']}, since {about['since']},"
+        except (OSError, ValueError, KeyError):  # it has just begun
+            return "another process"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder."""
+    return (folder / MARKER).is_file()
