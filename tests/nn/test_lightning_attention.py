@@ -156,10 +156,10 @@ def test_minimax_is_the_module_of_transformers(layer_index: int):
         assert relative_error(ours_grads[names.get(name, name)], copied(name, gradient)) <= 1e-5, name
 
     with torch.no_grad():  # and token by token after a prompt
-        theirs(x[:, :40], position_embeddings=None, attention_mask=None, past_key_values=cache)
+        theirs(x[:, :40], None, None, cache)
         state = ours(x[:, :40], output_state=True)[1]
         for t in range(40, 43):
-            expected, _ = theirs(x[:, t : t + 1], position_embeddings=None, attention_mask=None, past_key_values=cache)
+            expected, _ = theirs(x[:, t : t + 1], None, None, cache)
             assert relative_error(ours.step(x[:, t], state), expected[:, 0]) <= 1e-5
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, pipeline
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 from tests.training.tiny import tiny_settings, train
@@ -116,7 +117,7 @@ def test_dtypes(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path, name
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **{name: torch.bfloat16})
     assert loaded.dtype == loaded(ids).logits.dtype == torch.bfloat16
-    assert loaded(ids).past_key_values.state(0).dtype == torch.float32
+    assert loaded(ids)[CACHE].state(0).dtype == torch.float32
     assert relative_error(loaded(ids).logits.float(), model(ids).logits) <= 0.05
     loaded.save_pretrained(tmp_path / "half")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", **{name: "auto"}).dtype == torch.bfloat16

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
 
 NEW = 12
@@ -89,13 +90,13 @@ def test_goes_on_from_a_returned_cache(model: TransnormerForCausalLM, prompt: tu
     first = model.generate(
         ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **{**FIXED, "max_new_tokens": 5}
     )
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert isinstance(cache, TransnormerCache)
     assert cache.get_seq_length() == 24  # the last token said has not been read
     rest = model.generate(
         first.sequences,
         attention_mask=torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1),
-        past_key_values=cache,
+        cache=cache,
         do_sample=False,
         **{**FIXED, "max_new_tokens": NEW - 5},
     )
@@ -152,8 +153,8 @@ def test_everything_that_may_be_asked_for(
     # one for every block's input and one after the last norm; the whole prompt first, then single tokens
     assert [h.shape for h in out.hidden_states[0]] == [(3 * beams, 20, 32)] * 4
     assert [h.shape for h in out.hidden_states[-1]] == [(3 * beams, 1, 32)] * 4
-    assert out.past_key_values.batch_size == 3 * beams
-    assert out.past_key_values.get_seq_length() == 20 + NEW - 1
+    assert out[CACHE].batch_size == 3 * beams
+    assert out[CACHE].get_seq_length() == 20 + NEW - 1
     if beams == 1:
         for row, real in enumerate(prompt[1].bool()):
             text = torch.cat([prompt[0][row, real], out.sequences[row, 20:]])
@@ -179,11 +180,11 @@ def test_positions_may_be_given(model: TransnormerForCausalLM, prompt: tuple[Ten
 
 def test_a_prefix_is_read_once_for_many_prompts(model: TransnormerForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
-        prefix = model(ids[:1, :50], use_cache=True).past_key_values
+        prefix = model(ids[:1, :50], use_cache=True)[CACHE]
     for row in range(3):
         whole = torch.cat([ids[:1, :50], ids[row : row + 1, 50:60]], 1)
         expected = model.generate(whole, do_sample=False, **FIXED)
-        said = model.generate(whole, past_key_values=copy.deepcopy(prefix), do_sample=False, **FIXED)
+        said = model.generate(whole, cache=copy.deepcopy(prefix), do_sample=False, **FIXED)
         assert torch.equal(said, expected)
 
 

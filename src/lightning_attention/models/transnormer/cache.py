@@ -62,6 +62,11 @@ class TransnormerCache(Cache):
         self.positions: Tensor | None = None
         self._columns = 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer, so that ``generate`` cuts off what was read, which 5.24 does not for linear layers."""
+        return [False] * len(self.layers)
+
     def state(self, layer_idx: int) -> Tensor | None:
         """The state of one layer, [N, H, D, E] float32, or None before the first token."""
         return self.layers[layer_idx].state

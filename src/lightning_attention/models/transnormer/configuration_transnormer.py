@@ -61,7 +61,7 @@ class TransnormerConfig(PreTrainedConfig):
     """
 
     model_type = "transnormer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
     attribute_map = {  # noqa: RUF012 (and a plain dict)
         "hidden_size": "decoder_embed_dim",
         "num_hidden_layers": "decoder_layers",
