@@ -30,7 +30,7 @@ class GatedLinearAttention(LinearAttentionLayer):
 
     Raises:
         ValueError: ``hidden_dim`` is not a multiple of ``num_heads``, or ``log_decay`` is not [H] float32 with values
-            (it is on the meta device).
+            (it is on the meta device), requires a gradient, or holds NaN or a value above 0.
     """
 
     def __init__(

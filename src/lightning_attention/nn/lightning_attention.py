@@ -23,6 +23,10 @@ class _RMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(width)) if weight else None
 
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(-1, (self.groups, -1))
         normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
@@ -63,7 +67,8 @@ class LightningAttention(LinearAttentionLayer):
 
     Raises:
         ValueError: a size is not positive, does not divide or is odd, a choice is none of those above, ``rope_dim``
-            and ``lrpe`` are both given, or ``log_decay`` is not [H] float32 with values (it is on the meta device).
+            and ``lrpe`` are both given, or ``log_decay`` is not [H] float32 with values (it is on the meta device),
+            requires a gradient, or holds NaN or a value above 0.
     """
 
     def __init__(

@@ -20,14 +20,25 @@ class LRPE(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.theta = nn.Parameter(self.initial_theta())
+        # float32 also in a model made in bfloat16, where rounding θ turns the phase at t = 1000 by up to 1.8 radians.
+        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim, dtype=torch.float32))
+        self.reset_parameters()
 
     def initial_theta(self) -> Tensor:
-        """The frequencies a new layer starts from, [H, 1, d] float32."""
+        """The frequencies a new layer starts from, [H, 1, d] float32, where ``theta`` is and sharded as it is."""
         width = self.num_heads * self.head_dim
-        # float32 also in a model made in bfloat16, where rounding θ turns the phase at t = 1000 by up to 1.8 radians.
-        exponents = (-2.0 / width) * torch.arange(width, dtype=torch.float32)
-        return (10000.0**exponents).reshape(self.num_heads, 1, self.head_dim)
+        exponents = (-2.0 / width) * torch.arange(width, dtype=torch.float32, device=self.theta.device)
+        theta = (10000.0**exponents).reshape(self.num_heads, 1, self.head_dim)
+        if not hasattr(self.theta, "device_mesh"):
+            return theta
+        from torch.distributed.tensor import distribute_tensor  # a DTensor, which a plain one is not copied into
+
+        return distribute_tensor(theta, self.theta.device_mesh, self.theta.placements, src_data_rank=None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give ``theta`` the frequencies that a new layer starts from."""
+        self.theta.copy_(self.initial_theta())
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Encode queries and keys.

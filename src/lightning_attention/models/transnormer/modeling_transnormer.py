@@ -28,17 +28,18 @@ _OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 class TransnormerEmbedding(nn.Embedding):
     """Token embeddings times a constant.
 
-    The scale lives here so that ``get_input_embeddings()(ids)`` is what the model takes as ``inputs_embeds``.
+    The scale lives here so that ``get_input_embeddings()(ids)`` is what the model takes as ``inputs_embeds``, under the
+    name by which PEFT finds it: what an adapter adds to a row must be scaled too.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.scale = scale
+        self.embed_scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, T] token ids → [B, T, embedding_dim]."""
         embedded = super().forward(input)
-        return embedded if self.scale == 1.0 else embedded * self.scale
+        return embedded if self.embed_scale == 1.0 else embedded * self.embed_scale
 
 
 class TransnormerDecoderLayer(GradientCheckpointingLayer):
@@ -48,8 +49,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.token_norm = SRMSNorm()
-        with torch.device("cpu"):  # values, also where the model is built on the meta device
-            log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
+        log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
         self.token_mixer = GatedLinearAttention(
             config.decoder_embed_dim,
             config.decoder_attention_heads,
