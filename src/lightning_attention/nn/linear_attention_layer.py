@@ -33,7 +33,9 @@ class LinearAttentionLayer(nn.Module):
     def __init__(self, num_heads: int, log_decay: Tensor) -> None:
         super().__init__()
         if not isinstance(log_decay, Tensor):
-            raise TypeError(f"log_decay is a {type(log_decay).__name__}; it must be a tensor, [{num_heads}] torch.float32")
+            raise TypeError(
+                f"log_decay is a {type(log_decay).__name__}; it must be a tensor, [{num_heads}] torch.float32"
+            )
         if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
             raise ValueError(
                 f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
@@ -45,7 +47,9 @@ class LinearAttentionLayer(nn.Module):
         self._log_decay_values: list[float] = log_decay.tolist()
         for head, value in enumerate(self._log_decay_values):
             if not value <= 0:
-                raise ValueError(f"log_decay of head {head} is {value:.6g}; it must be at most 0, for λ = exp(log_decay)")
+                raise ValueError(
+                    f"log_decay of head {head} is {value:.6g}; it must be at most 0, for λ = exp(log_decay)"
+                )
         self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
 
     def reset_buffers(self) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_attention.nn.sharded import laid_out_like
+
 
 class LRPE(nn.Module):
     """x → [x cos(θt), x sin(θt)], t the absolute position (arXiv 2307.09270, the cosine form of TransNormerLLM).
@@ -28,12 +30,7 @@ class LRPE(nn.Module):
         """The frequencies a new layer starts from, [H, 1, d] float32, where ``theta`` is and sharded as it is."""
         width = self.num_heads * self.head_dim
         exponents = (-2.0 / width) * torch.arange(width, dtype=torch.float32, device=self.theta.device)
-        theta = (10000.0**exponents).reshape(self.num_heads, 1, self.head_dim)
-        if not hasattr(self.theta, "device_mesh"):
-            return theta
-        from torch.distributed.tensor import distribute_tensor  # a DTensor, which a plain one is not copied into
-
-        return distribute_tensor(theta, self.theta.device_mesh, self.theta.placements, src_data_rank=None)
+        return laid_out_like((10000.0**exponents).reshape(self.num_heads, 1, self.head_dim), self.theta)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -59,7 +56,7 @@ class LRPE(nn.Module):
                 f"q is {list(q.shape)} and k is {list(k.shape)}; both must be [B, T, {self.num_heads}, {self.head_dim}]"
             )
         batch, length = q.shape[:2]
-        if positions.shape not in {(length,), (batch, length)}:
+        if positions.shape not in ((length,), (batch, length)):  # no set: torch.export hashes no size
             raise ValueError(f"positions is {list(positions.shape)}; it must be [{length}] or [{batch}, {length}]")
         theta = self.theta.squeeze(1).to(torch.promote_types(self.theta.dtype, torch.float32))
         angles = positions.to(theta.dtype)[..., None, None] * theta

@@ -107,7 +107,7 @@ def test_a_block_is_not_split(model: TransnormerForCausalLM) -> None:
     whole = sum(p.numel() * 4 for p in model.parameters())
     # accelerate keeps room for the largest part that must come together, so not all of the 90 % is used.
     room = {0: 9 * whole // 10, "cpu": whole}
-    places = accelerate.infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    places = accelerate.infer_auto_device_map(model, room, no_split_module_classes=list(model._no_split_modules))
     assert set(places.values()) == {0, "cpu"}
     assert {place for place in places if "layers" in place} == {f"model.layers.{i}" for i in range(3)}
 

@@ -85,6 +85,7 @@ def test_adapters_learn_and_the_model_stays(model: TransnormerForCausalLM, ids: 
 @pytest.mark.skipif(bool(refusal()), reason=refusal())
 def test_by_transformers_own_adapter_methods(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
+    model = TransnormerForCausalLM.from_pretrained(tmp_path / "base")
     model.add_adapter(peft.LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False))
     expected = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")

@@ -18,6 +18,7 @@ from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
 from lightning_attention.models.transnormer.layout import document_starts, documents, lay_out, restarts
 from lightning_attention.nn import LRPE, SGLU, GatedLinearAttention, SRMSNorm
+from lightning_attention.nn.sharded import laid_out_like
 
 # What else the collators that pack documents hand over: said once more, never alone.
 _COMPANIONS = ("cu_seq_lens_k", "seq_idx")
@@ -104,7 +105,13 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, init_std) for matrices, zero for the padding row; frequencies and decays by their formulas."""
         super()._init_weights(module)
-        if isinstance(module, LRPE):
+        if isinstance(module, TransnormerEmbedding):
+            if module.padding_idx is not None and hasattr(module.weight, "device_mesh"):
+                # Of a sharded matrix, transformers has set the row of padding to zero in a copy.
+                kept = torch.arange(module.num_embeddings, device=module.weight.device) != module.padding_idx
+                kept = laid_out_like(kept[:, None].expand(-1, module.embedding_dim), module.weight)
+                init.copy_(module.weight, module.weight * kept)
+        elif isinstance(module, LRPE):
             init.copy_(module.theta, module.initial_theta())
         elif isinstance(module, GatedLinearAttention):
             # In no checkpoint, and empty after loading by way of the meta device.
@@ -201,7 +208,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 f"cu_seqlens is given with {batch} rows and {'no' if attention_mask is None else 'an'} attention_mask; "
                 "packed documents are one row, without a mask"
             )
-        if position_ids is not None and position_ids.shape not in {(1, length), (batch, length)}:
+        if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
             raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
         if cu_seqlens is None:
             if _may_restart(position_ids, attention_mask, cache):
