@@ -11,6 +11,8 @@ def laid_out_like(values: Tensor, parameter: Tensor) -> Tensor:
     values = values.to(parameter.device)
     if not hasattr(parameter, "device_mesh"):
         return values
-    from torch.distributed.tensor import distribute_tensor  # half a second to import, and missing in some builds
+    # Here, since it is missing in some builds and takes its time.
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(parameter, DTensor)
     return distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
