@@ -57,6 +57,20 @@ def test_a_hundred_operations(device: str, walk: list[tuple[str, int]]):
             assert torch.equal(pool[slot], before[slot]), (step, slot)
 
 
+def _split(values: list[int], lengths: list[int]) -> list[list[int]]:
+    rest = iter(values)
+    return [[next(rest) for _ in range(length)] for length in lengths]
+
+
+def _path(parents: list[int], rng: random.Random) -> list[bool]:
+    """The drafts of a tree from its state to some draft, or none."""
+    path, at = set(), rng.randint(-1, len(parents) - 1)
+    while at >= 0:
+        path.add(at)
+        at = parents[at]
+    return [i in path for i in range(len(parents))]
+
+
 def _operate(operation: str, rng: random.Random, pool: Tensor, reference: ReferencePool, log_decay: Tensor) -> set[int]:
     """One operation, its outputs checked; the slots that it may have changed."""
     device = pool.device
@@ -86,11 +100,10 @@ def _operate(operation: str, rng: random.Random, pool: Tensor, reference: Refere
         owned |= {rows[N + n] for n in range(N) if slots[n] >= 0 and at[n] <= lengths[n]}
     else:
         parents = [rng.randint(-1, i - 1) for length in lengths for i in range(length)]
-        out = lightning_attention_verify(
-            *there, log_decay, pool, parents=torch.tensor(parents, device=device).long(), **index
-        )
+        index["parents"] = torch.tensor(parents, device=device).long()
+        out = lightning_attention_verify(*there, log_decay, pool, **index)
         expected = reference.verify(q, k, v, lengths, slots, parents)
-        accepted = [rng.random() < 0.5 for _ in range(T)]
+        accepted = [taken for own in _split(parents, lengths) for taken in _path(own, rng)]
         mask = torch.tensor(accepted, dtype=torch.bool, device=device)
         lightning_attention_commit(*there[1:], log_decay, pool, accepted=mask, **index)
         reference.commit(k, v, lengths, slots, accepted)

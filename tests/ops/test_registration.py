@@ -82,14 +82,14 @@ OPERATORS = {
     "decode": "slots scale",
     "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots",
     "verify": "cu_seqlens slots parents scale",
-    "commit": "cu_seqlens accepted slots",
+    "commit": "cu_seqlens accepted slots parents",
 }
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_serving(name: str):
     _, args, options = serving_calls()[name]
-    rest = (options[option] for option in OPERATORS[name].split())
+    rest = (options.get(option) for option in OPERATORS[name].split())
     torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled"))
 
 

@@ -1,5 +1,6 @@
 """Drafts, as chains and as trees, against a dictionary of float64 states."""
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -125,7 +126,7 @@ def test_any_batch(batch: dict):
     assert relative_error(out, reference.verify(q, k, v, lengths, slots, parents)) <= 2 * budget(torch.float32)
 
     mask = torch.tensor([*accepted, *[True] * padding], dtype=torch.bool)
-    lightning_attention_commit(k, v, log_decay, pool, accepted=mask, **where)
+    lightning_attention_commit(k, v, log_decay, pool, accepted=mask, parents=given_parents, **where)
     reference.commit(k, v, lengths, slots, accepted)
     for slot in range(S):
         if slot in slots:
@@ -151,6 +152,29 @@ def test_commit(accepted: str, state_dtype: torch.dtype):
     assert torch.equal(pool, exact.to(state_dtype))
     for slot in (0, 1, 3, 4) if accepted != "none" else range(S):
         assert torch.equal(pool[slot], before[slot]), slot
+
+
+@pytest.mark.parametrize(
+    ("accepted", "parents", "message"),
+    [
+        ([1, 0, 1, 0, 0], None, "accepted[2] is True; draft 2 of its sequence follows draft 1, and the accepted one "),
+        ([0, 1, 0, 0, 0], None, "follows draft 0, and the accepted one before it is none"),
+        ([1, 1, 0, 1, 1], [-1, -1, 0, -1, 0], "accepted[1] is True; draft 1 of its sequence follows the state"),
+        ([0, 0, 0, 0, 1], [-1, 0, 1, -1, 0], "accepted[4] is True; draft 1 of its sequence follows draft 0"),
+    ],
+)
+def test_a_path_with_a_hole_is_refused(accepted: list[int], parents: list[int] | None, message: str):
+    pool, (_, k, v) = torch.randn(S, H, D, E), tokens(5)
+    before = pool.clone()
+    options = {"accepted": torch.tensor(accepted, dtype=torch.bool), "cu_seqlens": indices([0, 3, 5])}
+    if parents is not None:
+        options["parents"] = indices(parents)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lightning_attention_commit(k, v, None, pool, slots=indices([5, 2]), **options)
+    assert torch.equal(pool, before)
+    # Padding may hold anything.
+    lightning_attention_commit(k, v, None, pool, slots=indices([-1, -1]), **options)
+    assert torch.equal(pool, before)
 
 
 def test_without_slots_row_i_is_sequence_i():

@@ -335,3 +335,34 @@ def test_accepted():
     message = "accepted has shape [5]; it must be [T] = [6]"
     _fails(commit, ValueError, message, accepted=torch.zeros(5, dtype=torch.bool))
     _fails(commit, TypeError, "accepted has dtype int64; it must be bool", accepted=torch.zeros(T).long())
+
+
+@pytest.mark.parametrize("value", [0.9, 1e-30, float("nan"), float("inf")])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_decay_above_one_is_refused_where_looking_is_free(value: float, requires_grad: bool):
+    message = f"log_decay[1] is {value}" if value != 1e-30 else "log_decay[1] is 1"
+    rate = torch.tensor([-0.5, value], requires_grad=requires_grad)
+    q, pool, cu = torch.ones(1, 4, 2, 3), torch.zeros(1, 2, 3, 3), {"cu_seqlens": torch.tensor([0, 4])}
+    for backend in ("tiled", "reference"):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            lightning_attention(q, q, q, rate, backend=backend)
+    compiled = torch.compile(lightning_attention, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compiled(q, q, q, rate)
+    accepted = torch.ones(4, dtype=torch.bool)
+    with torch.no_grad():
+        for call in (
+            lambda: lightning_attention_decode(q[0, :1], q[0, :1], q[0, :1], rate, pool),
+            lambda: lightning_attention_prefill(*[q[0]] * 3, rate, pool, **cu),
+            lambda: lightning_attention_verify(*[q[0]] * 3, rate, pool, **cu),
+            lambda: lightning_attention_commit(q[0], q[0], rate, pool, accepted=accepted, **cu),
+        ):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                call()
+    assert not pool.any()
+
+
+def test_states_in_float64_are_for_float64_inputs():
+    q, pool = torch.ones(1, 2, 3), torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    with pytest.raises(TypeError, match="state has dtype float64; it must be float32 or bfloat16"):
+        lightning_attention_decode(q, q, q, None, pool)

@@ -40,6 +40,7 @@ def _slice_state(
 ) -> Tensor:
     """Σ_t λ^{n-1-t} k_tᵀ v_t over t = 0 … n-1 of each slice, [N, H, D, E]; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
     validation.check_cu_seqlens_values(cu_seqlens, k.shape[1])
+    validation.check_log_decay_values(log_decay)
     if reverse and cu_seqlens is None:
         k, v = k.flip(1), v.flip(1)
     elif reverse and cu_seqlens is not None:

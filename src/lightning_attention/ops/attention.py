@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation
+from lightning_attention.ops import backends, registration, transforms, validation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,9 +65,9 @@ def lightning_attention(
         q: [B, T, H, D], bfloat16, float16, float32 or float64; any strides with a unit last one.
         k: [B, T, H, D], of q's dtype.
         v: [B, T, H, E], of q's dtype; E need not be D.
-        log_decay: [H] float32 (or float64 for float64 inputs), natural logarithm of the decay per token, finite and
-            ≤ 0, which is not checked, for it may be on a device; None for no decay. May require grad.
-            ``lightning_attention.decay`` has the schedules of published models.
+        log_decay: [H] float32 (or float64 for float64 inputs), natural logarithm of the decay per token, at
+            most 0, which is checked on the CPU, where reading it costs nothing; −inf: no memory. None for no decay.
+            May require grad. ``lightning_attention.decay`` has the schedules of published models.
         scale: factor on the output; the papers use 1.
         initial_state: [N, H, D, E] float32 (float64 for float64 inputs), the state before the first token of each
             sequence; None for zero. May require grad.
@@ -90,7 +90,10 @@ def lightning_attention(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above; group is not a process group.
-        ValueError: a shape, stride, device or backend does not fit, or cu_seqlens, on the CPU, is not as above.
+        ValueError: a shape, stride, device or backend does not fit, or, on the CPU, cu_seqlens or log_decay is not as
+            above.
+        NotImplementedError: a transform of ``torch.func`` or forward-mode differentiation asks for what there is not:
+            tangents of log_decay, a second derivative, batches of cu_seqlens, or anything of that with a group.
     """
     q, k, v = cast_for_autocast(q, k, v)
     validation.check_inputs(q, k, v, log_decay, "BT")
@@ -105,6 +108,7 @@ def lightning_attention(
     validation.check_initial_state(initial_state, q, v, num_sequences)
     chosen = backends.choose(backend, q.device)
     if group is not None:
+        transforms.refuse_group()
         from lightning_attention.distributed.sequence_parallel import SequenceParallel
 
         out, final = SequenceParallel.apply(

@@ -27,8 +27,9 @@ def lightning_attention_verify(
         q: [T, H, D], the drafts of N sequences, packed; bfloat16, float16 or float32 or, on a CPU, float64.
         k: [T, H, D], of q's dtype.
         v: [T, H, E], of q's dtype.
-        log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
-        state: [S, H, D, E] float32 or bfloat16, the pool; read only.
+        log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
+            None for no decay.
+        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; read only.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
             zero. None: row i, S = N.
@@ -68,17 +69,24 @@ def lightning_attention_commit(
     cu_seqlens: Tensor,
     accepted: Tensor,
     slots: Tensor | None = None,
+    parents: Tensor | None = None,
 ) -> None:
     """Fold the accepted drafts into the states, in place, as if they had been decoded one by one.
+
+    Not differentiable.
 
     Args:
         k: [T, H, D], the drafts of N sequences, packed, as given to ``lightning_attention_verify``.
         v: [T, H, E], of k's dtype.
-        log_decay: [H] float32, natural logarithm of the decay, finite and ≤ 0 (not checked); None for no decay.
-        state: [S, H, D, E] float32 or bfloat16, the pool; a bfloat16 row is rounded once, at the end of the call.
+        log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
+            None for no decay.
+        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; a bfloat16 row is rounded
+            once, at the end of the call.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}.
-        accepted: [T] bool; in a tree, the drafts on one path from the state.
+        accepted: [T] bool, for each sequence the drafts on one path from its state: of a chain the first so many.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
+        parents: [T] int32 or int64, as given to ``lightning_attention_verify``; None: chains. Used to find a path with
+            a hole in it, on the CPU alone.
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above.
@@ -93,5 +101,7 @@ def lightning_attention_commit(
     validation.check_log_decay(log_decay, k)
     validation.check_pool(state, k, v, slots, N)
     validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
+    if parents is not None:
+        validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
     backend = backends.choose(None, k.device)
-    registration.serve("commit", k, v, log_decay, state, cu_seqlens, accepted, slots, backend)
+    registration.serve("commit", k, v, log_decay, state, cu_seqlens, accepted, slots, parents, backend)

@@ -4,15 +4,23 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_attention.ops import transforms
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
 _STATES = (torch.float32, torch.bfloat16)
+_STATES_OF_FLOAT64 = (*_STATES, torch.float64)
 
 
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; pack its sequences one after another and pass cu_seqlens")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; it must be a dense tensor")
 
 
 def check_shape(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
@@ -46,8 +54,11 @@ def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, leading: str) -> None:
     """Check q and k [*leading, H, D], v [*leading, H, E] and log_decay [H]: one dtype and device, unit last strides."""
-    if _is_right(q, k, v, log_decay, len(leading) + 2):
-        return
+    try:
+        if _is_right(q, k, v, log_decay, len(leading) + 2):
+            return
+    except (RuntimeError, NotImplementedError):
+        pass  # of a nested or sparse tensor, which has no shape or no strides: what follows says so
     _check_rank("q", q, leading)
     check_kv(k, v, leading)
     if q.shape != k.shape:
@@ -97,6 +108,9 @@ def _check_rank(name: str, x: Tensor, leading: str) -> None:
 
 def check_no_grad(**tensors: Tensor | None) -> None:
     """For operations without a derivative: autograd would record their insides, and keep every state of the pool."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and transforms.has_tangent(x):
+            raise ValueError(f"{name} has a tangent of forward-mode differentiation; this operation has no derivative")
     if not torch.is_grad_enabled():
         return
     for name, x in tensors.items():
@@ -120,6 +134,18 @@ def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
     wanted = (torch.float32,) if q.dtype != torch.float64 else (torch.float32, torch.float64)
     check_dtype("log_decay", log_decay, wanted)
     check_device("log_decay", log_decay, q)
+
+
+def check_log_decay_values(log_decay: Tensor | None) -> None:
+    """The numbers themselves, only where reading them costs no synchronisation."""
+    if log_decay is None or log_decay.device.type != "cpu":
+        return
+    for head, value in enumerate(log_decay.tolist()):
+        if not value <= 0:
+            raise ValueError(
+                f"log_decay[{head}] is {value}; it must be at most 0, the natural logarithm of a decay λ in [0, 1] per "
+                "token (-inf: no memory)"
+            )
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
@@ -162,7 +188,7 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
     if state.ndim != 4 or state.shape[1:] != (q.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[S, H, D, E] = [S, {q.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
         raise ValueError(f"state has shape {list(state.shape)}; it must be {wanted}")
-    check_dtype("state", state, _STATES)
+    check_dtype("state", state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
     check_device("state", state, q)
     if slots is None:
         if state.shape[0] != num_sequences:
@@ -229,15 +255,36 @@ def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
     if parents is None or parents.device.type != "cpu":
         return
-    T = int(cu_seqlens[-1])
-    token = torch.arange(T)
-    own = token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-    wrong = (parents[:T] < -1) | (parents[:T] >= own)
-    if bool(wrong.any()):
-        at = int(wrong.int().argmax())
-        raise ValueError(
-            f"parents[{at}] is {int(parents[at])}; draft {int(own[at])} of its sequence wants an earlier draft or -1"
-        )
+    given = parents.tolist()
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        for own, parent in enumerate(given[start:stop]):
+            if not -1 <= parent < own:
+                raise ValueError(
+                    f"parents[{start + own}] is {parent}; draft {own} of its sequence wants an earlier draft or -1"
+                )
+
+
+def check_accepted_values(accepted: Tensor, parents: Tensor | None, cu_seqlens: Tensor, slots: Tensor | None) -> None:
+    """That the accepted drafts of a sequence are one path from its state, only where reading them is free."""
+    if accepted.device.type != "cpu":
+        return
+    taken = accepted.tolist()
+    given = None if parents is None else parents.tolist()
+    owners = None if slots is None else slots.tolist()
+    for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        last = -1
+        for own in range(stop - start):
+            if not taken[start + own] or (owners is not None and owners[n] < 0):
+                continue
+            parent = own - 1 if given is None else given[start + own]
+            if parent != last:
+                before = "the state" if parent < 0 else f"draft {parent}"
+                raise ValueError(
+                    f"accepted[{start + own}] is True; draft {own} of its sequence follows {before}, and the accepted "
+                    f"one before it is {'none' if last < 0 else last}. The accepted drafts of a sequence must be one "
+                    f"path from its state{' (of a tree, pass its parents)' if given is None else ''}"
+                )
+            last = own
 
 
 def _shown(values: list[int]) -> str:
@@ -251,18 +298,22 @@ def is_decodable(
 
     A decoding step of one sequence is so short that the time to find out what is wrong would show.
     """
-    if not (_is_right(q, k, v, log_decay, 3) and isinstance(state, Tensor)):
+    try:
+        if not (_is_right(q, k, v, log_decay, 3) and isinstance(state, Tensor)):
+            return False
+    except (RuntimeError, NotImplementedError):
         return False
-    (N, H, D), E, device, pool = q.shape, v.shape[2], q.device, state.shape
+    (N, H, D), E, device, dtype, pool = q.shape, v.shape[2], q.device, q.dtype, state.shape
     return (
         len(pool) == 4
         and pool == (N if slots is None else pool[0], H, D, E)
-        and state.dtype in _STATES
+        and (state.dtype in _STATES or state.dtype == dtype == torch.float64)
         and state.device == device
         and (
             slots is None
             or (isinstance(slots, Tensor) and slots.dtype in INDICES and slots.shape == (N,) and slots.device == device)
         )
+        and forward_ad._current_level < 0
         and not (
             torch.is_grad_enabled()
             and (

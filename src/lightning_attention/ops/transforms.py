@@ -1,0 +1,126 @@
+"""What the transforms of ``torch.func`` and forward-mode differentiation do with the operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+#: Which axis of each tensor of the operator has the heads; of the results too.
+_HEADS = {
+    "attention": ((2, 2, 2, 0, 1, None), (2, 1)),  # q, k, v, log_decay, initial_state, cu_seqlens -> out, final
+    "attention_backward": ((2, 1, 2, 2, 2, 0, 1, None), (2, 2, 2, 0, 1)),  # dout, dfinal, q, … -> dq, dk, dv, …
+}
+
+
+def active() -> bool:
+    """Whether a transform, or forward-mode differentiation, wants to see the operation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_tangent(x: Tensor | None) -> bool:
+    """Whether forward-mode differentiation follows x."""
+    return x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_operator(name: str) -> None:
+    """What PyTorch says of a function that a transform meets below the dispatcher helps nobody."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"torch.ops.lightning_attention.{name} cannot be differentiated by torch.func; call the function "
+            "lightning_attention"
+        )
+
+
+def refuse_group() -> None:
+    """Every rank would have to transform alike, and what travels does not say so."""
+    if active():
+        raise NotImplementedError(
+            "lightning_attention with a group has no torch.func transform and no forward-mode derivative; "
+            "differentiate it with backward() or torch.autograd.grad"
+        )
+
+
+def register_vmap(library: torch.library.Library, name: str) -> None:
+    """The samples of a batch become heads: they share no state, and each has its own log_decay and its gradient."""
+    inputs, outputs = _HEADS[name]
+    operator = getattr(torch.ops.lightning_attention, name).default
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        size, count = info.batch_size, len(inputs)
+        if in_dims[count - 1] is not None:
+            raise NotImplementedError(
+                "cu_seqlens differs between the samples of a vmap; one pack of all their sequences has no such limit"
+            )
+        tensors = [
+            x if x is None or axis is None else _as_heads(x, dim, axis, size)
+            for x, dim, axis in zip(args, in_dims, inputs, strict=False)
+        ]
+        results = operator(*tensors, *args[count:])
+        # What was not asked for has no elements, and no axis.
+        absent = [x.ndim <= axis for x, axis in zip(results, outputs, strict=True)]
+        values = [
+            x if gone else x.unflatten(axis, (size, -1)) for x, axis, gone in zip(results, outputs, absent, strict=True)
+        ]
+        return tuple(values), tuple(None if gone else axis for axis, gone in zip(outputs, absent, strict=True))
+
+    torch.library.register_vmap(f"lightning_attention::{name}", rule, lib=library)
+
+
+def _as_heads(x: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
+    """[…, H, …], with the samples at ``dim`` or without them -> […, samples · H, …]."""
+    x = x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:]) if dim is None else x.movedim(dim, axis)
+    return x.flatten(axis, axis + 1)
+
+
+def refuse_vmap(library: torch.library.Library, name: str) -> None:
+    """For what updates a pool in place."""
+
+    def rule(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"lightning_attention_{name} has no vmap, for it works on one pool of states: call it once, with the "
+            "samples among its sequences"
+        )
+
+    torch.library.register_vmap(f"lightning_attention::{name}", rule, lib=library)
+
+
+def tangents(
+    attention: Callable[..., tuple[Tensor, Tensor | None]],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    directions: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """The derivative of ``attention``, output and final state, where its tensors move in these directions.
+
+    It is linear in q, in k, and in v and the initial state together, so each term is the same recurrence again.
+
+    Raises:
+        NotImplementedError: log_decay moves.
+    """
+    q, k, v, log_decay, initial, cu_seqlens = tensors
+    dq, dk, dv, dlog_decay, dinitial, _ = directions
+    if dlog_decay is not None:
+        raise NotImplementedError(
+            "lightning_attention has no forward-mode derivative by log_decay; it has one in reverse mode (backward(), "
+            "torch.func.grad, jacrev)"
+        )
+
+    def term(a: Tensor, b: Tensor, c: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return attention(a, b, c, log_decay, start, cu_seqlens, *options)
+
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    terms: list[tuple[Tensor, Tensor | None]] = []
+    if dq is not None:
+        out, final = term(dq, k, v, initial)
+        terms.append((out, None if final is None else torch.zeros_like(final)))  # the state does not depend on q
+    if dk is not None:
+        terms.append(term(q, dk, v, dinitial))
+        dinitial = None
+    if dv is not None or dinitial is not None:
+        terms.append(term(q, k, torch.zeros_like(v) if dv is None else dv, dinitial))
+    outs, finals = zip(*terms, strict=True)
+    return sum(outs[1:], start=outs[0]), None if finals[0] is None else sum(finals[1:], start=finals[0])
