@@ -73,14 +73,15 @@ class GatedLinearAttention(LinearAttentionLayer):
 
         Args:
             x: [B, T, embed_dim].
-            state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
+            state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
+                differentiable.
             positions: [T] or [B, T] integers, absolute positions for LRPE; None for 0..T−1. A layer without LRPE
                 does not look at them.
             cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x. None: N = B.
             output_state: whether to return the state after x.
 
         Returns:
-            The output, like x, and the new state, [N, H, D, E] float32, or None.
+            The output, like x, and the new state, like ``state``, or None.
         """
         qk, v, u = self._project(x)
         q, k = qk.unbind(2)

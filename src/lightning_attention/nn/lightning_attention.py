@@ -197,14 +197,15 @@ class LightningAttention(LinearAttentionLayer):
 
         Args:
             x: [B, T, hidden_size].
-            state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
+            state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
+                differentiable.
             positions: [T] or [B, T] integers, absolute positions for rope or LRPE; None for a count from 0 in every
                 sequence. A layer with neither does not look at them.
             cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x; later tokens are padding. None: N = B.
             output_state: whether to return the state after x.
 
         Returns:
-            The output, like x, and the new state, [N, H, D, E] float32, or None.
+            The output, like x, and the new state, like ``state``, or None.
 
         Raises:
             ValueError: the layer has rope or LRPE, and ``state`` is given without ``positions``.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
+from lightning_attention.ops.validation import check_log_decay_values
 
 
 class LinearAttentionLayer(nn.Module):
@@ -43,13 +44,9 @@ class LinearAttentionLayer(nn.Module):
             )
         if log_decay.requires_grad:
             raise ValueError("log_decay requires a gradient; this layer's decays are fixed")
+        check_log_decay_values(log_decay.cpu())
         # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
         self._log_decay_values: list[float] = log_decay.tolist()
-        for head, value in enumerate(self._log_decay_values):
-            if not value <= 0:
-                raise ValueError(
-                    f"log_decay of head {head} is {value:.6g}; it must be at most 0, for λ = exp(log_decay)"
-                )
         self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
 
     def reset_buffers(self) -> None:
@@ -75,7 +72,7 @@ class LinearAttentionLayer(nn.Module):
 
         Args:
             x: [B, width].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            state: [S, H, D, E] float32 or bfloat16, float64 in a float64 layer; updated in place.
             positions: [B] integers, each token's absolute position; required where the layer encodes positions.
             slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
                 left alone and its attention output is zero. None: row i is sequence i's.
@@ -107,7 +104,7 @@ class LinearAttentionLayer(nn.Module):
 
         Args:
             x: [T, width].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            state: [S, H, D, E] float32 or bfloat16, float64 in a float64 layer; updated in place.
             cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
             positions: [T] integers, each token's absolute position; required where the layer encodes positions.
             slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.

@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
+from tests.support.numerics import relative_error
 
 NEW = 12
 FIXED = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
@@ -200,3 +201,18 @@ def test_tokens_come_as_a_stream(model: TransnormerForCausalLM, ids: Tensor) -> 
 
     text = model.generate(ids[:1, :20], streamer=Streamer(), do_sample=False, **FIXED)
     assert Streamer.tokens == [*text[0].tolist(), -1]
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beam"])
+def test_in_float64(model: TransnormerForCausalLM, prompt: tuple[Tensor, Tensor], mode: dict) -> None:
+    """With states in float64: whole, in pieces, and token by token."""
+    model = model.double()
+    ids, mask = prompt
+    mode = {"attention_mask": mask, **mode, **FIXED}
+    assert torch.equal(model.generate(ids, **mode), model.generate(ids, use_cache=False, **mode))
+    with torch.no_grad():
+        whole, cache = model(ids).logits, TransnormerCache(model.config)
+        pieces = torch.cat([model(piece, cache=cache).logits for piece in ids.split([12, 7, 1], 1)], 1)
+    assert {cache.state(layer).dtype for layer in range(3)} == {torch.float64}
+    assert relative_error(pieces[:, :19], whole[:, :19]) <= 1e-13
+    assert relative_error(pieces[:, 19:], whole[:, 19:]) <= 1e-6

@@ -105,6 +105,12 @@ class TransnormerConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / f"{_POINTER}.py").write_text(_POINTER_SOURCE, encoding="utf-8")
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing for this class, whose source is the installed package; a subclass elsewhere is copied."""
+        if cls.__module__ != __name__:
+            super().register_for_auto_class(auto_class)
+
     def _check(self) -> None:
         for name in ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim"):
             if getattr(self, name) < 1:

@@ -101,6 +101,20 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _is_stateful = True
 
+    def _check_and_adjust_attn_implementation(self, *_: Any, **__: Any) -> str:
+        """Whichever ``attn_implementation`` is asked for: there is no softmax attention to choose one for."""
+        return "eager"
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing for the classes of this package, which a saved folder points at; a subclass elsewhere is copied.
+
+        transformers calls this where a folder is loaded with ``trust_remote_code``, and what is registered copies its
+        source into every folder it is saved to.
+        """
+        if cls.__module__ != __name__:
+            super().register_for_auto_class(auto_class)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, init_std) for matrices, zero for the padding row; frequencies and decays by their formulas."""
