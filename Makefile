@@ -4,15 +4,28 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu lint format bench clean
+# What another version of a library can break.
+VERSIONED := tests/models tests/nn tests/integrations tests/ops/test_registration.py tests/kernels/triton/test_compile.py
+
+# .venv has the versions of constraints.txt, .venv-oldest and .venv-newest the lowest and the newest that are allowed.
+# torch comes first and alone: what else is installed then finds the small build for a CPU.
+define install  # environment, constraints, options
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) $(3) torch
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) $(3) -e '.[dev]'
+endef
+
+.PHONY: help demo test test-oldest test-newest test-gpu lint format bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call install,$(VENV),constraints.txt)
+	touch $@
+
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(VENV)-oldest,constraints-oldest.txt)
 	touch $@
 
 demo: $(STAMP)  ## check, measure, train for two minutes and generate (under six minutes)
@@ -27,6 +40,14 @@ demo: $(STAMP)  ## check, measure, train for two minutes and generate (under six
 
 test: $(STAMP)  ## run the tests (GPU tests skip where there is no GPU)
 	$(BIN)/python -m pytest -n 2
+
+test-oldest: $(VENV)-oldest/.installed  ## run the tests that versions can break with the lowest versions allowed
+	$(VENV)-oldest/bin/python -m pytest -n 2 $(VERSIONED)
+
+test-newest:  ## the same with the newest versions allowed, looked up at every run
+	$(call install,$(VENV)-newest,constraints-newest.txt,--upgrade --upgrade-strategy eager)
+	$(VENV)-newest/bin/python -m pip list | grep -E '^(accelerate|peft|tokenizers|torch|transformers|triton) '
+	$(VENV)-newest/bin/python -m pytest -n 2 $(VERSIONED)
 
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
@@ -43,5 +64,5 @@ format: $(STAMP)  ## rewrite the files in the project's style
 bench: $(STAMP)  ## time and memory against softmax attention on this machine, into runs/bench (four minutes)
 	$(BIN)/lightning-attention bench
 
-clean:  ## remove the environment and every output
-	rm -rf $(VENV) demo runs dist
+clean:  ## remove the environments and every output
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest demo runs dist

@@ -3,8 +3,17 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import lightning_attention
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def test_public_names():
@@ -36,3 +45,21 @@ def test_importing_it_adds_little_to_torch():
     assert not loaded & {"transformers", "matplotlib", "triton"}
     (microseconds,) = re.findall(r"\| +(\d+) \| lightning_attention$", run.stderr, re.MULTILINE)
     assert int(microseconds) < 300_000
+
+
+def test_the_lowest_versions_tested_are_the_lowest_allowed():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    allowed = {}
+    for requirement in map(Requirement, asked):
+        bounds = {s.operator: s.version for s in requirement.specifier}
+        if requirement.name not in ("lightning-attention", "ruff", "mypy", "tomli"):  # itself, lint, Python 3.10's
+            allowed[requirement.name] = bounds
+    lines = (root / "constraints-oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert Version(allowed["torch"][">="]) <= Version(pinned["torch"])  # no small build of an older one
+    for name, bounds in allowed.items():
+        assert name == "torch" or Version(pinned[name]) == Version(bounds[">="]), name
+    for name in ("torch", "triton", "transformers", "peft", "accelerate"):
+        assert Version(pinned[name]) < Version(allowed[name]["<"]), name

@@ -1,7 +1,8 @@
 """Per-head decay schedules of the published models.
 
 Every function returns ``log_decay``, a float32 tensor of shape [H] with the natural logarithm of each head's
-decay λ ∈ (0, 1] per token, ready for the ``log_decay`` argument of the operations. Published formulas that look
+decay λ ∈ (0, 1] per token, ready for the ``log_decay`` argument of the operations; on the default device, and where
+that is the meta device on the CPU, since a schedule without numbers is none. Published formulas that look
 alike differ in ways that matter (a head that never decays, a shift of one layer), so each has a name here.
 """
 
@@ -63,7 +64,7 @@ def retnet(num_heads: int) -> Tensor:
     """
     _check_heads(num_heads)
     # log1p: 1 − 2^(−5−h) rounds to 1 for h > 48, and a head that never forgets is not what was asked for.
-    return torch.tensor([math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)], dtype=torch.float32)
+    return _tensor([math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)])
 
 
 def _slopes(num_heads: int) -> list[float]:
@@ -80,7 +81,13 @@ def _scaled(num_heads: int, factor: float) -> Tensor:
 
 
 def _negated(slopes: list[float]) -> Tensor:
-    return torch.tensor([-slope for slope in slopes], dtype=torch.float32)
+    return _tensor([-slope for slope in slopes])
+
+
+def _tensor(values: list[float]) -> Tensor:
+    # Numbers, where a model is built on the meta device too: they are in no checkpoint that could bring them later.
+    device = torch.get_default_device()
+    return torch.tensor(values, dtype=torch.float32, device="cpu" if device.type == "meta" else device)
 
 
 def _check_heads(num_heads: int) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_attention import decay
 from lightning_attention.integrations.minimax import LightningMiniMaxCache, apply_lightning_attention
+from lightning_attention.models.arguments import CACHE
 from tests.integrations.conftest import LAYOUTS, build
 from tests.support import relative_error
 
@@ -40,8 +41,8 @@ def chunks(model, ids, lengths, **kwargs):
     cache, logits = None, []
     with torch.no_grad():
         for piece in ids.split(lengths, 1):
-            out = model(piece, past_key_values=cache, use_cache=True, **kwargs)
-            cache = out.past_key_values
+            out = model(piece, **{CACHE: cache}, use_cache=True, **kwargs)
+            cache = out[CACHE]
             logits.append(out.logits)
     return torch.cat(logits, 1), cache
 
@@ -97,7 +98,7 @@ def test_padding(pair, padded, layout, side):
     with torch.no_grad():
         wanted, found = (m(ids, attention_mask=mask, use_cache=True) for m in (original, ours))
     assert relative_error(found.logits, wanted.logits) < EXACT  # at padded positions too
-    for state, expected in zip(found.past_key_values.linear_cache, wanted.past_key_values.linear_cache, strict=True):
+    for state, expected in zip(found[CACHE].linear_cache, wanted[CACHE].linear_cache, strict=True):
         if len(expected):
             assert relative_error(state, expected) < EXACT
     compare_gradients(original, ours, ids, mask)
@@ -129,9 +130,9 @@ def test_a_continued_piece_may_be_padded(pair, ids, layout):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         whole = ours(ids, attention_mask=mask, position_ids=positions).logits
-        cache = ours(ids[:, :20], use_cache=True).past_key_values
+        cache = ours(ids[:, :20], use_cache=True)[CACHE]
         found = ours(
-            ids[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], past_key_values=cache, use_cache=True
+            ids[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], **{CACHE: cache}, use_cache=True
         ).logits
     assert relative_error(found, whole[:, 20:]) < EXACT
 
@@ -143,17 +144,17 @@ def test_either_continues_what_the_other_began(pair, ids, layout, first, rest):
     original, ours = pair(layout)
     begin, go_on = (original, ours) if first == "original" else (ours, original)
     with torch.no_grad():
-        cache = begin(ids[:, :20], use_cache=True).past_key_values
+        cache = begin(ids[:, :20], use_cache=True)[CACHE]
         if first == "original":  # one token says to our cache what it is; until then the original would be wrong
-            logits = [go_on(ids[:, 20:21], past_key_values=cache, use_cache=True, position_ids=torch.tensor([[20]]))]
+            logits = [go_on(ids[:, 20:21], **{CACHE: cache}, use_cache=True, position_ids=torch.tensor([[20]]))]
         else:
-            logits = [go_on(ids[:, 20:21], past_key_values=cache, use_cache=True)]
+            logits = [go_on(ids[:, 20:21], **{CACHE: cache}, use_cache=True)]
         at = 21
         for n in rest:
             piece = ids[:, at : at + n]
             at += n
             if piece.shape[1]:
-                logits.append(go_on(piece, past_key_values=cache, use_cache=True))
+                logits.append(go_on(piece, **{CACHE: cache}, use_cache=True))
     found = torch.cat([out.logits for out in logits], 1)
     assert relative_error(found, original(ids).logits[:, 20:]) < EXACT
 
@@ -164,9 +165,9 @@ def test_a_bfloat16_state_is_one_the_original_can_go_on_with(pair, ids):
     with torch.no_grad():
         whole = ours(ids).logits
         for begin, go_on in ((original, ours), (ours, original)):
-            cache = begin(ids[:, :49], use_cache=True).past_key_values
+            cache = begin(ids[:, :49], use_cache=True)[CACHE]
             assert cache.linear_cache[1].dtype == torch.bfloat16
-            last = go_on(ids[:, 49:], past_key_values=cache, use_cache=True).logits
+            last = go_on(ids[:, 49:], **{CACHE: cache}, use_cache=True).logits
             assert relative_error(last, whole[:, 49:]) < 0.05
 
 
@@ -216,8 +217,8 @@ def test_gradients_through_a_continuation(pair, ids, layout):
     wanted = torch.autograd.grad(ours(ids, use_cache=False).logits.square().mean(), list(ours.parameters()))
     cache, logits = None, []
     for piece in ids.split([20, 1, 1, 28], 1):
-        out = ours(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = ours(piece, **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
         logits.append(out.logits)
     found = torch.autograd.grad(torch.cat(logits, 1).square().mean(), list(ours.parameters()))
     for a, b in zip(found, wanted, strict=True):
@@ -235,15 +236,15 @@ def test_gradient_checkpointing(pair, ids, layout):
 def test_a_token_is_read_in_place_unless_someone_keeps_the_states(pair, ids):
     _, ours = pair("1:1")
     with torch.no_grad():
-        cache = ours(ids[:, :20], use_cache=True).past_key_values
+        cache = ours(ids[:, :20], use_cache=True)[CACHE]
         address = cache.linear_cache[1].data_ptr()
-        ours(ids[:, 20:21], past_key_values=cache, use_cache=True)
+        ours(ids[:, 20:21], **{CACHE: cache}, use_cache=True)
         assert cache.linear_cache[1].data_ptr() == address
         states = []
         for t in range(21, 24):
-            out = ours(ids[:, t : t + 1], past_key_values=cache, use_cache=True, output_attentions=True)
+            out = ours(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True, output_attentions=True)
             states.append((out.attentions[1], out.attentions[1].clone()))
-        ours(ids[:, 24:25], past_key_values=cache, use_cache=True)
+        ours(ids[:, 24:25], **{CACHE: cache}, use_cache=True)
     assert all(torch.equal(kept, copied) for kept, copied in states)
     assert not torch.equal(states[0][0], states[1][0])
 
@@ -251,7 +252,7 @@ def test_a_token_is_read_in_place_unless_someone_keeps_the_states(pair, ids):
 def test_a_state_from_inference_mode_goes_on_outside(pair, ids):
     original, ours = pair("1:1")
     with torch.inference_mode():
-        cache = ours(ids[:, :49], use_cache=True).past_key_values
+        cache = ours(ids[:, :49], use_cache=True)[CACHE]
     with torch.no_grad():
-        found = ours(ids[:, 49:], past_key_values=cache, use_cache=True).logits
+        found = ours(ids[:, 49:], **{CACHE: cache}, use_cache=True).logits
     assert relative_error(found, original(ids).logits[:, 49:]) < EXACT

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_attention.integrations.minimax import LightningMiniMaxCache
+from lightning_attention.models.arguments import CACHE
 
 NEW = 7
 
@@ -57,7 +58,7 @@ def test_batches_with_left_padding(pair, padded, layout):
 
 def test_prompts_in_chunks(pair, ids, layout):
     _, ours = pair(layout)
-    found = generate(ours, ids, prefill_chunk_size=16, past_key_values=LightningMiniMaxCache())
+    found = generate(ours, ids, prefill_chunk_size=16, **{CACHE: LightningMiniMaxCache()})
     assert torch.equal(found, generate(ours, ids))
 
 
@@ -66,7 +67,7 @@ def test_a_second_turn_goes_on_from_the_first_ones_cache(pair, ids, layout):
     _, ours = pair(layout)
     first = generate(ours, ids, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, ids[:, :9]], 1)
-    found = generate(ours, turn, past_key_values=first.past_key_values)
+    found = generate(ours, turn, **{CACHE: first[CACHE]})
     assert torch.equal(found, generate(ours, turn))
 
 
@@ -75,11 +76,11 @@ def test_rows_of_the_cache(pair, ids, layout):
     _, ours = pair(layout)
     with torch.no_grad():
         wanted = ours(ids).logits
-        cache = ours(ids[:, :30], use_cache=True).past_key_values
+        cache = ours(ids[:, :30], use_cache=True)[CACHE]
         cache.batch_select_indices(torch.tensor([2, 0]))
         cache.batch_repeat_interleave(2)
         rows = [2, 2, 0, 0]
-        found = ours(ids[rows, 30:], past_key_values=cache, use_cache=True).logits
+        found = ours(ids[rows, 30:], **{CACHE: cache}, use_cache=True).logits
         torch.testing.assert_close(found, wanted[rows, 30:], rtol=1e-4, atol=1e-4)
         cache.reset()  # the softmax layers' part of it differs between transformers' versions
     states = [state for state in cache.linear_cache if len(state)]

@@ -12,6 +12,7 @@ from lightning_attention.integrations.minimax import (
     apply_lightning_attention,
     remove_lightning_attention,
 )
+from lightning_attention.models.arguments import CACHE
 from tests.integrations.conftest import build
 from tests.support import relative_error
 
@@ -76,11 +77,11 @@ def test_a_copy_of_the_cache_is_a_copy(ids):
     model = build("7:1")
     apply_lightning_attention(model)
     with torch.no_grad():
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = model(ids[:, :20], use_cache=True)[CACHE]
         kept = copy.deepcopy(cache)
-        first = model(ids[:, 20:21], past_key_values=cache, use_cache=True).logits
-        model(ids[:, 21:], past_key_values=cache, use_cache=True)
-        assert torch.equal(model(ids[:, 20:21], past_key_values=kept, use_cache=True).logits, first)
+        first = model(ids[:, 20:21], **{CACHE: cache}, use_cache=True).logits
+        model(ids[:, 21:], **{CACHE: cache}, use_cache=True)
+        assert torch.equal(model(ids[:, 20:21], **{CACHE: kept}, use_cache=True).logits, first)
 
 
 @pytest.mark.parametrize("hooked_first", [True, False])
@@ -105,17 +106,17 @@ def test_hooks_of_accelerate_stay_and_run_our_attention(ids, hooked_first):
     if hooked_first:
         apply_lightning_attention(model)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE]
     assert count.calls == 1 + 4 + 1
     assert type(cache) is LightningMiniMaxCache  # ours was here
     remove_lightning_attention(model)
     with torch.no_grad():
         found = model(ids, use_cache=True)
-    assert type(found.past_key_values) is minimax.MiniMaxCache
+    assert type(found[CACHE]) is minimax.MiniMaxCache
     assert torch.equal(found.logits, original(ids).logits)
     hooks.remove_hook_from_module(model, recurse=True)
     apply_lightning_attention(model)
-    assert type(model(ids, use_cache=True).past_key_values) is LightningMiniMaxCache
+    assert type(model(ids, use_cache=True)[CACHE]) is LightningMiniMaxCache
     assert count.calls == 2 * (1 + 4 + 1)
 
 

@@ -156,10 +156,10 @@ def test_minimax_is_the_module_of_transformers(layer_index: int):
         assert relative_error(ours_grads[names.get(name, name)], copied(name, gradient)) <= 1e-5, name
 
     with torch.no_grad():  # and token by token after a prompt
-        theirs(x[:, :40], position_embeddings=None, attention_mask=None, past_key_values=cache)
+        theirs(x[:, :40], None, None, cache)
         state = ours(x[:, :40], output_state=True)[1]
         for t in range(40, 43):
-            expected, _ = theirs(x[:, t : t + 1], position_embeddings=None, attention_mask=None, past_key_values=cache)
+            expected, _ = theirs(x[:, t : t + 1], None, None, cache)
             assert relative_error(ours.step(x[:, t], state), expected[:, 0]) <= 1e-5
 
 
@@ -339,3 +339,23 @@ def test_learns_to_recall_a_token_seen_long_before():
         loss.backward()
         optimizer.step()
     assert loss < 0.5  # guessing gives log 7 = 1.95
+
+
+@every_layer
+def test_in_float64(name: str) -> None:
+    """Steps and prefill on states in float64, which a CPU has."""
+    layer = LAYERS[name]().double()
+    x = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
+    wanted, final = layer(x, output_state=True)
+    assert final is not None
+    assert final.dtype == torch.float64
+    stepped, prefilled = torch.zeros(2, 2, *layer.state_shape, dtype=torch.float64)
+    with torch.no_grad():
+        steps = [layer.step(x[:, t], stepped, positions=torch.full((2,), t)) for t in range(9)]
+        found = layer.prefill(
+            x.flatten(0, 1), prefilled, cu_seqlens=torch.tensor([0, 9, 18]), positions=torch.arange(9).repeat(2)
+        )
+    assert relative_error(found.view(2, 9, HIDDEN), wanted) <= 1e-13
+    assert relative_error(prefilled, final) <= 1e-13
+    assert relative_error(torch.stack(steps, 1), wanted) <= 1e-6
+    assert relative_error(stepped, final) <= 1e-6

@@ -218,6 +218,8 @@ def _generate_softmax(
     """Decode steps at the last place of a full cache, again and again."""
     from transformers import StaticCache
 
+    from lightning_attention.models.arguments import CACHE
+
     config = model.config
     heads, head_dim = config.num_key_value_heads, config.head_dim
     needed = 2 * B * context * config.num_hidden_layers * heads * head_dim * scale.dtype.itemsize
@@ -236,7 +238,7 @@ def _generate_softmax(
     def decode() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(context - 1)
-        logits = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=ids, position_ids=position, **{CACHE: cache}, use_cache=True).logits
         ids.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
 
     backend, chosen = _fastest_attention(cache.layers[0], device)

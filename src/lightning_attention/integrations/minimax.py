@@ -22,6 +22,7 @@ from transformers.models.minimax.modeling_minimax import (
     apply_mask_to_padding_states,
 )
 
+from lightning_attention.models.arguments import check_keywords, given_cache
 from lightning_attention.ops.attention import lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
 
@@ -84,7 +85,9 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         position_embeddings: tuple[Tensor, Tensor] | None,  # noqa: ARG002 (these layers have no rope)
         attention_mask: Tensor | None,
         past_key_values: MiniMaxCache | None = None,
-        **kwargs: Any,  # noqa: ARG002
+        *,
+        cache: MiniMaxCache | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Mix any number of tokens, from the cache's state where it has one.
 
@@ -93,13 +96,20 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
             position_embeddings: not looked at.
             attention_mask: [B, T], 0 at padding, whose q, k and v are then zero; None for none. The state decays over
                 padding as over any token.
-            past_key_values: the cache; this layer's state in it, [B, H, D, E], is replaced, or updated in place where
-                T is 1 and nothing requires a gradient.
-            kwargs: what the model hands to every kind of layer; not looked at.
+            past_key_values: the name of ``cache`` before transformers 5.24; either is taken.
+            cache: the cache; this layer's state in it, [B, H, D, E], is replaced, or updated in place where T is 1 and
+                nothing requires a gradient.
+            **kwargs: what the model hands to every kind of layer and changes nothing in this one, by name.
 
         Returns:
             The output, [B, T, hidden_size], and the state after it.
+
+        Raises:
+            TypeError: ``cache`` is another kind of cache, or a keyword is not known. Boundaries of packed documents
+                (``cu_seq_lens_q``) are such: these layers would read on across them.
         """
+        check_keywords(self, kwargs, ("position_ids", "use_cache"))
+        cache = given_cache(MiniMaxCache, cache, past_key_values)
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         qkv = apply_mask_to_padding_states(qkv, attention_mask)
         # Per head q, k and v lie side by side: three strided views, no copies.
@@ -107,7 +117,7 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         log_decay = -self.slope_rate.flatten().to(exact)
 
-        held = None if past_key_values is None else _state(past_key_values, self.layer_idx)
+        held = None if cache is None else _state(cache, self.layer_idx)
         if held is not None and q.shape[1] == 1 and _can_update(held, q):
             state = held
             mixed = lightning_attention_decode(q[:, 0], k[:, 0], v[:, 0], log_decay, state)
@@ -119,8 +129,8 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
             mixed, final = lightning_attention(q, k, v, log_decay, initial_state=initial, output_final_state=True)
             assert final is not None
             state = final.to(self.state_dtype) if exact == torch.float32 else final
-            if past_key_values is not None:
-                past_key_values.set_linear_cache(self.layer_idx, state)
+            if cache is not None:
+                cache.set_linear_cache(self.layer_idx, state)
         mixed = self.norm(mixed.reshape(*hidden_states.shape[:-1], -1))
         return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * mixed), state
 

@@ -29,7 +29,7 @@ class GatedLinearAttention(LinearAttentionLayer):
 
     Raises:
         ValueError: ``hidden_dim`` is not a multiple of ``num_heads``, or ``log_decay`` is not [H] float32 with values
-            (it is on the meta device).
+            (it is on the meta device), requires a gradient, or holds NaN or a value above 0.
     """
 
     def __init__(
@@ -72,14 +72,15 @@ class GatedLinearAttention(LinearAttentionLayer):
 
         Args:
             x: [B, T, embed_dim].
-            state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
+            state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
+                differentiable.
             positions: [T] or [B, T] integers, absolute positions for LRPE; None for a count from 0 in every sequence.
                 A layer without LRPE does not look at them.
             cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x. None: N = B.
             output_state: whether to return the state after x.
 
         Returns:
-            The output, like x, and the new state, [N, H, D, E] float32, or None.
+            The output, like x, and the new state, like ``state``, or None.
 
         Raises:
             ValueError: the layer has LRPE, and ``state`` is given without ``positions``.

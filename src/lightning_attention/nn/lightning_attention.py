@@ -23,6 +23,10 @@ class _RMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(width)) if weight else None
 
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(-1, (self.groups, -1))
         normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
@@ -63,7 +67,8 @@ class LightningAttention(LinearAttentionLayer):
 
     Raises:
         ValueError: a size is not positive, does not divide or is odd, a choice is none of those above, ``rope_dim``
-            and ``lrpe`` are both given, or ``log_decay`` is not [H] float32 with values (it is on the meta device).
+            and ``lrpe`` are both given, or ``log_decay`` is not [H] float32 with values (it is on the meta device),
+            requires a gradient, or holds NaN or a value above 0.
     """
 
     def __init__(
@@ -192,14 +197,15 @@ class LightningAttention(LinearAttentionLayer):
 
         Args:
             x: [B, T, hidden_size].
-            state: [N, H, D, E] float32, what came before; None for nothing. Not modified; differentiable.
+            state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
+                differentiable.
             positions: [T] or [B, T] integers, absolute positions for rope or LRPE; None for a count from 0 in every
                 sequence. A layer with neither does not look at them.
             cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x; later tokens are padding. None: N = B.
             output_state: whether to return the state after x.
 
         Returns:
-            The output, like x, and the new state, [N, H, D, E] float32, or None.
+            The output, like x, and the new state, like ``state``, or None.
 
         Raises:
             ValueError: the layer has rope or LRPE, and ``state`` is given without ``positions``.

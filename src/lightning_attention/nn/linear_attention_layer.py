@@ -8,21 +8,25 @@ from torch import Tensor, nn
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
 from lightning_attention.ops.speculative import lightning_attention_commit, lightning_attention_verify
+from lightning_attention.ops.validation import check_log_decay_values
 
 
 class LinearAttentionLayer(nn.Module):
     """A layer with ``log_decay``, [H] float32, as a buffer that is no part of the state dict.
 
-    It stays float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004. A layer
+    It stays float32, and keeps its numbers, whatever is done to the layer: ``.bfloat16()`` would move a decay of 0.999
+    by as much as 0.004, ``.to_empty()`` and the meta device leave none. A layer
     says what it makes of tokens before the operation (``_tokens``) and after it (``_finish``), and ``scale`` where it
     is not 1; :meth:`step`, :meth:`prefill`, :meth:`verify` and :meth:`commit` do the rest.
 
     Args:
         num_heads: H.
-        log_decay: [H] float32, natural logarithm of each head's decay.
+        log_decay: [H] float32, natural logarithm of each head's decay, none above 0.
 
     Raises:
-        ValueError: ``log_decay`` is not [H] float32 with values (it is on the meta device).
+        TypeError: ``log_decay`` is no tensor.
+        ValueError: ``log_decay`` is not [H] float32 with values (it is on the meta device), requires a gradient, which
+            a buffer does not get, or holds NaN or a value above 0.
     """
 
     log_decay: Tensor
@@ -30,11 +34,18 @@ class LinearAttentionLayer(nn.Module):
 
     def __init__(self, num_heads: int, log_decay: Tensor) -> None:
         super().__init__()
+        if not isinstance(log_decay, Tensor):
+            raise TypeError(
+                f"log_decay is a {type(log_decay).__name__}; it must be a tensor, [{num_heads}] torch.float32"
+            )
         if log_decay.shape != (num_heads,) or log_decay.dtype != torch.float32 or log_decay.is_meta:
             raise ValueError(
                 f"log_decay is {list(log_decay.shape)} {log_decay.dtype} on {log_decay.device}; it must be "
                 f"[{num_heads}] torch.float32 with values"
             )
+        if log_decay.requires_grad:
+            raise ValueError("log_decay requires a gradient; this layer's decays are fixed")
+        check_log_decay_values(log_decay.cpu())
         # Kept as numbers too: loading a checkpoint by way of the meta device leaves no buffer to read them from.
         self._log_decay_values: list[float] = log_decay.tolist()
         self.register_buffer("log_decay", torch.tensor(self._log_decay_values, dtype=torch.float32), persistent=False)
@@ -44,11 +55,15 @@ class LinearAttentionLayer(nn.Module):
         self.log_decay = torch.tensor(self._log_decay_values, dtype=torch.float32, device=self.log_decay.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearAttentionLayer":
-        was_meta = self.log_decay.is_meta
+        held = self.log_decay
         super()._apply(fn, recurse)
-        # .to(bfloat16) and .half() cast every buffer, .to_empty() leaves any numbers in them.
-        if self.log_decay.dtype != torch.float32 or was_meta:
+        # The function says where the buffer goes, not what is in it: .bfloat16() casts it, .to_empty() fills it with
+        # whatever lay there.
+        device = self.log_decay.device
+        if held.is_meta and device.type != "meta":
             self.reset_buffers()
+        elif self.log_decay is not held:
+            self.log_decay = held.to(device)
         return self
 
     def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
@@ -58,7 +73,7 @@ class LinearAttentionLayer(nn.Module):
 
         Args:
             x: [B, width].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            state: [S, H, D, E] float32 or bfloat16, float64 in a float64 layer; updated in place.
             positions: [B] integers, each token's absolute position; required where the layer encodes positions.
             slots: [B] integers, the row of ``state`` each sequence owns; a negative slot is padding: its state is
                 left alone and its attention output is zero. None: row i is sequence i's.
@@ -92,7 +107,7 @@ class LinearAttentionLayer(nn.Module):
 
         Args:
             x: [T, width].
-            state: [S, H, D, E] float32 or bfloat16, updated in place.
+            state: [S, H, D, E] float32 or bfloat16, float64 in a float64 layer; updated in place.
             cu_seqlens: [N+1] integers, sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]; later ones are padding.
             positions: [T] integers, each token's absolute position; required where the layer encodes positions.
             slots: [N] integers, the row of ``state`` each sequence owns, as in :meth:`step`.

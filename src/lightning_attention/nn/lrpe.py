@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_attention.nn.sharded import laid_out_like
+
 
 class LRPE(nn.Module):
     """x → [x cos(θt), x sin(θt)], t the absolute position (arXiv 2307.09270, the cosine form of TransNormerLLM).
@@ -20,14 +22,20 @@ class LRPE(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.theta = nn.Parameter(self.initial_theta())
+        # float32 also in a model made in bfloat16, where rounding θ turns the phase at t = 1000 by up to 1.8 radians.
+        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim, dtype=torch.float32))
+        self.reset_parameters()
 
     def initial_theta(self) -> Tensor:
-        """The frequencies a new layer starts from, [H, 1, d] float32."""
+        """The frequencies a new layer starts from, [H, 1, d] float32, where ``theta`` is and sharded as it is."""
         width = self.num_heads * self.head_dim
-        # float32 also in a model made in bfloat16, where rounding θ turns the phase at t = 1000 by up to 1.8 radians.
-        exponents = (-2.0 / width) * torch.arange(width, dtype=torch.float32)
-        return (10000.0**exponents).reshape(self.num_heads, 1, self.head_dim)
+        exponents = (-2.0 / width) * torch.arange(width, dtype=torch.float32, device=self.theta.device)
+        return laid_out_like((10000.0**exponents).reshape(self.num_heads, 1, self.head_dim), self.theta)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give ``theta`` the frequencies that a new layer starts from."""
+        self.theta.copy_(self.initial_theta())
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Encode queries and keys.
@@ -48,7 +56,7 @@ class LRPE(nn.Module):
                 f"q is {list(q.shape)} and k is {list(k.shape)}; both must be [B, T, {self.num_heads}, {self.head_dim}]"
             )
         batch, length = q.shape[:2]
-        if positions.shape not in {(length,), (batch, length)}:
+        if positions.shape not in ((length,), (batch, length)):  # no set: torch.export hashes no size
             raise ValueError(f"positions is {list(positions.shape)}; it must be [{length}] or [{batch}, {length}]")
         theta = self.theta.squeeze(1).to(torch.promote_types(self.theta.dtype, torch.float32))
         angles = positions.to(theta.dtype)[..., None, None] * theta

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
@@ -12,7 +13,7 @@ from tests.support.numerics import relative_error
 @pytest.fixture
 def cache(model: TransnormerForCausalLM, ids: Tensor) -> TransnormerCache:
     with torch.no_grad():
-        return model(ids, use_cache=True).past_key_values
+        return model(ids, use_cache=True)[CACHE]
 
 
 def memory(cache: TransnormerCache) -> int:
@@ -25,7 +26,7 @@ def test_size_does_not_depend_on_the_context(model: TransnormerForCausalLM, cach
     # [3 rows, 2 heads, 48 or 24, 24] float32, LRPE on two of three layers; positions are 3 int64.
     assert memory(cache) == 4 * 3 * 2 * 24 * (48 + 24 + 48) + 3 * 8
     for length in (1, 500, 2):
-        model(torch.randint(3, 97, (3, length)), past_key_values=cache)
+        model(torch.randint(3, 97, (3, length)), cache=cache)
         assert memory(cache) == 4 * 3 * 2 * 24 * (48 + 24 + 48) + 3 * 8
     assert cache.get_seq_length() == 593
     assert cache.get_mask_sizes(5, 0) == (598, 0)
@@ -35,18 +36,18 @@ def test_size_does_not_depend_on_the_context(model: TransnormerForCausalLM, cach
 def test_states_stay_where_they_are(model: TransnormerForCausalLM, cache: TransnormerCache) -> None:
     addresses = [cache.state(layer).data_ptr() for layer in range(3)] + [cache.positions.data_ptr()]
     for length in (1, 20, 1):
-        model(torch.randint(3, 97, (3, length)), past_key_values=cache)
+        model(torch.randint(3, 97, (3, length)), cache=cache)
     assert [cache.state(layer).data_ptr() for layer in range(3)] + [cache.positions.data_ptr()] == addresses
 
 
 @torch.no_grad()
 def test_a_copy_is_a_copy(model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor) -> None:
     kept = copy.deepcopy(cache)
-    first = model(ids[:, :1], past_key_values=cache).logits
-    model(ids[:, :30], past_key_values=cache)
+    first = model(ids[:, :1], cache=cache).logits
+    model(ids[:, :30], cache=cache)
     assert kept.positions.tolist() == [90] * 3
     assert kept.get_seq_length() == 90
-    assert torch.equal(model(ids[:, :1], past_key_values=kept).logits, first)
+    assert torch.equal(model(ids[:, :1], cache=kept).logits, first)
 
 
 @torch.no_grad()
@@ -64,12 +65,12 @@ def test_rows_move_with_their_positions(
     mask = torch.ones_like(ids)
     mask[0, :40] = 0
     mask[1, :7] = 0
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True)[CACHE]
     kept = copy.deepcopy(cache)
-    expected = model(ids[:, :2], past_key_values=kept).logits[rows]
+    expected = model(ids[:, :2], cache=kept).logits[rows]
     getattr(cache, method)(argument)
     assert cache.positions.tolist() == [[50, 83, 90][row] for row in rows]
-    assert relative_error(model(ids[rows, :2], past_key_values=cache).logits, expected) <= 1e-6
+    assert relative_error(model(ids[rows, :2], cache=cache).logits, expected) <= 1e-6
 
 
 @torch.no_grad()
@@ -82,9 +83,9 @@ def test_reset_forgets_and_an_empty_cache_is_nothing(
     assert cache.get_seq_length() == 0
     assert cache.state(0) is None
     assert not cache.has_previous_state()
-    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids, cache=cache).logits, expected)
     assert cache.state(0).data_ptr() == address
-    assert torch.equal(model(ids, past_key_values=TransnormerCache(model.config)).logits, expected)
+    assert torch.equal(model(ids, cache=TransnormerCache(model.config)).logits, expected)
 
 
 def test_what_transformers_asks_of_a_cache(model: TransnormerForCausalLM, cache: TransnormerCache) -> None:
@@ -104,7 +105,7 @@ def test_written_and_read_back(
 ) -> None:
     torch.save(cache, tmp_path / "prefix.pt")
     read = torch.load(tmp_path / "prefix.pt", weights_only=False)
-    assert torch.equal(model(ids, past_key_values=read).logits, model(ids, past_key_values=cache).logits)
+    assert torch.equal(model(ids, cache=read).logits, model(ids, cache=cache).logits)
     assert read.positions.tolist() == [180] * 3
 
 

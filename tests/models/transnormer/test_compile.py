@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
@@ -89,11 +90,11 @@ def test_documents_marked_by_positions_break_the_graph_and_nothing_else(
 def test_decoding_is_not_compiled_anew_for_every_token(model: TransnormerForCausalLM, ids: Tensor) -> None:
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     other = copy.deepcopy(cache)
     for t in range(6):
         step = ids[:, t : t + 1]
-        logits = compiled(step, past_key_values=cache).logits
-        assert relative_error(logits, model(step, past_key_values=other).logits) <= 1e-6
+        logits = compiled(step, cache=cache).logits
+        assert relative_error(logits, model(step, cache=other).logits) <= 1e-6
     assert counter.frame_count <= 2  # the second time the count of tokens is known to vary
     assert cache.positions.tolist() == [96] * 3

@@ -1,5 +1,6 @@
 """A folder in a process that has not imported this package, and on other devices than the one it was made on."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, pipeline
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 from tests.training.tiny import tiny_settings, train
@@ -31,6 +33,9 @@ talk = tokenizer.apply_chat_template([{"role": "user", "content": prompts[0]}], 
 pipe = transformers.pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu")
 texts = [out[0]["generated_text"] for out in pipe(prompts, batch_size=2, **greedy)]
 same = type(pipe.model) is type(model)
+first, second = folder + "/again", folder + "/again-alone"
+model.save_pretrained(first)
+transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).save_pretrained(second)
 print(json.dumps({"class": type(model).__module__, "same": same, "talk": talk, "texts": texts}))
 """
 
@@ -59,6 +64,39 @@ def test_in_a_process_that_knows_nothing_of_it(folder: Path) -> None:
         "talk": "lightning attention\n",
         "texts": expected,
     }
+    # Saved again by that process, the folder holds and names what it did: no source of this package.
+    config = json.loads((folder / "config.json").read_text())
+    for again, files in (("again", {"generation_config.json", "model.safetensors"}), ("again-alone", set())):
+        assert {f.name for f in (folder / again).iterdir()} == {"config.json", "transnormer.py", *files}
+        assert (folder / again / "transnormer.py").read_text() == (folder / "transnormer.py").read_text()
+        assert json.loads((folder / again / "config.json").read_text())["auto_map"] == config["auto_map"]
+
+
+def test_a_class_of_ones_own_brings_its_source(model: TransnormerForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "their_model.py").write_text(
+        "from lightning_attention.models.transnormer import TransnormerForCausalLM\n\n\n"
+        "class Theirs(TransnormerForCausalLM):\n    pass\n"
+    )
+    spec = importlib.util.spec_from_file_location("their_model", tmp_path / "their_model.py")
+    module = sys.modules["their_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.Theirs.register_for_auto_class("AutoModelForCausalLM")
+    module.Theirs(model.config).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "their_model.py").exists()
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "their_model.Theirs"
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
+def test_attention_implementations_choose_nothing(
+    model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path, kind: str
+) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=kind)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    made = AutoModelForCausalLM.from_config(model.config, attn_implementation=kind)
+    made.set_attn_implementation(kind)
+    assert made(ids).logits.shape == (3, 90, 97)
 
 
 def test_the_pointer_is_written_whatever_the_folder_came_with(tmp_path: Path) -> None:
@@ -106,7 +144,7 @@ def test_a_block_is_not_split(model: TransnormerForCausalLM) -> None:
     whole = sum(p.numel() * 4 for p in model.parameters())
     # accelerate keeps room for the largest part that must come together, so not all of the 90 % is used.
     room = {0: 9 * whole // 10, "cpu": whole}
-    places = accelerate.infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    places = accelerate.infer_auto_device_map(model, room, no_split_module_classes=list(model._no_split_modules))
     assert set(places.values()) == {0, "cpu"}
     assert {place for place in places if "layers" in place} == {f"model.layers.{i}" for i in range(3)}
 
@@ -116,7 +154,7 @@ def test_dtypes(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path, name
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **{name: torch.bfloat16})
     assert loaded.dtype == loaded(ids).logits.dtype == torch.bfloat16
-    assert loaded(ids).past_key_values.state(0).dtype == torch.float32
+    assert loaded(ids)[CACHE].state(0).dtype == torch.float32
     assert relative_error(loaded(ids).logits.float(), model(ids).logits) <= 0.05
     loaded.save_pretrained(tmp_path / "half")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", **{name: "auto"}).dtype == torch.bfloat16

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
+from tests.support.numerics import relative_error
 
 NEW = 12
 FIXED = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
@@ -89,13 +91,13 @@ def test_goes_on_from_a_returned_cache(model: TransnormerForCausalLM, prompt: tu
     first = model.generate(
         ids, attention_mask=mask, do_sample=False, return_dict_in_generate=True, **{**FIXED, "max_new_tokens": 5}
     )
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert isinstance(cache, TransnormerCache)
     assert cache.get_seq_length() == 24  # the last token said has not been read
     rest = model.generate(
         first.sequences,
         attention_mask=torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1),
-        past_key_values=cache,
+        cache=cache,
         do_sample=False,
         **{**FIXED, "max_new_tokens": NEW - 5},
     )
@@ -152,8 +154,8 @@ def test_everything_that_may_be_asked_for(
     # one for every block's input and one after the last norm; the whole prompt first, then single tokens
     assert [h.shape for h in out.hidden_states[0]] == [(3 * beams, 20, 32)] * 4
     assert [h.shape for h in out.hidden_states[-1]] == [(3 * beams, 1, 32)] * 4
-    assert out.past_key_values.batch_size == 3 * beams
-    assert out.past_key_values.get_seq_length() == 20 + NEW - 1
+    assert out[CACHE].batch_size == 3 * beams
+    assert out[CACHE].get_seq_length() == 20 + NEW - 1
     if beams == 1:
         for row, real in enumerate(prompt[1].bool()):
             text = torch.cat([prompt[0][row, real], out.sequences[row, 20:]])
@@ -179,11 +181,11 @@ def test_positions_may_be_given(model: TransnormerForCausalLM, prompt: tuple[Ten
 
 def test_a_prefix_is_read_once_for_many_prompts(model: TransnormerForCausalLM, ids: Tensor) -> None:
     with torch.no_grad():
-        prefix = model(ids[:1, :50], use_cache=True).past_key_values
+        prefix = model(ids[:1, :50], use_cache=True)[CACHE]
     for row in range(3):
         whole = torch.cat([ids[:1, :50], ids[row : row + 1, 50:60]], 1)
         expected = model.generate(whole, do_sample=False, **FIXED)
-        said = model.generate(whole, past_key_values=copy.deepcopy(prefix), do_sample=False, **FIXED)
+        said = model.generate(whole, cache=copy.deepcopy(prefix), do_sample=False, **FIXED)
         assert torch.equal(said, expected)
 
 
@@ -199,3 +201,18 @@ def test_tokens_come_as_a_stream(model: TransnormerForCausalLM, ids: Tensor) -> 
 
     text = model.generate(ids[:1, :20], streamer=Streamer(), do_sample=False, **FIXED)
     assert Streamer.tokens == [*text[0].tolist(), -1]
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beam"])
+def test_in_float64(model: TransnormerForCausalLM, prompt: tuple[Tensor, Tensor], mode: dict) -> None:
+    """With states in float64: whole, in pieces, and token by token."""
+    model = model.double()
+    ids, mask = prompt
+    mode = {"attention_mask": mask, **mode, **FIXED}
+    assert torch.equal(model.generate(ids, **mode), model.generate(ids, use_cache=False, **mode))
+    with torch.no_grad():
+        whole, cache = model(ids).logits, TransnormerCache(model.config)
+        pieces = torch.cat([model(piece, cache=cache).logits for piece in ids.split([12, 7, 1], 1)], 1)
+    assert {cache.state(layer).dtype for layer in range(3)} == {torch.float64}
+    assert relative_error(pieces[:, :19], whole[:, :19]) <= 1e-13
+    assert relative_error(pieces[:, 19:], whole[:, 19:]) <= 1e-6

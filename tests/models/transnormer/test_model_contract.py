@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM, TransnormerModel
 from tests.support.numerics import relative_error
 
@@ -34,7 +35,7 @@ def test_arguments_come_in_transformers_order() -> None:
 def test_outputs_as_a_tuple_and_as_an_object_are_the_same(model: TransnormerForCausalLM, ids: Tensor) -> None:
     whole = model(ids, labels=ids, output_hidden_states=True)
     loss, logits, cache, hidden = model(ids, labels=ids, output_hidden_states=True, return_dict=False)
-    assert list(whole.keys()) == ["loss", "logits", "past_key_values", "hidden_states"]
+    assert list(whole.keys()) == ["loss", "logits", CACHE, "hidden_states"]
     assert torch.equal(loss, whole.loss)
     assert torch.equal(logits, whole.logits)
     assert cache.positions.tolist() == [90] * 3

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from tests.models.transnormer.conftest import Oracle
 from tests.support.numerics import relative_error
@@ -52,7 +53,7 @@ def test_logits_hidden_states_states_and_loss(oracle: Oracle, released: Transnor
     for i, hidden in enumerate(out.hidden_states):
         assert relative_error(hidden, oracle[f"out.hidden_states.{i}"]) <= TOLERANCE
     for i in range(released.config.num_hidden_layers):
-        assert relative_error(out.past_key_values.state(i), oracle[f"out.state.{i}"]) <= TOLERANCE
+        assert relative_error(out[CACHE].state(i), oracle[f"out.state.{i}"]) <= TOLERANCE
 
 
 def test_every_gradient(oracle: Oracle, released: TransnormerForCausalLM) -> None:
@@ -70,7 +71,7 @@ def test_greedy_decoding(oracle: Oracle, released: TransnormerForCausalLM) -> No
     tokens, logits, newest = [], [], out.logits[:, -1]
     for _ in range(8):
         tokens.append(newest.argmax(-1))
-        out = released(tokens[-1].unsqueeze(1), past_key_values=out.past_key_values)
+        out = released(tokens[-1].unsqueeze(1), cache=out[CACHE])
         newest = out.logits[:, -1]
         logits.append(newest)
     assert torch.equal(torch.stack(tokens, 1), oracle["out.decode_tokens"])

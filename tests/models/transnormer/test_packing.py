@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
@@ -35,9 +36,9 @@ def test_logits_states_and_gradients(model: TransnormerForCausalLM, packed: Tens
         alone = model(packed[:, start:stop])
         assert relative_error(out.logits[:, start:stop], alone.logits) <= 1e-5
         for layer in range(3):
-            assert relative_error(out.past_key_values.state(layer)[i], alone.past_key_values.state(layer)[0]) <= 1e-5
+            assert relative_error(out[CACHE].state(layer)[i], alone[CACHE].state(layer)[0]) <= 1e-5
         (alone.logits[0] * weight[start:stop]).sum().backward()
-    assert out.past_key_values.positions.tolist() == [30, 0, 1, 33, 21, 0]
+    assert out[CACHE].positions.tolist() == [30, 0, 1, 33, 21, 0]
     for name, p in model.named_parameters():
         assert relative_error(together[name], p.grad) <= 2e-5, name
     assert relative_error(model(packed).logits[:, 31:85], out.logits[:, 31:85]) > 0.05
@@ -58,10 +59,10 @@ def test_no_document_is_asked_for_the_next_ones_first_token(model: TransnormerFo
 @torch.no_grad()
 def test_a_packed_prompt_continues_as_a_batch_and_as_packed(model: TransnormerForCausalLM, packed: Tensor) -> None:
     cuts, following = [0, 30, 31, 64, 90], torch.randint(3, 97, (4, 3))
-    cache = model(packed, cu_seqlens=torch.tensor(cuts), use_cache=True).past_key_values
-    batch = torch.cat([model(following[:, t : t + 1], past_key_values=cache).logits for t in range(3)], 1)
-    cache = model(packed, cu_seqlens=torch.tensor(cuts), use_cache=True).past_key_values
-    again = model(following.view(1, 12), past_key_values=cache, cu_seqlens=torch.arange(0, 13, 3)).logits
+    cache = model(packed, cu_seqlens=torch.tensor(cuts), use_cache=True)[CACHE]
+    batch = torch.cat([model(following[:, t : t + 1], cache=cache).logits for t in range(3)], 1)
+    cache = model(packed, cu_seqlens=torch.tensor(cuts), use_cache=True)[CACHE]
+    again = model(following.view(1, 12), cache=cache, cu_seqlens=torch.arange(0, 13, 3)).logits
     for i, start, stop in documents(cuts):
         alone = model(torch.cat([packed[:, start:stop], following[i : i + 1]], 1)).logits[0, -3:]
         assert relative_error(batch[i], alone) <= 1e-5
@@ -87,7 +88,7 @@ def test_positions_that_start_again_begin_a_document(model: TransnormerForCausal
     assert torch.equal(by_positions.logits, by_cuts.logits)
     assert torch.equal(by_positions.loss, by_cuts.loss)
     assert torch.equal(by_positions.hidden_states[1], by_cuts.hidden_states[1])
-    assert by_positions.past_key_values.positions.tolist() == [30, 1, 1, 32, 26]
+    assert by_positions[CACHE].positions.tolist() == [30, 1, 1, 32, 26]
     shifted = model(packed, position_ids=restarting(cuts) + 7).logits  # counting may begin anywhere
     assert relative_error(shifted, by_cuts.logits) <= 1e-4
 
@@ -112,7 +113,7 @@ def test_rows_of_packed_documents(model: TransnormerForCausalLM, ids: Tensor) ->
     total.backward()
     for name, p in model.named_parameters():
         assert relative_error(together[name], p.grad) <= 2e-5, name
-    assert out.past_key_values.positions.tolist() == [30, 60, 90, 1, 1, 86, 2]
+    assert out[CACHE].positions.tolist() == [30, 60, 90, 1, 1, 86, 2]
     same = restarting([0, 40, 90])  # [1, T] positions for every row
     rows_together = model(ids, position_ids=same).logits
     assert torch.equal(rows_together, model(ids, position_ids=same.expand(3, 90)).logits)
@@ -123,9 +124,9 @@ def test_positions_mark_no_documents_with_a_mask_or_a_past(model: TransnormerFor
     # The condition is transformers' own. LRPE sees the distances between the positions given.
     positions, mask = restarting([0, 30, 90]), torch.ones(1, 90)
     masked = model(packed, labels=packed, position_ids=positions, attention_mask=mask)
-    assert masked.past_key_values.positions.tolist() == [90]
+    assert masked[CACHE].positions.tolist() == [90]
     empty = TransnormerCache(model.config)
-    given = model(packed, labels=packed, position_ids=positions, past_key_values=empty)
+    given = model(packed, labels=packed, position_ids=positions, cache=empty)
     assert torch.equal(masked.logits, given.logits)
     assert torch.equal(masked.loss, given.loss)
     assert relative_error(model(packed, position_ids=positions).logits, masked.logits) > 0.01

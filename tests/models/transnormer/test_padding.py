@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
@@ -33,9 +34,9 @@ def test_logits_loss_and_gradients_are_those_of_each_row_alone(
         for hidden, expected in zip(out.hidden_states, alone.hidden_states, strict=True):
             assert relative_error(hidden[row, real], expected[0]) <= 1e-5
         for layer in range(3):
-            assert relative_error(out.past_key_values.state(layer)[row], alone.past_key_values.state(layer)[0]) <= 1e-5
+            assert relative_error(out[CACHE].state(layer)[row], alone[CACHE].state(layer)[0]) <= 1e-5
         (alone.logits[0] * weight[row, real]).sum().backward()
-    assert out.past_key_values.positions.tolist() == mask.sum(1).tolist()
+    assert out[CACHE].positions.tolist() == mask.sum(1).tolist()
     for name, p in model.named_parameters():
         assert relative_error(padded[name], p.grad) <= 2e-5, name
 
@@ -64,8 +65,8 @@ def test_padding_in_any_piece_of_a_continuation(
     with torch.set_grad_enabled(not in_place):
         for piece in ids.split(list(cuts), dim=1):
             seen += piece.shape[1]
-            out = model(piece, attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, attention_mask=mask[:, :seen], cache=cache, use_cache=True)
+            cache = out[CACHE]
             logits.append(out.logits)
     together = torch.cat(logits, 1)
     assert cache.positions.tolist() == mask.sum(1).tolist()
@@ -76,17 +77,17 @@ def test_padding_in_any_piece_of_a_continuation(
             continue
         alone = model(ids[row : row + 1, mask[row]])
         assert relative_error(together[row, mask[row]], alone.logits[0]) <= 1e-5
-        assert relative_error(cache.state(2)[row], alone.past_key_values.state(2)[0]) <= 1e-5
+        assert relative_error(cache.state(2)[row], alone[CACHE].state(2)[0]) <= 1e-5
 
 
 @torch.no_grad()
 def test_a_step_needs_no_mask_after_a_padded_prompt(model: TransnormerForCausalLM, ids: Tensor) -> None:
     mask = torch.tensor(LEFT)
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True)[CACHE]
     with_positions = copy.deepcopy(cache)
     following = torch.randint(3, 97, (3, 1))
-    logits = model(following, past_key_values=cache).logits
-    given = model(following, past_key_values=with_positions, position_ids=mask.sum(1, keepdim=True)).logits
+    logits = model(following, cache=cache).logits
+    given = model(following, cache=with_positions, position_ids=mask.sum(1, keepdim=True)).logits
     assert torch.equal(logits, given)
     for row in range(3):
         alone = model(torch.cat([ids[row, mask[row] == 1], following[row]])[None]).logits[:, -1]

@@ -5,14 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
-from lightning_attention.models.transnormer import TransnormerForCausalLM
+from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
 peft = pytest.importorskip("peft")
 
 # peft 0.21 asks transformers 5.23 by names that it calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+
+
+def refusal() -> str:
+    """Nothing, or why transformers does not: 5.24 wants a newer PEFT than there is."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        return str(error)
+    return ""
+
 
 PROJECTIONS = ["qkvu_proj", "out_proj", "l1", "l2", "l3"]
 
@@ -70,8 +82,10 @@ def test_adapters_learn_and_the_model_stays(model: TransnormerForCausalLM, ids: 
         assert torch.equal(merged.model.state_dict()[name], before[f"model.{name}"])
 
 
+@pytest.mark.skipif(bool(refusal()), reason=refusal())
 def test_by_transformers_own_adapter_methods(model: TransnormerForCausalLM, ids: Tensor, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
+    model = TransnormerForCausalLM.from_pretrained(tmp_path / "base")
     model.add_adapter(peft.LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False))
     expected = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")
@@ -92,3 +106,34 @@ def test_with_checkpointing_and_packed_documents(model: TransnormerForCausalLM, 
     adapted(**packed).loss.backward()
     for name, gradient in expected.items():
         assert relative_error(adapted.get_parameter(name).grad, gradient) <= 1e-6, name
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("choice", ["tokens", "lora"])
+def test_adapters_of_the_embedding(ids: Tensor, choice: str, dora: bool, scaled: bool) -> None:
+    """PEFT computes them around the embedding, and has to know how the model scales it."""
+    sizes = {
+        "vocab_size": 97,
+        "decoder_embed_dim": 64,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "glu_dim": 32,
+    }
+    model = TransnormerForCausalLM(TransnormerConfig(**sizes, no_scale_embedding=not scaled, init_std=0.2)).eval()
+    original = model(ids).logits
+    tokens = sorted(set(ids.flatten().tolist()))[:40]
+    choices = {"trainable_token_indices": {"embed_tokens": tokens}, "target_modules": ["out_proj"]}
+    if choice == "lora":
+        choices = {"target_modules": ["embed_tokens", "out_proj"]}
+    adapted = adapt(model, **choices, use_dora=dora).eval()
+    assert relative_error(adapted(ids).logits, original) <= 1e-5
+    curve = fit(adapted, ids)
+    assert curve[-1] < curve[0] - 0.5
+    trained = adapted.eval()(ids).logits
+    assert relative_error(trained, original) > 0.1
+    with torch.no_grad():
+        embedded = adapted.get_input_embeddings()(ids)
+    merged = adapted.merge_and_unload()
+    assert relative_error(merged.get_input_embeddings()(ids), embedded) <= 1e-5
+    assert relative_error(merged(ids).logits, trained) <= 1e-4

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention import decay
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
@@ -104,12 +105,12 @@ def test_checkpointing_changes_no_gradient(model: TransnormerForCausalLM, ids: T
     out = model(ids, labels=ids, use_cache=True)
     out.loss.backward()
     assert len(calls) == 2  # once more, in the backward pass
-    assert out.past_key_values is None
+    assert out.get(CACHE) is None
     for parameter, p in model.named_parameters():
         assert torch.equal(p.grad, expected[parameter])
-    cache = model.eval()(ids).past_key_values
-    with pytest.raises(ValueError, match="past_key_values is given; gradient checkpointing"):
-        model.train()(ids, past_key_values=cache)
+    cache = model.eval()(ids)[CACHE]
+    with pytest.raises(ValueError, match="cache is given; gradient checkpointing"):
+        model.train()(ids, cache=cache)
 
 
 def test_loss_is_the_mean_over_shifted_labels(model: TransnormerForCausalLM, ids: Tensor) -> None:

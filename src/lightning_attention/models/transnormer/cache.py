@@ -11,7 +11,7 @@ from lightning_attention.models.transnormer.configuration_transnormer import Tra
 
 
 class _RecurrentState(LinearAttentionLayer):
-    """One layer's state, [N, H, D, E] float32, and whether it holds anything yet."""
+    """One layer's state, [N, H, D, E] float32 (float64 in a float64 model), and whether it holds anything yet."""
 
     # generate() would otherwise compile the decode step unasked, and ask for masks of kinds this model does not have.
     is_compileable = False
@@ -43,9 +43,9 @@ class _RecurrentState(LinearAttentionLayer):
 class TransnormerCache(Cache):
     """Everything TransNormerLLM remembers of a batch: a state per layer and the next position of every sequence.
 
-    Its size is layers · N · H · D · E float32 numbers, whatever the number of tokens read. Passing it to the model
-    continues every sequence by any number of tokens; ``copy.deepcopy`` makes an independent copy. It cannot be
-    cropped: a recurrent state does not say which token brought what.
+    Its size is layers · N · H · D · E float32 numbers (float64 in a float64 model), whatever the number of tokens read.
+    Passing it to the model continues every sequence by any number of tokens; ``copy.deepcopy`` makes an independent
+    copy. It cannot be cropped: a recurrent state does not say which token brought what.
 
     Args:
         config: the model's configuration.
@@ -62,8 +62,13 @@ class TransnormerCache(Cache):
         self.positions: Tensor | None = None
         self._columns = 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer, so that ``generate`` cuts off what was read, which 5.24 does not for linear layers."""
+        return [False] * len(self.layers)
+
     def state(self, layer_idx: int) -> Tensor | None:
-        """The state of one layer, [N, H, D, E] float32, or None before the first token."""
+        """The state of one layer, [N, H, D, E], or None before the first token."""
         return self.layers[layer_idx].state
 
     def advance(self, columns: int, lengths: Tensor) -> None:

@@ -61,7 +61,7 @@ class TransnormerConfig(PreTrainedConfig):
     """
 
     model_type = "transnormer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
     attribute_map = {  # noqa: RUF012 (and a plain dict)
         "hidden_size": "decoder_embed_dim",
         "num_hidden_layers": "decoder_layers",
@@ -104,6 +104,12 @@ class TransnormerConfig(PreTrainedConfig):
         """Write ``config.json`` and, beside it, the file by which ``trust_remote_code`` finds this package."""
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / f"{_POINTER}.py").write_text(_POINTER_SOURCE, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing for this class, whose source is the installed package; a subclass elsewhere is copied."""
+        if cls.__module__ != __name__:
+            super().register_for_auto_class(auto_class)
 
     def _check(self) -> None:
         for name in ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim"):

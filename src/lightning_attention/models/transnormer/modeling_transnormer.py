@@ -13,26 +13,34 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from lightning_attention import decay
+from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
 from lightning_attention.models.transnormer.layout import document_starts, documents, lay_out, restarts
 from lightning_attention.nn import LRPE, SGLU, GatedLinearAttention, SRMSNorm
+from lightning_attention.nn.sharded import laid_out_like
+
+# What else the collators that pack documents hand over: said once more, never alone.
+_COMPANIONS = ("cu_seq_lens_k", "seq_idx")
+# What transformers' loss takes: Trainer's number of labels in all accumulated batches, and labels shifted already.
+_OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class TransnormerEmbedding(nn.Embedding):
     """Token embeddings times a constant.
 
-    The scale lives here so that ``get_input_embeddings()(ids)`` is what the model takes as ``inputs_embeds``.
+    The scale lives here so that ``get_input_embeddings()(ids)`` is what the model takes as ``inputs_embeds``, under the
+    name by which PEFT finds it: what an adapter adds to a row must be scaled too.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.scale = scale
+        self.embed_scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, T] token ids → [B, T, embedding_dim]."""
         embedded = super().forward(input)
-        return embedded if self.scale == 1.0 else embedded * self.scale
+        return embedded if self.embed_scale == 1.0 else embedded * self.embed_scale
 
 
 class TransnormerDecoderLayer(GradientCheckpointingLayer):
@@ -42,8 +50,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.token_norm = SRMSNorm()
-        with torch.device("cpu"):  # values, also where the model is built on the meta device
-            log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
+        log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
         self.token_mixer = GatedLinearAttention(
             config.decoder_embed_dim,
             config.decoder_attention_heads,
@@ -60,7 +67,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         *,
         positions: Tensor,
-        past_key_values: TransnormerCache | None = None,
+        cache: TransnormerCache | None = None,
         cu_seqlens: Tensor | None = None,
         slots: Tensor | None = None,
         step: bool = False,
@@ -70,16 +77,16 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         With ``step`` the layer's state is updated in place, by one token per row.
         """
         x = self.token_norm(hidden_states)
-        state = None if past_key_values is None else past_key_values.state(self.layer_idx)
+        state = None if cache is None else cache.state(self.layer_idx)
         if step:
             assert state is not None  # a step comes after something
             mixed = self.token_mixer.step(x.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
         else:
             mixed, state = self.token_mixer(
-                x, state, positions=positions, cu_seqlens=cu_seqlens, output_state=past_key_values is not None
+                x, state, positions=positions, cu_seqlens=cu_seqlens, output_state=cache is not None
             )
-            if past_key_values is not None:
-                past_key_values.update_recurrent_state(state, self.layer_idx)
+            if cache is not None:
+                cache.update_recurrent_state(state, self.layer_idx)
         hidden_states = hidden_states + mixed
         return hidden_states + self.channel_mixer(self.channel_norm(hidden_states))
 
@@ -91,14 +98,34 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransnormerDecoderLayer"]  # noqa: RUF012 (transformers reads plain lists)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _is_stateful = True
+
+    def _check_and_adjust_attn_implementation(self, *_: Any, **__: Any) -> str:
+        """Whichever ``attn_implementation`` is asked for: there is no softmax attention to choose one for."""
+        return "eager"
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing for the classes of this package, which a saved folder points at; a subclass elsewhere is copied.
+
+        transformers calls this where a folder is loaded with ``trust_remote_code``, and what is registered copies its
+        source into every folder it is saved to.
+        """
+        if cls.__module__ != __name__:
+            super().register_for_auto_class(auto_class)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, init_std) for matrices, zero for the padding row; frequencies and decays by their formulas."""
         super()._init_weights(module)
-        if isinstance(module, LRPE):
+        if isinstance(module, TransnormerEmbedding):
+            if module.padding_idx is not None and hasattr(module.weight, "device_mesh"):
+                # Of a sharded matrix, transformers has set the row of padding to zero in a copy.
+                kept = torch.arange(module.num_embeddings, device=module.weight.device) != module.padding_idx
+                kept = laid_out_like(kept[:, None].expand(-1, module.embedding_dim), module.weight)
+                init.copy_(module.weight, module.weight * kept)
+        elif isinstance(module, LRPE):
             init.copy_(module.theta, module.initial_theta())
         elif isinstance(module, GatedLinearAttention):
             # In no checkpoint, and empty after loading by way of the meta device.
@@ -135,7 +162,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        **_: Any,
+        cache: TransnormerCache | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Read a batch, from nothing or from where a cache stands.
 
@@ -145,42 +173,47 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 Padding may be anywhere, in a continuation too: it changes no state, moves no position, and what is
                 computed for it means nothing.
             position_ids: [B, T] or [1, T], positions for LRPE; None to count the real tokens of every sequence. Without
-                ``attention_mask``, ``past_key_values`` and ``cu_seqlens``, a position that is not past the one before
+                ``attention_mask``, ``cache`` and ``cu_seqlens``, a position that is not past the one before
                 it begins another document, as transformers' ``DataCollatorWithFlattening`` marks them. Looking for
                 these waits for the device; ``cu_seqlens`` says the same without.
-            past_key_values: what came before; updated in place by this call.
+            past_key_values: the name of ``cache`` before transformers 5.24; either is taken.
             inputs_embeds: [B, T, width], already scaled, as ``get_input_embeddings()`` makes them.
             use_cache: whether to return a cache; None for the configuration's choice, or False in training.
             output_hidden_states: whether to return the hidden states before every block and after the last norm.
             cu_seqlens: [N+1] integers on the inputs' device: B is 1 and N documents are packed; each starts from
-                nothing, or from its row of ``past_key_values``. Without ``attention_mask``.
+                nothing, or from its row of ``cache``. Without ``attention_mask``.
             cu_seq_lens_q: transformers' name for ``cu_seqlens``, which its collators and trainers use.
-            **_: what transformers hands to every model; not used.
+            cache: what came before; updated in place by this call.
+            **kwargs: what transformers hands to every model and changes nothing here, by name.
 
         Returns:
-            ``last_hidden_state`` [B, T, width], ``past_key_values``, which has a row for every document where they
-            are packed, and ``hidden_states`` where asked for.
+            ``last_hidden_state`` [B, T, width], ``cache`` (``past_key_values`` before transformers 5.24), which has a
+            row for every document where they are packed, and ``hidden_states`` where asked for.
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; a mask or positions of another shape;
                 ``cu_seqlens`` together with ``attention_mask``, with ``cu_seq_lens_q`` or with B above 1;
-                ``past_key_values`` together with gradient checkpointing.
-            TypeError: ``past_key_values`` is another kind of cache.
+                ``cache`` of another model's size, or together with gradient checkpointing; ``seq_idx`` or
+                ``cu_seq_lens_k`` where nothing else says where documents begin; ``is_causal=False``.
+            TypeError: ``cache`` is another kind of cache, a keyword is not known, or ``output_hidden_states`` is
+                neither True nor False.
         """
+        check_keywords(self, kwargs, _COMPANIONS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if past_key_values is not None and not isinstance(past_key_values, TransnormerCache):
-            raise TypeError(f"past_key_values is a {type(past_key_values).__name__}; it must be a TransnormerCache")
+        cache = given_cache(TransnormerCache, cache, past_key_values)
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"cache has {len(cache.layers)} layers; the model has {len(self.layers)}")
         cu_seqlens = _one_of(cu_seqlens, cu_seq_lens_q)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
-                raise ValueError(
-                    "past_key_values is given; gradient checkpointing reads every layer twice, a cache once"
-                )
+        if not isinstance(output_hidden_states, bool):  # 5.24 has models that take the numbers of layers
+            raise TypeError(f"output_hidden_states is {output_hidden_states!r}; it must be True or False")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError("cache is given; gradient checkpointing reads every layer twice, a cache once")
             use_cache = False
 
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
@@ -189,14 +222,17 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 f"cu_seqlens is given with {batch} rows and {'no' if attention_mask is None else 'an'} attention_mask; "
                 "packed documents are one row, without a mask"
             )
-        if position_ids is not None and position_ids.shape not in {(1, length), (batch, length)}:
+        if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
             raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
-        if cu_seqlens is None and _may_restart(position_ids, attention_mask, past_key_values):
-            cu_seqlens = documents(position_ids, batch)
+        if cu_seqlens is None:
+            if _may_restart(position_ids, attention_mask, cache):
+                cu_seqlens = documents(position_ids, batch)
+            elif said := [name for name in _COMPANIONS if kwargs.get(name) is not None]:
+                raise ValueError(f"{said[0]} is given without cu_seqlens, cu_seq_lens_q or position_ids")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = TransnormerCache(self.config)
-        offsets = None if past_key_values is None else past_key_values.positions
+        if use_cache and cache is None:
+            cache = TransnormerCache(self.config)
+        offsets = None if cache is None else cache.positions
         # One token after others, nothing to differentiate: the states are updated in place. The numbers are the same
         # either way.
         step = length == 1 and offsets is not None and cu_seqlens is None and not torch.is_grad_enabled()
@@ -220,18 +256,18 @@ class TransnormerModel(TransnormerPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 positions=layout.positions,
-                past_key_values=past_key_values,
+                cache=cache,
                 cu_seqlens=layout.cu_seqlens,
                 slots=layout.slots,
                 step=step,
             )
         hidden_states = layout.unpack(self.norm(hidden_states), batch)
-        if past_key_values is not None:
-            past_key_values.advance(length, layout.lengths)
+        if cache is not None:
+            cache.advance(length, layout.lengths)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=(*history, hidden_states) if output_hidden_states else None,
+            **{CACHE: cache},
         )
 
 
@@ -264,6 +300,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: TransnormerCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits and, with ``labels``, their loss.
@@ -276,19 +313,23 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
 
         Returns:
             ``loss`` (mean negative log-likelihood, nats per token), ``logits`` [B, T, vocab_size],
-            ``past_key_values``, and ``hidden_states`` where asked for.
+            ``cache`` (``past_key_values`` before transformers 5.24), and ``hidden_states`` where asked for.
         """
+        check_keywords(self, kwargs, (*_COMPANIONS, *_OF_THE_LOSS))
+        of_the_loss = {name: kwargs.pop(name) for name in _OF_THE_LOSS if name in kwargs}
+        cache = given_cache(TransnormerCache, cache, past_key_values)
         cu_seqlens = _one_of(cu_seqlens, cu_seq_lens_q)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            cache=cache,
             return_dict=True,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
@@ -299,14 +340,14 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         if labels is not None:
             if cu_seqlens is not None:
                 labels = labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
-            elif _may_restart(position_ids, attention_mask, past_key_values):
+            elif _may_restart(position_ids, attention_mask, cache):
                 labels = labels.masked_fill(restarts(position_ids), -100)
             elif attention_mask is not None:
                 padding = attention_mask[:, -labels.shape[1] :] == 0
                 labels = labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_the_loss)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
 
     @classmethod
@@ -326,9 +367,13 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation is {kind!r}; leave it out: this model has one kind of cache, whose size is fixed"
             )
+        if "cache" in model_kwargs:  # which generate() passes on as it came, in every version
+            model_kwargs[CACHE] = given_cache(
+                TransnormerCache, model_kwargs.pop("cache"), model_kwargs.get("past_key_values")
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TransnormerCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = TransnormerCache(self.config)
 
 
 def _one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
@@ -338,10 +383,10 @@ def _one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor |
 
 
 def _may_restart(
-    position_ids: Tensor | None, attention_mask: Tensor | None, past_key_values: TransnormerCache | None
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: TransnormerCache | None
 ) -> TypeGuard[Tensor]:
     """Whether positions may mark documents; the condition is the one of transformers' own attention masks."""
-    return position_ids is not None and attention_mask is None and past_key_values is None
+    return position_ids is not None and attention_mask is None and cache is None
 
 
 def _local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
