@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention.kernels.tiled import attention as tiled
-from lightning_attention.kernels.tiled.attention import BLOCK, PIECE
+from lightning_attention.kernels.tiled import layout
+from lightning_attention.kernels.tiled.attention import BLOCK, BUFFER
 from tests.support import (
     Problem,
     budget,
@@ -23,15 +24,17 @@ from tests.support import (
     solve_with,
 )
 
-# One piece of blocks is 2048 tokens: a token less, as many, one more, and more than two.
-EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 1000, 2047, 2048, 2049, 4500]
-assert BLOCK * PIECE == 2048
+# A piece of one head is 1024 tokens: a token less, as many, one more, and more than two.
+EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 2500]
+assert BUFFER // BLOCK == 1024
+# Blocks in a buffer: shorter pieces, so that short sequences meet their edges, of fewer heads.
+SMALL = [BLOCK * BLOCK, 2 * BLOCK * BLOCK, 8 * BLOCK * BLOCK, BUFFER]
 
 
 @settings(max_examples=4 * settings().max_examples)
-@given(problems(), st.sampled_from([1, 2, PIECE]))
-def test_any_sizes(problem: Problem, piece: int):
-    with patch.object(tiled, "PIECE", piece):  # shorter pieces, so that short sequences meet their edges
+@given(problems(), st.sampled_from(SMALL))
+def test_any_sizes(problem: Problem, buffer: int):
+    with patch.object(tiled, "BUFFER", buffer):
         got = solve_with(problem, "tiled")
     assert not got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
 
@@ -104,9 +107,9 @@ PER_TOKEN = ("output", "q", "k", "v")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout", "initial_state", "dfinal"])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("piece", [2, PIECE])
+@pytest.mark.parametrize("buffer", [SMALL[1], BUFFER])
 @pytest.mark.parametrize("read", [True, False])
-def test_one_sequence_does_not_poison_another(read: bool, piece: int, packed: bool, name: str, bad: float):
+def test_one_sequence_does_not_poison_another(read: bool, buffer: int, packed: bool, name: str, bad: float):
     # The poisoned one ends in a partial block, with neighbours in its own piece; in short pieces it fills several.
     lengths = [100, 64, 230, 0, 1, 128]
     clean = make_problem(lengths=lengths, padding=5, D=8, E=6) if packed else make_problem(B=3, T=230, D=8, E=6)
@@ -119,9 +122,9 @@ def test_one_sequence_does_not_poison_another(read: bool, piece: int, packed: bo
     else:
         x[own][:, 90] = bad
     # Without reading, as on other devices, what a block starts from is chosen by the tensors themselves.
-    with patch.object(tiled, "PIECE", piece):
-        expected = solve_with(clean, "tiled")
-        with patch.object(tiled, "_unbound", tiled._unbound if read else torch.Tensor.unbind):
+    with patch.object(tiled, "BUFFER", buffer):
+        with patch.object(layout, "is_read", lambda _: read):
+            expected = solve_with(clean, "tiled")
             got = solve_with(replace(clean, **{name: x}), "tiled")
     poisoned = 0
     for part in (*PER_TOKEN, "final_state", "initial_state"):
