@@ -19,8 +19,9 @@ def rate_of(log_decay: Tensor | None, H: int, dtype: torch.dtype, device: torch.
 
 
 def parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x) as keep + rest, for S · keep + S · rest: 1 and expm1(x) for weak decays, exp(x) and 0 for strong ones.
+    """exp(x) as keep + rest: 1 and expm1(x) for weak decays, exp(x) and 0 for strong ones.
 
+    What is new is added to S · rest first and to S · keep then, which rounds to the size of S but once.
     exp(x) alone, near 1, is off by up to 3e-8, always in one direction, which adds up over a long sequence:
     transnormer's last layer, multiplied block by block, was off by 1.6e-5 after 65,536 tokens.
     """

@@ -12,10 +12,12 @@ def decode(
 ) -> Tensor:
     dtype = pool.accumulator(v)
     rows = pool.read(state, slots, dtype)
-    if log_decay is not None:
+    new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
+    if log_decay is None:
+        rows = rows + new
+    else:
         keep, rest = parts(rate_of(log_decay, k.shape[1], dtype, k.device)[:, None, None])
-        rows = torch.addcmul(rows * keep, rows, rest)
-    rows = torch.addcmul(rows, k.to(dtype)[..., None], v.to(dtype)[..., None, :])
+        rows = new.addcmul_(rest, rows).addcmul_(keep, rows)
     out = scale * (q.to(dtype)[..., None, :] @ rows).squeeze(-2)
     pool.write(state, slots, rows)
     return pool.mask_padding(out, slots).to(v.dtype)

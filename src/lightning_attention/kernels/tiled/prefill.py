@@ -58,5 +58,5 @@ def _snapshots(
     rows = start
     for p in range(P):
         keep, rest = parts((rate * steps[:, p, None])[..., None, None])
-        rows = torch.addcmul(own[:, p], keep, rows).addcmul_(rest, rows)
+        rows = torch.addcmul(own[:, p], rest, rows).addcmul_(keep, rows)
         pool.write(state, slots[:, p], rows)

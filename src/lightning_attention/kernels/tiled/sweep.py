@@ -183,14 +183,14 @@ def _carry_over(
         if entered > 1:
             inner = slice(last + 1, n) if reverse else slice(0, last)
             work.slots[inner.start + away : inner.stop + away].addcmul_(whole[inner], work.entry)
-        states[last + away].addcmul_(keep[last], work.entry).addcmul_(rest[last], work.entry)
+        states[last + away].addcmul_(rest[last], work.entry).addcmul_(keep[last], work.entry)
         if leave is not None:
             layout.leave(leave, states[last + away], piece, last, ends)
     keep, rest = crossing.keep, crossing.rest
     for i in order[entered:]:
         before, after = states[i + to], states[i + away]
         layout.begin(before, given, piece, i, begins)
-        after.addcmul_(keep[i], before).addcmul_(rest[i], before)
+        after.addcmul_(rest[i], before).addcmul_(keep[i], before)
         if leave is not None:
             layout.leave(leave, after, piece, i, ends)
 
@@ -227,8 +227,8 @@ class Drift:
         torch.bmm(work.b_t, work.cs, out=matrices(drifts[1:]))
         for i, (before, after) in enumerate(pairwise(drifts.unbind(0))):
             layout.begin(before, None, piece, i, piece.first)
-            after.addcmul_(crossing.keep[i], before).addcmul_(crossing.rest[i], before)
             after.addcmul_(crossing.slope[i], work.states[i])
+            after.addcmul_(crossing.rest[i], before).addcmul_(crossing.keep[i], before)
             if self.dfinal is not None:
                 self.total += layout.weighed(self.dfinal, after, piece, i)
         self.carry = drifts[-1].clone()

@@ -21,10 +21,15 @@ def available() -> int:
     return torch.get_num_threads() if torch.backends.openmp.is_available() else 1
 
 
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # the first look would else set the thread to what the caller's is, later
+
+
 @cache
 def _executor(count: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked process has lost its threads
     started = threading.Barrier(count + 1)
-    executor = ThreadPoolExecutor(count, "lightning_attention", initializer=lambda: torch.set_num_threads(1))
+    executor = ThreadPoolExecutor(count, "lightning_attention", initializer=_alone)
     for _ in range(count):
         executor.submit(started.wait)
     started.wait()
