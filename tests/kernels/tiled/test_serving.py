@@ -1,4 +1,4 @@
-"""Decode, prefill, verify and commit: float64 pools, decays of no memory, and what is not finite staying where it is."""
+"""Decode, prefill, verify and commit: float64 pools, decays of no memory, and NaN and inf staying where they are."""
 
 from collections.abc import Callable
 

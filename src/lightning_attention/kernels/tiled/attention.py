@@ -1,7 +1,7 @@
-"""Lightning Attention-2 (arXiv 2401.04658, Algorithms 1 and 2) in four sweeps, shared out among a CPU's cores by heads.
+"""Lightning Attention-2 (arXiv 2401.04658, Algorithms 1 and 2) in four sweeps, shared out by heads.
 
-A share works on a piece of its heads' sequences at a time, in buffers that stay in a core's cache and are all that a call
-takes beside its results.
+On a CPU a thread has a share of its own, and works on a piece of its sequences at a time, in buffers that stay in a
+core's cache and are all that a call takes beside its results.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Share:
-    """Some heads of some sequences."""
+    """Some heads of some rows of the batch; views of them."""
 
     def __init__(self, run: Run, rows: slice, heads: slice, packed: bool) -> None:
         self.run, self._rows, self._heads, self._packed = run, rows, heads, packed
@@ -59,12 +59,12 @@ class _Plan:
         scale: float,
         batch_invariant: bool,
     ) -> None:
-        (B, T, H, D), E, self.device = k.shape, v.shape[3], k.device
+        (B, _, H, D), E, self.device = k.shape, v.shape[3], k.device
         self.width, self.packed, self.dtype = max(D, E), cu_seqlens is not None, _accumulator(k.dtype)
         layout = layout_of(k, cu_seqlens, BLOCK)
         count = threads.available() if self.device.type == "cpu" else 1
         # With fewer heads than half the threads, too many would have nothing to do: then all work on each operation.
-        together = B * H < count / 2 and not batch_invariant
+        together = count > 2 * B * H and not batch_invariant
         self.workers = 1 if together or v.numel() < SHARED else count
         numbers = BUFFER * (count if together else 1) if self.device.type == "cpu" else 64 * BUFFER
         blocks = max(1, numbers // (BLOCK * max(BLOCK, self.width)))
@@ -113,7 +113,9 @@ def _whole_lines(x: _Padded, dims: int = 1) -> _Padded:
 
 def _cut(x: Tensor, *sizes: int) -> Tensor:
     """The first of the last sizes, as a tensor of its own."""
-    return x[(..., *(slice(size) for size in sizes))].clone(memory_format=torch.contiguous_format)
+    for dim, size in enumerate(sizes, -len(sizes)):
+        x = x.narrow(dim, 0, size)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _left(given: Tensor | None, like: Tensor, N: int, D: int, E: int) -> Tensor:

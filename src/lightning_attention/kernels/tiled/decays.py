@@ -12,7 +12,7 @@ NO_MEMORY = -1e4
 
 
 def rate_of(log_decay: Tensor | None, H: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """log λ [H] in the accumulator's type; −inf and finfo.min, which mean no memory, as a number to calculate with."""
+    """The log λ [H] in the accumulator's type; −inf and finfo.min, no memory, as a number to calculate with."""
     if log_decay is None:
         return torch.zeros(H, dtype=dtype, device=device)
     return log_decay.to(dtype).clamp(min=NO_MEMORY)
@@ -78,7 +78,7 @@ class Crossing:
 
     @cached_property
     def slope(self) -> Sequence[Tensor]:
-        """m λ^m"""
+        """λ^m times m."""
         return (self._length[:, None, None, None] * self._over(self._length).exp()).unbind(0)
 
     @cached_property

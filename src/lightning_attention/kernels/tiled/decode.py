@@ -1,6 +1,5 @@
 """One step of the recurrence over a pool of states."""
 
-import torch
 from torch import Tensor
 
 from lightning_attention.kernels.tiled import pool

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Flags = Sequence[bool | Tensor]
+Blocks = tuple[Tensor, ...]  # views of an argument or a result, as the layout reads and writes it
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Piece:
     """A run of n consecutive blocks, worked on at once.
 
     length [n]: tokens in each block. first, last: whether the block is its sequence's first, last. sequence: which it
-    belongs to. token, valid [n · C]: the token each row of a packed batch stands for, and whether it stands for one; valid
-    is None where all do.
+    belongs to. token, valid [n · C], of a packed batch: the token each row stands for, and whether it stands for one;
+    valid is None where all do.
     """
 
     start: int
@@ -30,7 +31,7 @@ class Piece:
     first: Flags
     last: Flags
     sequence: Sequence[int | Tensor]
-    token: Tensor | None = None
+    token: Tensor
     valid: Tensor | None = None
     #: Whether every block is known to have C tokens.
     whole: bool = False
@@ -54,17 +55,17 @@ class DenseLayout:
         index = range(start, stop)
         length = [min(self.block, self.T - i * self.block) for i in index]
         first, last = [i == 0 for i in index], [i == self.num_blocks - 1 for i in index]
-        whole = stop * self.block <= self.T
-        return Piece(start, stop, torch.tensor(length, device=self.device), first, last, [0] * len(index), whole=whole)
+        lengths, whole = torch.tensor(length, device=self.device), stop * self.block <= self.T
+        return Piece(start, stop, lengths, first, last, [0] * len(index), lengths, whole=whole)
 
-    def blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def blocks(self, x: Tensor) -> Blocks:
         """Views of [B, T, H, X]: the whole blocks [n, B, H, C, X], and what is left [B, H, m, X]."""
         whole = self.T // self.block
         middle = whole * self.block
         blocks = x[:, :middle].unflatten(1, (whole, self.block)).permute(1, 0, 3, 2, 4)
         return blocks, x[:, middle:].transpose(1, 2)
 
-    def load(self, blocks: tuple[Tensor, Tensor], piece: Piece, out: Tensor) -> Tensor:
+    def load(self, blocks: Blocks, piece: Piece, out: Tensor) -> Tensor:
         """Copy the piece's rows to out [n, B, H, C, X], zero past the end."""
         whole, rest = blocks
         if piece.whole:
@@ -74,7 +75,7 @@ class DenseLayout:
         out[-1, :, :, rest.shape[2] :].zero_()
         return out
 
-    def store(self, blocks: tuple[Tensor, Tensor], y: Tensor, piece: Piece) -> None:
+    def store(self, blocks: Blocks, y: Tensor, piece: Piece) -> None:
         """Write y [n, B, H, C, X] to the piece's rows."""
         whole, rest = blocks
         if piece.whole:
@@ -128,24 +129,25 @@ class PackedLayout:
         flags = index == 0, block == self.ends[own] - 1
         token = token.flatten().clamp(0, max(self.T - 1, 0))
         if is_read(self.device):
-            (first, last), whole = (x.tolist() for x in flags), bool(valid.all())
-            return Piece(start, stop, length, first, last, own.tolist(), token, None if whole else valid, whole)
-        first, last = (x.unbind() for x in flags)
-        return Piece(start, stop, length, first, last, own[:, None].unbind(), token, valid)
+            whole = bool(valid.all())
+            (first, last), known = (x.tolist() for x in flags), None if whole else valid
+            return Piece(start, stop, length, first, last, own.tolist(), token, known, whole)
+        begins, ends = (x.unbind() for x in flags)
+        return Piece(start, stop, length, begins, ends, own[:, None].unbind(), token, valid)
 
-    def blocks(self, x: Tensor) -> Tensor:
-        """[1, T, H, X] -> [T, H, X]"""
-        return x[0]
+    def blocks(self, x: Tensor) -> Blocks:
+        return (x[0],)
 
-    def load(self, x: Tensor, piece: Piece, out: Tensor) -> Tensor:
-        rows = x.index_select(0, piece.token).unflatten(0, (piece.size, self.block))
+    def load(self, blocks: Blocks, piece: Piece, out: Tensor) -> Tensor:
+        rows = blocks[0].index_select(0, piece.token).unflatten(0, (piece.size, self.block))
         out[:, 0].copy_(rows.transpose(1, 2))
         if piece.valid is not None:
             # Masked, not multiplied: the tokens past the last sequence may hold anything, and 0 · inf is NaN.
             out.masked_fill_(~piece.valid.view(piece.size, 1, 1, self.block, 1), 0)
         return out
 
-    def store(self, out: Tensor, y: Tensor, piece: Piece) -> None:
+    def store(self, blocks: Blocks, y: Tensor, piece: Piece) -> None:
+        (out,) = blocks
         rows, token = y[:, 0].transpose(1, 2).flatten(0, 1).to(out.dtype), piece.token
         if piece.valid is not None:
             # A row that stands for no token repeats the write of one that does, the same bits to the same place. Where
@@ -166,10 +168,10 @@ class PackedLayout:
 
     def leave(self, left: Tensor, state: Tensor, piece: Piece, i: int, ends: Flags) -> None:
         end, own = ends[i], piece.sequence[i]
-        if isinstance(own, int):
+        if isinstance(end, bool):
             if end:
                 left[own].copy_(state[0])
-        else:
+        elif isinstance(own, Tensor):
             left.index_copy_(0, own, torch.where(end, state, _of(left, own)))
 
     def weighed(self, weights: Tensor, state: Tensor, piece: Piece, i: int) -> Tensor | int:

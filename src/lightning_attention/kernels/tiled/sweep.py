@@ -1,6 +1,6 @@
 """One primitive, four uses: o_t = Σ_{s≤t} λ^(t−s) (a_t·b_s) c_s, or the same with time reversed, block by block.
 
-``attention`` is sweep(q, k, v); its gradients are dq = sweep(do, v, k), dk = rsweep(v, do, q) and dv = rsweep(k, q, do).
+``attention`` is sweep(q, k, v); its gradients are dq = sweep(do, v, k), dk = rsweep(v, do, q), dv = rsweep(k, q, do).
 The blocks of a piece are worked on at once, in buffers [n, B, H, C, ·] that all pieces share, and a loop carries the
 state over them. A product with a triangle of decays would multiply what follows by zero, and 0 · inf is NaN: one
 request's overflow would reach the rest of its batch.
@@ -109,7 +109,10 @@ def sweep(
     Args:
         run: decays, pieces and layout.
         space: at least ``space_for`` numbers of the accumulator's type, to work in.
-        a: None for the states alone; then out is, too.
+        a: [B, T, H, Y]; None, as out, for the states alone.
+        b: [B, T, H, Y].
+        c: [B, T, H, Z].
+        out: [B, T, H, Z].
         given: [N, H, Y, Z], the state before each sequence (reversed: after it); None for zero.
         leave: [N, H, Y, Z], gets the state after each sequence (before it) that has tokens.
         reverse: time reversed.
@@ -118,7 +121,8 @@ def sweep(
     layout, decay, carry = run.layout, run.decay, None
     B, H, Y, Z, C = b.shape[0], b.shape[2], b.shape[3], c.shape[3], decay.block
     mask = decay.mask.mT if reverse else decay.mask
-    a_blocks, b_blocks, c_blocks, out_blocks = (None if x is None else layout.blocks(x) for x in (a, b, c, out))
+    b_blocks, c_blocks = layout.blocks(b), layout.blocks(c)
+    a_blocks, out_blocks = (None if x is None else layout.blocks(x) for x in (a, out))
     works: dict[int, Work] = {}
     for piece in reversed(run.pieces) if reverse else run.pieces:
         n, crossing = piece.size, run.crossing(piece)
@@ -203,7 +207,7 @@ class Drift:
     """
 
     def __init__(self, q: Tensor, dfinal: Tensor | None, total: Tensor) -> None:
-        """q [B, T, H, D]; dfinal [N, H, E, D], of the final state's transpose; total [H], to which is added."""
+        """For q [B, T, H, D], dfinal [N, H, E, D], of the final state's transpose; total [H], to which is added."""
         self.q, self.dfinal, self.total = q, dfinal, total
         self.carry: Tensor | None = None
 
