@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_attention.kernels.reference import attention as reference
 from lightning_attention.kernels.tiled import attention as tiled
-from lightning_attention.kernels.tiled.attention import BLOCK, PIECE
+from lightning_attention.kernels.tiled import layout
+from lightning_attention.kernels.tiled.attention import BLOCK, BUFFER
 from tests.support import (
     Problem,
     budget,
@@ -23,15 +25,17 @@ from tests.support import (
     solve_with,
 )
 
-# One piece of blocks is 2048 tokens: a token less, as many, one more, and more than two.
-EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 1000, 2047, 2048, 2049, 4500]
-assert BLOCK * PIECE == 2048
+# A piece of one head is 1024 tokens: a token less, as many, one more, and more than two.
+EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 2500]
+assert BUFFER // BLOCK == 1024
+# Blocks in a buffer: shorter pieces, so that short sequences meet their edges, of fewer heads.
+SMALL = [BLOCK * BLOCK, 2 * BLOCK * BLOCK, 8 * BLOCK * BLOCK, BUFFER]
 
 
 @settings(max_examples=4 * settings().max_examples)
-@given(problems(), st.sampled_from([1, 2, PIECE]))
-def test_any_sizes(problem: Problem, piece: int):
-    with patch.object(tiled, "PIECE", piece):  # shorter pieces, so that short sequences meet their edges
+@given(problems(), st.sampled_from(SMALL))
+def test_any_sizes(problem: Problem, buffer: int):
+    with patch.object(tiled, "BUFFER", buffer):
         got = solve_with(problem, "tiled")
     assert not got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
 
@@ -104,9 +108,9 @@ PER_TOKEN = ("output", "q", "k", "v")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout", "initial_state", "dfinal"])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("piece", [2, PIECE])
+@pytest.mark.parametrize("buffer", [SMALL[1], BUFFER])
 @pytest.mark.parametrize("read", [True, False])
-def test_one_sequence_does_not_poison_another(read: bool, piece: int, packed: bool, name: str, bad: float):
+def test_one_sequence_does_not_poison_another(read: bool, buffer: int, packed: bool, name: str, bad: float):
     # The poisoned one ends in a partial block, with neighbours in its own piece; in short pieces it fills several.
     lengths = [100, 64, 230, 0, 1, 128]
     clean = make_problem(lengths=lengths, padding=5, D=8, E=6) if packed else make_problem(B=3, T=230, D=8, E=6)
@@ -119,10 +123,9 @@ def test_one_sequence_does_not_poison_another(read: bool, piece: int, packed: bo
     else:
         x[own][:, 90] = bad
     # Without reading, as on other devices, what a block starts from is chosen by the tensors themselves.
-    with patch.object(tiled, "PIECE", piece):
+    with patch.object(tiled, "BUFFER", buffer), patch.object(layout, "is_read", lambda _: read):
         expected = solve_with(clean, "tiled")
-        with patch.object(tiled, "_unbound", tiled._unbound if read else torch.Tensor.unbind):
-            got = solve_with(replace(clean, **{name: x}), "tiled")
+        got = solve_with(replace(clean, **{name: x}), "tiled")
     poisoned = 0
     for part in (*PER_TOKEN, "final_state", "initial_state"):
         want, have = getattr(expected, part).clone(), getattr(got, part).clone()
@@ -178,3 +181,54 @@ def test_cu_seqlens_of_either_type_and_of_equal_lengths_is_a_batch():
         assert relative_error(got.output.view_as(expected.output), expected.output) < 1e-6
         assert relative_error(got.k.view_as(expected.k), expected.k) < 1e-6
         assert relative_error(got.final_state, expected.final_state) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_minus_infinity_is_no_memory(packed: bool, backend: str):
+    """λ = 0: every token sees itself alone, and λ^0 is 1; so does finfo.min, whose products overflow."""
+    kw = {"lengths": [70, 0, 60], "padding": 3} if packed else {"T": 130}
+    none = torch.tensor([-torch.inf, torch.finfo(torch.float32).min])
+    problem = replace(make_problem(D=8, E=6, **kw), log_decay=none)
+    got = solve_with(problem, backend)
+    finite = replace(problem, log_decay=torch.full((2,), -1e3))
+    assert not got.misses(solve_exactly(finite), solve_exactly(finite.absolute()))
+    assert not got.log_decay.any()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_results_are_tensors_of_their_own(packed: bool, invariant: bool, backend: str):
+    """No views: autograd forbids to change those in place. Contiguous, as the fake says, whatever came."""
+    problem = make_problem(lengths=[70, 3] if packed else None, B=2, H=3, D=16, E=5)
+    module = tiled if backend == "tiled" else reference
+    state = problem.initial_state.mT.contiguous().mT
+    args = (problem.q, problem.k, problem.v, problem.log_decay, state, problem.cu_seqlens, 1.0)
+    with torch.no_grad():
+        results = module.attention(*args, True, invariant)
+        grads = module.attention_backward(problem.dout, problem.dfinal.mT.contiguous().mT, *args, invariant, True)
+    for x in (*results, *grads):
+        assert not x._is_view()
+        assert x.is_contiguous()
+        assert x.untyped_storage().nbytes() == x.numel() * x.itemsize
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_padding_behind_a_bad_token_is_zero(backend: str, bad: float):
+    problem = make_problem(lengths=[20, 30], padding=9, D=4)
+    v, dfinal = problem.v.clone(), problem.dfinal.clone()
+    v[0, 45], dfinal[1] = bad, bad
+    got = solve_with(replace(problem, v=v, dfinal=dfinal), backend)
+    for x in (got.output, got.q, got.k, got.v):
+        assert not x[:, 50:].any()
+
+
+def test_a_float16_state_may_be_larger_than_float16():
+    q = torch.full((1, 1, 1, 16), 1e-3, dtype=torch.float16)
+    state = torch.full((1, 1, 16, 16), 1e5)
+    problem = Problem(q, q * 0, q * 0, None, state, None, 1.0, q, torch.zeros_like(state))
+    got = solve_with(problem, "tiled")
+    assert not got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
+    assert got.output.isfinite().all()

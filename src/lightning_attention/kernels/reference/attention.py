@@ -12,7 +12,7 @@ def quadratic(
     """The outputs of a dense batch as one masked product, [(Q Kᵀ) ⊙ M] V + Λ Q S_0: a check of the recurrence."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     H, T = q.shape[1:3]
-    rate = q.new_zeros(H) if log_decay is None else log_decay.double()
+    rate = q.new_zeros(H) if log_decay is None else log_decay.double().clamp(min=-1e4)  # −inf · 0 is NaN
     position = torch.arange(T, device=q.device)
     distance = position[:, None] - position
     mask = torch.where(distance >= 0, (rate[:, None, None] * distance.clamp(min=0)).exp(), 0.0)
@@ -78,7 +78,7 @@ def _prepare(
 
 
 def _stacked(rows: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(rows, 1) if rows else torch.zeros_like(like)
+    return torch.stack(rows, 1).contiguous() if rows else like.new_zeros(like.shape)
 
 
 def recurrence(
@@ -96,7 +96,7 @@ def recurrence(
     for t, (_, state) in enumerate(_states(k, v, decay, start, sequences)):
         outputs.append(scale * (q[:, t, :, None, :] @ state).squeeze(-2))
         final = sequences.leave(t, state, final)
-    return _stacked(outputs, v), final
+    return sequences.mask(_stacked(outputs, v)), final
 
 
 def attention(
@@ -114,7 +114,12 @@ def attention(
     out, final = recurrence(q, k, v, log_decay, initial_state, cu_seqlens, scale)
     if not output_final_state:
         return out.to(v.dtype), None
-    return out.to(v.dtype), final.to(torch.promote_types(v.dtype, torch.float32), copy=True)
+    return out.to(v.dtype), _own(final, torch.promote_types(v.dtype, torch.float32))
+
+
+def _own(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of its own, whatever the strides of the state that the recurrence started from."""
+    return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def attention_backward(
@@ -165,11 +170,12 @@ def attention_backward(
     if cu_seqlens is not None:
         dstart = dstart.flip(0)
 
-    dq, dk, dv = _stacked(dqs, q), _stacked(dks[::-1], k), _stacked(dvs[::-1], v)
+    stacked = _stacked(dqs, q), _stacked(dks[::-1], k), _stacked(dvs[::-1], v)
+    dq, dk, dv = (sequences.mask(x) for x in stacked)
     return (
         dq.to(dtypes[0]),
         dk.to(dtypes[1]),
         dv.to(dtypes[2]),
         dlog if need_dlog_decay else None,
-        None if initial_state is None else dstart.to(initial_state.dtype, copy=True),
+        None if initial_state is None else _own(dstart, initial_state.dtype),
     )

@@ -1,18 +1,22 @@
 """One step of the recurrence over a pool of states."""
 
-import torch
 from torch import Tensor
 
 from lightning_attention.kernels.tiled import pool
+from lightning_attention.kernels.tiled.decays import parts, rate_of
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
-    rows = pool.read(state, slots)
-    if log_decay is not None:
-        rows = rows * log_decay.float().exp()[:, None, None]
-    rows = torch.addcmul(rows, k.float()[..., None], v.float()[..., None, :])
-    out = scale * (q.float()[..., None, :] @ rows).squeeze(-2)
+    dtype = pool.accumulator(v)
+    rows = pool.read(state, slots, dtype)
+    new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
+    if log_decay is None:
+        rows = rows + new
+    else:
+        keep, rest = parts(rate_of(log_decay, k.shape[1], dtype, k.device)[:, None, None])
+        rows = new.addcmul_(rest, rows).addcmul_(keep, rows)
+    out = scale * (q.to(dtype)[..., None, :] @ rows).squeeze(-2)
     pool.write(state, slots, rows)
     return pool.mask_padding(out, slots).to(v.dtype)

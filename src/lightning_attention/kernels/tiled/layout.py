@@ -1,31 +1,40 @@
-"""How a sequence, or a packed batch of them, is cut into blocks of C tokens, without reading a tensor on the host.
+"""How a sequence, or a packed batch of them, is cut into blocks of C tokens.
 
-Blocks of one call form one row of n. In a dense batch all B sequences are cut alike and share the row; in a packed
-batch the row holds the blocks of the first sequence, then those of the second, and so on, each sequence starting a
-block of its own. The number of sequences' blocks is known only to the device, so the row has as many as there can
-be, and those left over are empty.
+Blocks of one call form one row. In a dense batch all B sequences are cut alike and share the row; in a packed batch the
+row holds the blocks of the first sequence, then those of the second, and so on, each sequence starting a block of its
+own. Where the boundaries are is read on a CPU, where it costs nothing; on other devices the row has as many blocks as
+there can be, those left over are empty, and what depends on the boundaries is chosen by tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Flags = Sequence[bool | Tensor]
+Blocks = tuple[Tensor, ...]  # views of an argument or a result, as the layout reads and writes it
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of at most n consecutive blocks, worked on at once.
+    """A run of n consecutive blocks, worked on at once.
 
-    length [n]: tokens in each block. index [n]: the block's place within its own sequence. sequence [n]: which
-    sequence it belongs to (N for an empty block). last [n]: whether it is its sequence's last.
+    length [n]: tokens in each block. first, last: whether the block is its sequence's first, last. sequence: which it
+    belongs to. token, valid [n · C], of a packed batch: the token each row stands for, and whether it stands for one;
+    valid is None where all do.
     """
 
     start: int
     stop: int
     length: Tensor
-    index: Tensor
-    sequence: Tensor
-    last: Tensor
+    first: Flags
+    last: Flags
+    sequence: Sequence[int | Tensor]
+    token: Tensor
+    valid: Tensor | None = None
+    #: Whether every block is known to have C tokens.
+    whole: bool = False
 
     @property
     def size(self) -> int:
@@ -33,7 +42,7 @@ class Piece:
 
 
 class DenseLayout:
-    """[B, T, H, *]: every sequence of the batch has T tokens."""
+    """[B, T, H, *]: every sequence of the batch has T tokens, and all their states are one block's."""
 
     def __init__(self, x: Tensor, block: int) -> None:
         self.B, self.T = x.shape[:2]
@@ -43,42 +52,51 @@ class DenseLayout:
         self.device = x.device
 
     def piece(self, start: int, stop: int) -> Piece:
-        index = torch.arange(start, stop, device=self.device)
-        length = (self.T - index * self.block).clamp(max=self.block)
-        return Piece(start, stop, length, index, torch.zeros_like(index), index == self.num_blocks - 1)
+        index = range(start, stop)
+        length = [min(self.block, self.T - i * self.block) for i in index]
+        first, last = [i == 0 for i in index], [i == self.num_blocks - 1 for i in index]
+        lengths, whole = torch.tensor(length, device=self.device), stop * self.block <= self.T
+        return Piece(start, stop, lengths, first, last, [0] * len(index), lengths, whole=whole)
 
-    def load(self, x: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
-        """[B, T, H, X] -> [B, H, n, C, X] of the piece, contiguous, zero past the end."""
-        B, T, H, X = x.shape
-        out = x.new_empty(B, H, piece.size * self.block, X, dtype=dtype)
-        first = piece.start * self.block
-        tokens = min(T - first, piece.size * self.block)
-        out[:, :, :tokens] = x[:, first : first + tokens].transpose(1, 2)
-        out[:, :, tokens:] = 0
-        return out.view(B, H, piece.size, self.block, X)
+    def blocks(self, x: Tensor) -> Blocks:
+        """Views of [B, T, H, X]: the whole blocks [n, B, H, C, X], and what is left [B, H, m, X]."""
+        whole = self.T // self.block
+        middle = whole * self.block
+        blocks = x[:, :middle].unflatten(1, (whole, self.block)).permute(1, 0, 3, 2, 4)
+        return blocks, x[:, middle:].transpose(1, 2)
 
-    def empty(self, like: Tensor) -> Tensor:
-        return like.new_empty(like.shape)
+    def load(self, blocks: Blocks, piece: Piece, out: Tensor) -> Tensor:
+        """Copy the piece's rows to out [n, B, H, C, X], zero past the end."""
+        whole, rest = blocks
+        if piece.whole:
+            return out.copy_(whole[piece.start : piece.stop])
+        out[:-1].copy_(whole[piece.start :])
+        out[-1, :, :, : rest.shape[2]].copy_(rest)
+        out[-1, :, :, rest.shape[2] :].zero_()
+        return out
 
-    def store(self, out: Tensor, y: Tensor, piece: Piece) -> None:
-        """Write [B, H, n, C, X] to the piece's tokens of [B, T, H, X]."""
-        first = piece.start * self.block
-        tokens = min(self.T - first, piece.size * self.block)
-        out[:, first : first + tokens] = y.flatten(2, 3)[:, :, :tokens].transpose(1, 2)
+    def store(self, blocks: Blocks, y: Tensor, piece: Piece) -> None:
+        """Write y [n, B, H, C, X] to the piece's rows."""
+        whole, rest = blocks
+        if piece.whole:
+            whole[piece.start : piece.stop].copy_(y)
+        else:
+            whole[piece.start :].copy_(y[:-1])
+            rest.copy_(y[-1, :, :, : rest.shape[2]])
 
-    def states(self, state: Tensor, piece: Piece) -> Tensor:  # noqa: ARG002
-        """[N, H, D, E] -> [B, H, 1, D, E]: the state of the sequence that each block belongs to."""
-        return state.unsqueeze(2)
+    def begin(self, state: Tensor, given: Tensor | None, piece: Piece, i: int, begins: Flags) -> None:  # noqa: ARG002
+        """Set the state [B, H, D, E] at block i to that given [N, H, D, E], or zero, where its sequence begins."""
+        if begins[i]:
+            _ = state.zero_() if given is None else state.copy_(given)
 
-    def put_first(self, out: Tensor, states: Tensor, piece: Piece) -> None:
-        """Write the states [B, H, n, D, E] of the blocks that begin a sequence to [N + 1, H, D, E]."""
-        if piece.start == 0:
-            out[:-1] = states[:, :, 0]
+    def leave(self, left: Tensor, state: Tensor, piece: Piece, i: int, ends: Flags) -> None:  # noqa: ARG002
+        """Write the state to those of the sequences [N, H, D, E] where the block's ends."""
+        if ends[i]:
+            left.copy_(state)
 
-    def put_last(self, out: Tensor, states: Tensor, piece: Piece) -> None:
-        """The same for the blocks that end a sequence."""
-        if piece.stop == self.num_blocks:
-            out[:-1] = states[:, :, -1]
+    def weighed(self, weights: Tensor, state: Tensor, piece: Piece, i: int) -> Tensor | int:
+        """[H]: the products of the states that are left after the block with their weights [N, H, D, E], summed."""
+        return (weights * state).sum((0, 2, 3)) if piece.last[i] else 0
 
 
 class PackedLayout:
@@ -89,55 +107,88 @@ class PackedLayout:
         self.B, self.block = 1, block
         self.cu_seqlens = cu_seqlens.long()
         self.lengths = self.cu_seqlens.diff()
-        # A sequence of L tokens takes at most (L + C − 1) / C blocks, and no more than L.
-        self.num_blocks = min(self.T, (self.T + self.N * (block - 1)) // block)
-        self.ends = (-(-self.lengths // block)).cumsum(0)
+        self.counts = -(-self.lengths // block)
+        self.ends = self.counts.cumsum(0)
         self.device = x.device
+        if is_read(self.device):
+            self.num_blocks = int(self.ends[-1])
+        else:
+            # A sequence of L tokens takes at most (L + C − 1) / C blocks, and no more than L.
+            self.num_blocks = min(self.T, (self.T + self.N * (block - 1)) // block)
 
     def piece(self, start: int, stop: int) -> Piece:
         block = torch.arange(start, stop, device=self.device)
         sequence = torch.searchsorted(self.ends, block, right=True)
         own = sequence.clamp(max=self.N - 1)
-        starts = self.ends - (-(-self.lengths // self.block))
-        index = block - starts[own]
-        used = sequence < self.N
-        length = torch.where(used, (self.lengths[own] - index * self.block).clamp(0, self.block), 0)
-        return Piece(start, stop, length, index, sequence, block == self.ends[own] - 1)
-
-    def _tokens(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """For each of the n·C rows, the token it stands for, and whether it stands for one."""
+        index = block - (self.ends - self.counts)[own]
+        length = (self.lengths[own] - index * self.block).clamp(0, self.block)
+        length = torch.where(sequence < self.N, length, 0)
         row = torch.arange(self.block, device=self.device)
-        own = piece.sequence.clamp(max=self.N - 1)
-        token = self.cu_seqlens[own, None] + piece.index[:, None] * self.block + row
-        return token.flatten(), (row < piece.length[:, None]).flatten()
+        token = (self.cu_seqlens[own] + index * self.block)[:, None] + row
+        valid = (row < length[:, None]).flatten()
+        flags = index == 0, block == self.ends[own] - 1
+        token = token.flatten().clamp(0, max(self.T - 1, 0))
+        if is_read(self.device):
+            whole = bool(valid.all())
+            (first, last), known = (x.tolist() for x in flags), None if whole else valid
+            return Piece(start, stop, length, first, last, own.tolist(), token, known, whole)
+        begins, ends = (x.unbind() for x in flags)
+        return Piece(start, stop, length, begins, ends, own[:, None].unbind(), token, valid)
 
-    def load(self, x: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
-        token, valid = self._tokens(piece)
-        rows = x[0].index_select(0, token.clamp(0, self.T - 1)).transpose(0, 1).to(dtype)
-        # Masked, not multiplied: the tokens past the last sequence may hold anything, and 0 · inf is NaN.
-        rows = torch.where(valid[:, None], rows, 0)
-        return rows.contiguous().view(1, x.shape[2], piece.size, self.block, x.shape[3])
+    def blocks(self, x: Tensor) -> Blocks:
+        return (x[0],)
 
-    def empty(self, like: Tensor) -> Tensor:
-        # One row more than there are tokens, for the rows of a block that stand for none.
-        return like.new_zeros(1, self.T + 1, *like.shape[2:])[:, : self.T]
+    def load(self, blocks: Blocks, piece: Piece, out: Tensor) -> Tensor:
+        rows = blocks[0].index_select(0, piece.token).unflatten(0, (piece.size, self.block))
+        out[:, 0].copy_(rows.transpose(1, 2))
+        if piece.valid is not None:
+            # Masked, not multiplied: the tokens past the last sequence may hold anything, and 0 · inf is NaN.
+            out.masked_fill_(~piece.valid.view(piece.size, 1, 1, self.block, 1), 0)
+        return out
 
-    def store(self, out: Tensor, y: Tensor, piece: Piece) -> None:
-        token, valid = self._tokens(piece)
-        padded = out.as_strided((self.T + 1, *out.shape[2:]), out.stride()[1:])
-        padded.index_copy_(0, torch.where(valid, token, self.T), y[0].flatten(1, 2).transpose(0, 1).to(out.dtype))
+    def store(self, blocks: Blocks, y: Tensor, piece: Piece) -> None:
+        (out,) = blocks
+        rows, token = y[:, 0].transpose(1, 2).flatten(0, 1).to(out.dtype), piece.token
+        if piece.valid is not None:
+            # A row that stands for no token repeats the write of one that does, the same bits to the same place. Where
+            # none does, token 0 is written back as it is.
+            some, one = piece.valid.any(), piece.valid.int().argmax()
+            source = torch.where(piece.valid, torch.arange(rows.shape[0], device=rows.device), one)
+            rows = torch.where(some, rows.index_select(0, source), out[:1])
+            token = torch.where(some, token[source], 0)
+        out.index_copy_(0, token, rows)
 
-    def states(self, state: Tensor, piece: Piece) -> Tensor:
-        return state.index_select(0, piece.sequence.clamp(max=self.N - 1)).transpose(0, 1).unsqueeze(0)
+    def begin(self, state: Tensor, given: Tensor | None, piece: Piece, i: int, begins: Flags) -> None:
+        begin, own = begins[i], piece.sequence[i]
+        if isinstance(begin, bool):
+            if begin:
+                _ = state.zero_() if given is None else state.copy_(_of(given, own))
+        else:
+            state.copy_(torch.where(begin, 0 if given is None else _of(given, own), state))
 
-    def put_first(self, out: Tensor, states: Tensor, piece: Piece) -> None:
-        self._put(out, states, piece, piece.index == 0)
+    def leave(self, left: Tensor, state: Tensor, piece: Piece, i: int, ends: Flags) -> None:
+        end, own = ends[i], piece.sequence[i]
+        if isinstance(end, bool):
+            if end:
+                left[own].copy_(state[0])
+        elif isinstance(own, Tensor):
+            left.index_copy_(0, own, torch.where(end, state, _of(left, own)))
 
-    def put_last(self, out: Tensor, states: Tensor, piece: Piece) -> None:
-        self._put(out, states, piece, piece.last)
+    def weighed(self, weights: Tensor, state: Tensor, piece: Piece, i: int) -> Tensor | int:
+        end, own = piece.last[i], piece.sequence[i]
+        if isinstance(end, bool):
+            return (weights[own] * state[0]).sum((1, 2)) if end else 0
+        return torch.where(end, _of(weights, own) * state, 0).sum((0, 2, 3))
 
-    def _put(self, out: Tensor, states: Tensor, piece: Piece, where: Tensor) -> None:
-        out.index_copy_(0, torch.where(where, piece.sequence, self.N), states[0].transpose(0, 1))
+
+def _of(states: Tensor, sequence: int | Tensor) -> Tensor:
+    """[N, H, D, E] -> [1, H, D, E]"""
+    return states[sequence : sequence + 1] if isinstance(sequence, int) else states.index_select(0, sequence)
+
+
+def is_read(device: torch.device) -> bool:
+    """Whether the host may look at the numbers of a tensor: on a CPU it costs nothing."""
+    return device.type == "cpu"
 
 
 Layout = DenseLayout | PackedLayout

@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 
-def read(state: Tensor, slots: Tensor | None, fresh: Tensor | None = None) -> Tensor:
-    """[S, H, D, E] -> float32 [N, H, D, E]; zero for padding (a negative slot) and where ``fresh``."""
+def accumulator(x: Tensor) -> torch.dtype:
+    """What states and sums are computed in for inputs like x: float32, and float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def read(state: Tensor, slots: Tensor | None, dtype: torch.dtype, fresh: Tensor | None = None) -> Tensor:
+    """[S, H, D, E] -> [N, H, D, E] of dtype; zero for padding (a negative slot) and where ``fresh``."""
     if slots is None:
-        rows, empty = state.float(), fresh
+        rows, empty = state.to(dtype), fresh
     else:
-        rows = state.index_select(0, slots.clamp(min=0).long()).float()
+        rows = state.index_select(0, slots.clamp(min=0).long()).to(dtype)
         empty = slots < 0 if fresh is None else fresh | (slots < 0)
     # Replaced, not multiplied: a row that nobody owns may hold anything, and 0 · inf is NaN.
     return rows if empty is None else torch.where(empty[:, None, None, None], 0, rows)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.tiled import pool
 from lightning_attention.kernels.tiled.attention import attention
+from lightning_attention.kernels.tiled.decays import parts, rate_of
 
 
 def prefill(
@@ -20,7 +21,7 @@ def prefill(
     snapshot_at: Tensor | None,
     snapshot_slots: Tensor | None,
 ) -> Tensor:
-    start = pool.read(state, slots, fresh)
+    start = pool.read(state, slots, pool.accumulator(v), fresh)
     out, final = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, True, False)
     assert final is not None
     pool.write(state, slots, final)
@@ -52,10 +53,10 @@ def _snapshots(
     _, own = attention(None, k[None], v[None], log_decay, None, cuts, 1.0, True, False)
     assert own is not None
     own = own.view(N, P + 1, *own.shape[1:])
-    rate = start.new_zeros(k.shape[1]) if log_decay is None else log_decay.float()
+    rate = rate_of(log_decay, k.shape[1], start.dtype, start.device)
     steps = torch.cat([at[:, :1], at.diff(dim=1)], 1)
     rows = start
     for p in range(P):
-        decay = (rate * steps[:, p, None]).exp()[..., None, None]
-        rows = torch.addcmul(own[:, p], decay, rows)
+        keep, rest = parts((rate * steps[:, p, None])[..., None, None])
+        rows = torch.addcmul(own[:, p], rest, rows).addcmul_(keep, rows)
         pool.write(state, slots[:, p], rows)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.tiled import pool
 from lightning_attention.kernels.tiled.attention import attention
+from lightning_attention.kernels.tiled.decays import rate_of
 
 
 def verify(
@@ -18,50 +19,37 @@ def verify(
     parents: Tensor | None,
     scale: float,
 ) -> Tensor:
-    start = pool.read(state, slots)
-    if parents is None:
-        out = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, False, False)[0][0]
-    else:
-        out = _tree(q, k, v, log_decay, start, cu_seqlens, parents, scale)
-    return pool.mask_padding_tokens(out, slots, cu_seqlens)
+    """Walk every draft up to its root at once, one ancestor a step.
 
-
-def _tree(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    start: Tensor,
-    cu_seqlens: Tensor,
-    parents: Tensor,
-    scale: float,
-) -> Tensor:
-    """Walk every draft up to its root at once, one ancestor a step."""
-    (T, H), dtype = k.shape[:2], v.dtype
-    q, k, v = (x.float() for x in (q, k, v))
-    rate = q.new_zeros(H) if log_decay is None else log_decay.float()
-    token = torch.arange(T, device=q.device)
+    Not as ``attention`` computes a chain, by a masked product: a NaN in one draft would reach the good ones before it.
+    """
+    dtype = pool.accumulator(v)
+    start = pool.read(state, slots, dtype)
+    token = torch.arange(k.shape[0], device=k.device)
     sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=cu_seqlens.numel() - 2)
     first = cu_seqlens[sequence].long()
-    up = torch.where(parents < 0, -1, first + parents)  # the parent among all T, or -1
+    parent = token - first - 1 if parents is None else parents
+    up = torch.where(parent < 0, -1, first + parent)  # the parent among all T, or -1
     inside = token < cu_seqlens[-1]
 
-    out = torch.zeros_like(v)
+    results, (qs, ks, vs) = torch.zeros(v.shape, dtype=dtype, device=v.device), (x.to(dtype) for x in (q, k, v))
+    rate = rate_of(log_decay, k.shape[1], dtype, k.device)
     depth = torch.zeros_like(token)
     at = torch.where(inside, token, -1)
     # On the CPU the longest sequence bounds the walk; elsewhere its length is not read.
-    steps = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" else T
+    steps = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" else k.shape[0]
     for step in range(steps):
         here = at >= 0
         near = at.clamp(min=0)
-        weight = (q * k[near]).sum(-1) * (rate * step).exp()
-        out += torch.where(here[:, None, None], weight[..., None] * v[near], 0)
+        weight = (qs * ks[near]).sum(-1) * (rate * step).exp()
+        results += torch.where(here[:, None, None], weight[..., None] * vs[near], 0)
         depth += here
         at = torch.where(here, up[near], -1)
     # q S of each sequence by an outer loop would read the lengths; [T, H, D, E] at once would not be linear in memory.
-    from_state = torch.stack([(q[:, h, None] @ _rows(start, sequence, h)).squeeze(1) for h in range(H)], 1)
-    out += (rate * depth[:, None]).exp()[..., None] * from_state
-    return torch.where(inside[:, None, None], scale * out, 0).to(dtype)
+    from_state = [(qs[:, h, None] @ _rows(start, sequence, h)).squeeze(1) for h in range(k.shape[1])]
+    results += (rate * depth[:, None]).exp()[..., None] * torch.stack(from_state, 1)
+    out = torch.where(inside[:, None, None], scale * results, 0).to(v.dtype)
+    return pool.mask_padding_tokens(out, slots, cu_seqlens)
 
 
 def _rows(start: Tensor, sequence: Tensor, head: int) -> Tensor:
@@ -81,7 +69,7 @@ def commit(
     order = (~accepted).int().argsort(stable=True)
     count = torch.cat([accepted.new_zeros(1, dtype=torch.long), accepted.long().cumsum(0)])
     packed = count[cu_seqlens.long()]
-    start = pool.read(state, slots)
+    start = pool.read(state, slots, pool.accumulator(v))
     _, final = attention(None, k[None, order], v[None, order], log_decay, start, packed, 1.0, True, False)
     assert final is not None
     pool.write(state, slots, final)

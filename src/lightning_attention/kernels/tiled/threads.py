@@ -1,0 +1,64 @@
+"""One thread for each share of the work, in place of all threads for each operation.
+
+PyTorch runs every operation on all threads and waits for the slowest at its end. A piece of attention is twenty small
+operations; where other processes run, one of them is waited for at the end of each, spinning by default. Shares that
+know nothing of each other are waited for once.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+
+def available() -> int:
+    """How many shares can be worked on at once."""
+    # A thread of its own can be told to run operations alone where they are shared out by OpenMP.
+    return torch.get_num_threads() if torch.backends.openmp.is_available() else 1
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # the first look would else set the thread to what the caller's is, later
+
+
+@cache
+def _executor(count: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked process has lost its threads
+    started = threading.Barrier(count + 1)
+    executor = ThreadPoolExecutor(count, "lightning_attention", initializer=_alone)
+    for _ in range(count):
+        executor.submit(started.wait)
+    started.wait()
+    # That was for those threads alone, but new ones of the caller's would start with it too.
+    torch.set_num_threads(count)
+    return executor
+
+
+def run(tasks: Sequence[Callable[[torch.Tensor], None]], spaces: Sequence[torch.Tensor]) -> None:
+    """Every task, each with one of the spaces to itself; with more than one space, in as many threads."""
+    left = deque(tasks)
+    inference = torch.is_inference_mode_enabled()
+
+    def work(space: torch.Tensor) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            while left:
+                try:
+                    task = left.popleft()
+                except IndexError:
+                    return
+                task(space)
+
+    if len(spaces) == 1:
+        work(spaces[0])
+        return
+    executor = _executor(available(), os.getpid())
+    futures = [executor.submit(work, space) for space in spaces]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        left.clear()  # one has failed: the others need not go on
