@@ -78,7 +78,15 @@ def test_a_special_token_in_a_prompt_is_text(generator):
     assert END_ID not in ids
     assert PAD_ID not in ids
     assert generator._tokenizer.decode(ids) == "a<|endoftext|>b<|padding|>"
-    assert generator._request(Prompt("")).prompt == [END_ID]
+    assert generator._request(Prompt("")).prompt == (END_ID,)
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": float("nan")}, {"seed": 2**64}, {"top_p": 2}])
+def test_a_prompt_that_is_wrong_is_not_made(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Prompt("a", **wrong)
+    with pytest.raises(TypeError, match="text is a bytes"):
+        Prompt(b"a")
 
 
 def test_never_broken_characters(generator):

@@ -42,6 +42,12 @@ class Prompt:
     seed: int = 0
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise what a request would: in the middle of a stream it would cost the other prompts."""
+        if not isinstance(self.text, str):
+            raise TypeError(f"text is a {type(self.text).__name__}; it must be a string")
+        Request([0], self.max_tokens, self.temperature, self.top_p, self.seed)
+
 
 class Piece(NamedTuple):
     """What one token brought: new text of a prompt, by its index, and why it is the last, if it is.
@@ -72,6 +78,10 @@ class Generator:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise InputError(f"cannot load the tokenizer in {folder}: {error}") from error
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise InputError(
+                f"the tokenizer in {folder} has no bos_token or no eos_token; texts begin and end with them"
+            )
         return cls(model, tokenizer)
 
     def stream(self, prompts: Sequence[Prompt], *, max_batch: int = MAX_BATCH) -> Iterator[list[Piece]]:

@@ -49,7 +49,7 @@ class MeanLoss:
 
     def __init__(self) -> None:
         """No steps yet."""
-        self._sum = torch.zeros((), dtype=torch.float64)
+        self._sum = torch.zeros((), dtype=torch.float64, device="cpu")
         self._steps, self._tokens, self._bytes = 0, 0, 0
 
     def add(self, loss: Tensor, tokens: int, text_bytes: int) -> None:
@@ -72,5 +72,5 @@ class MeanLoss:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self._sum = torch.tensor(state["sum"], dtype=torch.float64)
+        self._sum = torch.tensor(state["sum"], dtype=torch.float64, device="cpu")
         self._steps, self._tokens, self._bytes = state["steps"], state["tokens"], state["bytes"]

@@ -102,7 +102,8 @@ class Trainer:
         self._eval_seconds = 0.0
         self._step_seconds: deque[float] = deque(maxlen=50)  # of the latest steps
         self._mean_loss = MeanLoss()
-        self._latest: tuple[Tensor, ...] = (torch.zeros(()), torch.zeros(()))  # loss and gradient norm
+        nothing = torch.zeros((), device="cpu")
+        self._latest: tuple[Tensor, ...] = (nothing, nothing)  # loss and gradient norm
         self._shown: tuple[float | None, float | None] = (None, None)
         if state:
             self._restore(state)

@@ -146,7 +146,7 @@ def attention(
     if batch_invariant and (D % LINE or E % LINE):
         q, k, v, initial_state = _whole_lines(q), _whole_lines(k), _whole_lines(v), _whole_lines(initial_state, 2)
         out, final = attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, True)
-        return _cut(out, E), None if final is None else _cut(final, D, E)
+        return out if q is None else _cut(out, E), None if final is None else _cut(final, D, E)
     plan = _Plan(k, v, log_decay, cu_seqlens, scale, batch_invariant)
     out = v.new_empty(0) if q is None else _empty(v, cu_seqlens)
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

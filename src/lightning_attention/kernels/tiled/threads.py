@@ -44,19 +44,23 @@ def run(tasks: Sequence[Callable[[torch.Tensor], None]], spaces: Sequence[torch.
     inference = torch.is_inference_mode_enabled()
 
     def work(space: torch.Tensor) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            while left:
-                try:
-                    task = left.popleft()
-                except IndexError:
-                    return
-                task(space)
+        while left:
+            try:
+                task = left.popleft()
+            except IndexError:
+                return
+            task(space)
+
+    def work_elsewhere(space: torch.Tensor) -> None:
+        # The caller is below autograd, and may be in inference mode; another thread knows nothing of it.
+        with torch.inference_mode() if inference else torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+            work(space)
 
     if len(spaces) == 1:
         work(spaces[0])
         return
     executor = _executor(available(), os.getpid())
-    futures = [executor.submit(work, space) for space in spaces]
+    futures = [executor.submit(work_elsewhere, space) for space in spaces]
     try:
         for future in futures:
             future.result()
