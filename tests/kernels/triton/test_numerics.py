@@ -60,7 +60,7 @@ def test_float16_states_may_be_larger_than_float16(interpreter: Interpreter, seg
     """The states and their gradients pass 65504 by far, what comes of them does not."""
     problem = make_problem(T=150, dtype=FP16, kind="none", scale=0.5)
     problem = replace(
-        problem, q=problem.q * 1e-3, k=problem.k * 1e-3, v=problem.v * 1e-2, dout=problem.dout * 1e-3,
+        problem, q=problem.q * 1e-3, k=problem.k * 1e-3, v=problem.v * 1e-3, dout=problem.dout * 1e-3,
         initial_state=problem.initial_state * 1e6, dfinal=problem.dfinal * 1e6,
     )  # fmt: skip
     got = interpreter.solve(problem, segments=segments).solution
