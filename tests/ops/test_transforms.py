@@ -19,7 +19,7 @@ from lightning_attention import (
 
 pytestmark = [
     # PyTorch's own: what it loads for forward mode is scripted, and linearize folds constants.
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
 ]
