@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lightning_attention.kernels.triton.part import (
-    float16_unit,
+    carried_units,
     inherits,
     is_alone,
     log2_decay,
@@ -151,14 +151,9 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
 
     state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, BE, BD,
                         state_layout, INITIAL, SEGMENTED)  # fmt: skip
-    unit = 0.0
-    weight_scale = 1.0
-    if REVERSE:
-        weight_scale = scale
-    if HALF:
-        unit = float16_unit(rate, scale, REVERSE)
+    unit, weight_scale = carried_units(rate, scale, HALF, REVERSE)
+    if HALF and REVERSE:
         state *= gl.exp2(-unit)
-        weight_scale *= gl.exp2(-unit)
     c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
     if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]

@@ -134,15 +134,20 @@ def advance(rate, elapsed, tokens):
 
 
 @triton.jit
-def float16_unit(rate, scale, REVERSE: tl.constexpr):
-    """In which power of two, its exponent, a sweep carries its state, so that columns of float16 keep their bits.
+def carried_units(rate, scale, HALF: tl.constexpr, REVERSE: tl.constexpr):
+    """In which power of two, its exponent, a sweep carries its state, and what weighs c besides powers of λ.
 
-    They are weighted by at most 1, and with time reversed by λ · scale, which may be next to nothing.
+    1, but where time is reversed, and columns of float16 (HALF) keep their bits: there λ · scale, which weighs them, may
+    be next to nothing.
     """
-    unit = rate * 0
+    unit = 0.0
+    weight = 1.0
     if REVERSE:
-        unit += tl.minimum(tl.maximum(tl.ceil(rate + tl.log2(tl.abs(scale))), -64.0), 64.0)
-    return unit
+        weight = scale
+        if HALF:
+            unit = tl.minimum(tl.maximum(tl.ceil(rate + tl.log2(tl.abs(scale))), -64.0), 64.0)
+            weight *= tl.exp2(-unit)
+    return unit, weight
 
 
 @triton.jit

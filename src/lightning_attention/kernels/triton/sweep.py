@@ -18,7 +18,7 @@ import triton.language as tl
 
 from lightning_attention.kernels.triton.part import (
     advance,
-    float16_unit,
+    carried_units,
     inherits,
     is_alone,
     log2_decay,
@@ -87,14 +87,9 @@ def sweep(a, b, c, o, a_row, b_row, c_row, o_row, initial, inherits, between, al
     HALF: tl.constexpr = b.dtype.element_ty == tl.float16
     state = first_state(initial, inherits, between, alone, column, b_width, c_width, b_stride, c_stride, BD, BE,
                         INITIAL, SEGMENTED)  # fmt: skip
-    unit = 0.0
-    weight_scale = 1.0
-    if REVERSE:
-        weight_scale = scale
-    if HALF:
-        unit = float16_unit(rate, scale, REVERSE)
+    unit, weight_scale = carried_units(rate, scale, HALF, REVERSE)
+    if HALF and REVERSE:
         state *= tl.exp2(-unit)
-        weight_scale *= tl.exp2(-unit)
     elapsed = 0
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
