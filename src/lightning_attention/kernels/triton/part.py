@@ -137,8 +137,8 @@ def advance(rate, elapsed, tokens):
 def carried_units(rate, scale, HALF: tl.constexpr, REVERSE: tl.constexpr):
     """In which power of two, its exponent, a sweep carries its state, and what weighs c besides powers of λ.
 
-    1, but where time is reversed, and columns of float16 (HALF) keep their bits: there λ · scale, which weighs them, may
-    be next to nothing.
+    It is 1, but where time is reversed. There it is λ · scale, which may be next to nothing; columns of float16 (HALF)
+    keep their bits all the same.
     """
     unit = 0.0
     weight = 1.0
