@@ -366,3 +366,47 @@ def test_states_in_float64_are_for_float64_inputs():
     q, pool = torch.ones(1, 2, 3), torch.zeros(1, 2, 3, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match="state has dtype float64; it must be float32 or bfloat16"):
         lightning_attention_decode(q, q, q, None, pool)
+
+
+def test_every_row_of_a_pool_has_a_place_of_its_own():
+    x, shared = torch.zeros(2, H, D), torch.zeros(1, H, D, D).expand(2, -1, -1, -1)
+    cuts, taken = torch.tensor([0, 1, 2]), torch.tensor([True, True])
+    message = r"state has strides \[0, 16, 4, 1\]; its numbers must each have a place of their own"
+    for call in (
+        lambda: lightning_attention_decode(x, x, x, None, shared),
+        lambda: lightning_attention_prefill(x, x, x, None, shared, cu_seqlens=cuts),
+        lambda: lightning_attention_commit(x, x, None, shared, cu_seqlens=cuts, accepted=taken),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    # Of a size of one the stride says nothing.
+    lightning_attention_decode(x[:1], x[:1], x[:1], None, shared[:1])
+
+
+@pytest.mark.parametrize("name", ["log_decay", "state", "slots"])
+def test_sparse_and_nested_small_tensors_are_named(name: str):
+    x = torch.zeros(2, H, D)
+    args = {"log_decay": torch.zeros(H), "state": torch.zeros(2, H, D, D), "slots": torch.tensor([0, 1])}
+    with pytest.raises(TypeError, match=f"{name} has layout sparse_coo"):
+        lightning_attention_decode(x, x, x, **args | {name: args[name].to_sparse()})
+    nested = torch.nested.nested_tensor(list(args[name]), layout=torch.jagged) if name == "state" else None
+    if nested is not None:
+        with pytest.raises(TypeError, match="state is a nested tensor"):
+            lightning_attention_decode(x, x, x, **args | {"state": nested})
+
+
+def test_commit_looks_at_the_parents_of_rejected_drafts_too():
+    x = torch.zeros(3, H, D)
+    with pytest.raises(ValueError, match=r"parents\[1\] is 5"):
+        lightning_attention_commit(
+            x, x, None, torch.zeros(1, H, D, D), cu_seqlens=torch.tensor([0, 3]),
+            accepted=torch.tensor([True, False, True]), parents=torch.tensor([-1, 5, 0]),
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+def test_boundaries_with_strides_bring_no_warning():
+    x, pool = torch.zeros(3, H, D), torch.zeros(2, H, D, D)
+    cuts = torch.tensor([0, 9, 2, 9, 3])[::2]
+    lightning_attention_verify(x, x, x, None, pool, cu_seqlens=cuts)
+    lightning_attention_prefill(x, x, x, None, pool, cu_seqlens=cuts, slots=torch.tensor([0, 1]))

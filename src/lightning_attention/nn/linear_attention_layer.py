@@ -210,7 +210,7 @@ class LinearAttentionLayer(nn.Module):
         counted = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is None:
             return counted
-        own = torch.searchsorted(cu_seqlens, counted.to(cu_seqlens.dtype), right=True) - 1
+        own = torch.searchsorted(cu_seqlens.contiguous(), counted.to(cu_seqlens.dtype), right=True) - 1
         return counted - cu_seqlens[own]
 
     def _check_positions(self, x: Tensor, positions: Tensor | None) -> None:

@@ -400,6 +400,7 @@ def _commit(
 ) -> None:
     validation.check_cu_seqlens_values(cu_seqlens, k.shape[0])
     validation.check_slot_values(slots, state.shape[0])
+    validation.check_parents_values(parents, cu_seqlens)
     validation.check_accepted_values(accepted, parents, cu_seqlens, slots)
     validation.check_log_decay_values(log_decay)
     backends.module(backend, "speculative").commit(k, v, log_decay, state, cu_seqlens, accepted, slots)

@@ -90,6 +90,7 @@ def _is_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, rank: i
             or (
                 isinstance(log_decay, Tensor)
                 and log_decay.dtype == torch.float32
+                and log_decay.layout == torch.strided
                 and log_decay.shape == (shape[-2],)
                 and log_decay.device == device
             )
@@ -190,6 +191,8 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
         raise ValueError(f"state has shape {list(state.shape)}; it must be {wanted}")
     check_dtype("state", state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
     check_device("state", state, q)
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+        raise ValueError(f"state has strides {list(state.stride())}; its numbers must each have a place of their own")
     if slots is None:
         if state.shape[0] != num_sequences:
             raise ValueError(
@@ -301,17 +304,25 @@ def is_decodable(
     try:
         if not (_is_right(q, k, v, log_decay, 3) and isinstance(state, Tensor)):
             return False
+        pool, strides = state.shape, state.stride()
     except (RuntimeError, NotImplementedError):
         return False
-    (N, H, D), E, device, dtype, pool = q.shape, v.shape[2], q.device, q.dtype, state.shape
+    (N, H, D), E, device, dtype = q.shape, v.shape[2], q.device, q.dtype
     return (
         len(pool) == 4
+        and 0 not in strides
         and pool == (N if slots is None else pool[0], H, D, E)
         and (state.dtype in _STATES or state.dtype == dtype == torch.float64)
         and state.device == device
         and (
             slots is None
-            or (isinstance(slots, Tensor) and slots.dtype in INDICES and slots.shape == (N,) and slots.device == device)
+            or (
+                isinstance(slots, Tensor)
+                and slots.dtype in INDICES
+                and slots.layout == torch.strided
+                and slots.shape == (N,)
+                and slots.device == device
+            )
         )
         and forward_ad._current_level < 0
         and not (

@@ -1,7 +1,10 @@
 """The work of a call shared out among threads: the same bits, no traces, and errors that come out."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
-from threading import get_ident
+from threading import Thread, active_count, get_ident
+from time import sleep
 from unittest.mock import patch
 
 import pytest
@@ -74,3 +77,51 @@ def test_inference_mode_and_gradients_reach_every_thread(two_threads: None):
         out.sum().backward()
     assert torch.equal(out, inferred)
     assert q.grad is not None
+
+
+def test_without_threads_the_caller_does_the_work(two_threads: None):
+    threads._executor.cache_clear()
+    before, start, count = active_count(), Thread.start, 0
+
+    def start_one(self: Thread) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    spaces = torch.zeros(2, 1).unbind()
+    with patch.object(Thread, "start", start_one):
+        threads.run([lambda space: space.add_(1)] * 5, spaces)
+    assert sum(spaces).item() == 5
+    assert torch.get_num_threads() == 2
+    for _ in range(100):  # the one that started does not wait for the other
+        if active_count() <= before:
+            break
+        sleep(0.05)
+    assert active_count() <= before
+
+
+def test_a_thread_that_outlives_the_main_one_gets_its_results():
+    # The interpreter ends its pools of threads as soon as the main thread is done.
+    code = """
+import atexit, threading, torch
+from lightning_attention import lightning_attention
+
+torch.set_num_threads(2)
+q = torch.randn(1, 512, 8, 64)
+right = lightning_attention(q, q, q).output
+
+def again():
+    torch.testing.assert_close(lightning_attention(q, q, q).output, right)
+    print("right")
+
+def later():
+    threading.main_thread().join()
+    again()
+
+threading.Thread(target=later).start()
+atexit.register(again)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["right", "right"], done.stderr

@@ -47,5 +47,5 @@ def mask_padding_tokens(out: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -
     if slots is None:
         return out
     token = torch.arange(out.shape[0], device=out.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
     return mask_padding(out, slots[sequence.clamp(max=slots.numel() - 1)])

@@ -26,7 +26,7 @@ def verify(
     dtype = pool.accumulator(v)
     start = pool.read(state, slots, dtype)
     token = torch.arange(k.shape[0], device=k.device)
-    sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=cu_seqlens.numel() - 2)
+    sequence = (torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1).clamp(max=cu_seqlens.numel() - 2)
     first = cu_seqlens[sequence].long()
     parent = token - first - 1 if parents is None else parents
     up = torch.where(parent < 0, -1, first + parent)  # the parent among all T, or -1

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -30,11 +30,17 @@ def _alone() -> None:
 def _executor(count: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked process has lost its threads
     started = threading.Barrier(count + 1)
     executor = ThreadPoolExecutor(count, "lightning_attention", initializer=_alone)
-    for _ in range(count):
-        executor.submit(started.wait)
-    started.wait()
-    # That was for those threads alone, but new ones of the caller's would start with it too.
-    torch.set_num_threads(count)
+    try:
+        for _ in range(count):
+            executor.submit(started.wait)
+        started.wait()
+    except BaseException:
+        started.abort()  # Ctrl-C, or no thread for all of them: those that wait would do so at the exit still
+        executor.shutdown(wait=False)
+        raise
+    finally:
+        # One was for those threads alone, but new ones of the caller's would start with it too.
+        torch.set_num_threads(count)
     return executor
 
 
@@ -59,9 +65,15 @@ def run(tasks: Sequence[Callable[[torch.Tensor], None]], spaces: Sequence[torch.
     if len(spaces) == 1:
         work(spaces[0])
         return
-    executor = _executor(available(), os.getpid())
-    futures = [executor.submit(work_elsewhere, space) for space in spaces]
+    futures: list[Future[None]] = []
     try:
+        try:
+            executor = _executor(available(), os.getpid())
+            for space in spaces:
+                futures.append(executor.submit(work_elsewhere, space))
+        except RuntimeError:
+            # No more threads: there is a limit, or the main thread is done, and others and atexit's functions go on.
+            work(spaces[len(futures)])
         for future in futures:
             future.result()
     finally:
