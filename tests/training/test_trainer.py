@@ -332,6 +332,12 @@ def test_a_checkpoint_is_a_hugging_face_folder(tmp_path):
     assert model.config.eos_token_id == tokenizer.eos_token_id == END_ID
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_who_may_read_a_checkpoint_may_read_its_weights(tmp_path):
+    _, outcome = train(tiny_settings(tmp_path))
+    assert len({path.stat().st_mode for path in outcome.checkpoint.iterdir()}) == 1
+
+
 def test_refuses_devices_that_are_not_there(tmp_path):
     for device, message in (("cuda:99", "device cuda:99 is not there"), ("tpu", "device must be auto, cpu, cuda")):
         with pytest.raises(InputError, match=message):
