@@ -11,6 +11,7 @@ import sys
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
+    open_missing_streams()
     sleep_while_waiting()
     try:
         from lightning_attention.cli.app import main as run
@@ -24,6 +25,16 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:  # while modules are loaded; the commands have their own ways to stop
         sys.exit(130)
+
+
+def open_missing_streams() -> None:
+    """Read nothing and write nowhere where the process was started with a standard stream closed.
+
+    Before anything else is opened: it would get that stream's number, and what is printed there would go into it.
+    """
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
 
 
 def sleep_while_waiting() -> bool:

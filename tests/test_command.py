@@ -54,3 +54,18 @@ def test_a_missing_module_of_our_own_is_not_hidden():
         "main(['--version'])"
     )
     assert "ModuleNotFoundError" in start("-c", program).stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
+@pytest.mark.parametrize("command", ["train - --out", "generate --prompts - --model"])
+def test_without_standard_streams_there_is_nothing_to_read_and_nothing_in_the_way(command, tmp_path):
+    shell = 'm="$1"; shift; exec "$m" -m lightning_attention_command "$@" <&- >&-'
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", sys.executable, *command.split(), str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

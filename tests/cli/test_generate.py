@@ -59,7 +59,7 @@ def test_reads_standard_input(run, monkeypatch):
     wanted = run("the state")[1]
     pipe(monkeypatch, "the state")
     assert run("-")[1] == wanted
-    pipe(monkeypatch, "the state")
+    pipe(monkeypatch, "\ufeffthe state")  # with a byte order mark
     assert run()[1] == wanted
 
 
@@ -115,7 +115,7 @@ def test_a_file_of_prompts_gives_each_its_line_as_it_ends(run, prompts_file):
 
 
 def test_prompts_come_from_standard_input_too(run, prompts_file, monkeypatch):
-    pipe(monkeypatch, '{"prompt": "the"}\n{"prompt": "of"}\n')
+    pipe(monkeypatch, '\ufeff{"prompt": "the"}\n{"prompt": "of"}\n')
     piped = run("--prompts", "-")[1]
     assert piped == run("--prompts", prompts_file({"prompt": "the"}, {"prompt": "of"}))[1]
     assert len(piped.splitlines()) == 2

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from lightning_attention.cli.app import main
+from lightning_attention.cli.train import _ShowBar
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
-from lightning_attention.training.progress import Outcome
+from lightning_attention.training.progress import HeldOutLoss, Outcome, Progress
 from tests.training.tiny import tiny_settings, write_text
 
 
@@ -92,6 +94,7 @@ def test_reads_standard_input_and_resumes_without_it(run, tmp_path, monkeypatch)
         (["--seq-len", "1"], "error: seq_len must be at least 2"),
         (["--config", "missing.toml"], "error: cannot read the configuration missing.toml: No such file or directory"),
         (["--config", "bad.toml"], "error: bad.toml: unknown setting 'seqlen'; did you mean seq_len?"),
+        (["--config", ""], "error: cannot read the configuration : Is a directory"),
         (["--device", "cuda:77"], "error: device cuda:77 is not there"),
         (["--max-minutes", "1", "--steps", "5"], "error: steps must be left out when max_minutes is given"),
         (
@@ -148,6 +151,20 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
     assert "6/6" in err
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(120, "tokens/s"), (80, "bits/byte"), (40, "loss"), (28, "")])
+def test_a_narrow_terminal_costs_numbers_and_not_the_step(tmp_path, columns, shown):
+    trainer = SimpleNamespace(planned_steps=1000, step=0)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=columns, color_system=None)
+    with _ShowBar(console, trainer) as report:
+        report(Progress(200, 1000, True, 2.946, 43_219.0, HeldOutLoss(3.253, 200)))
+    last = next(line for line in reversed(out.getvalue().splitlines()) if "left" in line or "…" in line)
+    assert "200/1000" in last
+    assert last.rstrip().endswith("left")
+    assert shown in last
+    assert "…" not in last
+
+
 def test_resume_needs_something_to_go_on_from(run, tmp_path):
     command = ["train", *flags(tiny_settings(tmp_path))]
     status, _, err = run(*command, "--resume")
@@ -201,6 +218,7 @@ def test_no_value_of_any_option_ends_in_a_traceback(command, tmp_path, monkeypat
     small = tiny_settings(tmp_path, out=str(tmp_path / "run"))
     monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.nn.Linear(1, 1))
     monkeypatch.setattr("lightning_attention.training.trainer.Windows", lambda *_: SimpleNamespace(per_epoch=10))
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # what it loads warns of itself
 
     def fit(self, *_):
         self._folder.release()

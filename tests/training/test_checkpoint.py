@@ -108,6 +108,22 @@ def test_state_round_trip_and_damage(tmp_path):
         checkpoint.load_state(tmp_path)
 
 
+def test_a_state_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    (tmp_path / checkpoint.STATE_FILE).mkdir()  # for root may read every file
+    with pytest.raises(InputError, match=r"cannot read .*trainer_state.pt: Is a directory") as caught:
+        checkpoint.load_state(tmp_path)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_folder_that_lies_elsewhere_is_removed_by_its_link(tmp_path):
+    with checkpoint.atomic_folder(tmp_path / "large_disk" / "tokens") as folder:
+        fill(folder)
+    (tmp_path / "tokens").symlink_to(tmp_path / "large_disk" / "tokens")
+    checkpoint.remove_folder(tmp_path / "tokens")
+    assert [path.name for path in tmp_path.iterdir()] == ["large_disk"]
+    assert (tmp_path / "large_disk" / "tokens").is_dir()
+
+
 def test_find_model(tmp_path):
     run = tmp_path / "run"
     for step in (1, 2):

@@ -21,9 +21,14 @@ from lightning_attention.training.config import InputError, TrainConfig, make_co
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
         ({"clip": -1.0}, "clip must be 0 or more"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 10**8}, "steps must be at most 99,999,999; got 100000000"),
+        ({"inputs": ["a", ""]}, "inputs must be names of files or folders, none of them empty"),
+        ({"out": ""}, "out must be the name of a file or folder, not empty"),
+        ({"validation": ""}, "validation must be the name of a file or folder, not empty"),
+        ({"max_minutes": 1e308}, r"max_minutes must be above 0, at most 10,000,000; got 1e\+308"),
         ({"keep": 0}, "keep must be at least 1"),
         ({"max_epochs": float("inf")}, "max_epochs must be a finite number; got inf"),
-        ({"max_minutes": float("inf")}, "max_minutes must be a finite number; got inf"),
+        ({"max_minutes": float("inf")}, "max_minutes must be above 0, at most 10,000,000; got inf"),
         ({"lr": 10**400}, "lr must be a finite number; got inf"),
         ({"seed": 10**22}, r"seed must be below 2\^63; got 1"),
         ({"width": 1 << 21, "heads": 4}, "width must be at most 1,048,576"),
@@ -67,10 +72,12 @@ def test_integers_stand_for_floats():
 
 
 def test_toml_round_trip(tmp_path):
-    config = make_config({"inputs": ['a "quoted" name.txt', "b\\c"], "lr": 1e-4, "compile": True, "max_minutes": 1.5})
+    names = ['a "quoted" name.txt', "b\\c", "é漢🙂.txt", "a\n\t\x01\x7fb"]
+    config = make_config({"inputs": names, "lr": 1e-4, "compile": True, "max_minutes": 1.5})
     path = tmp_path / "config.toml"
-    path.write_text(config.as_toml())
-    assert make_config(read_toml(str(path))) == config
+    for encoding in ("utf-8", "utf-8-sig"):  # the second as Windows writes it
+        path.write_text(config.as_toml(), encoding=encoding)
+        assert make_config(read_toml(str(path))) == config
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import io
 import itertools
 import json
+import os
+import threading
 
 import pytest
 from hypothesis import given
@@ -160,6 +162,41 @@ def test_json_lines_are_documents_without_their_syntax(tmp_path):
     assert left_out(file) == {"the same text as one before": ["a.jsonl line 5"]}
     file.write_text('{"content": "one"}\n{"content": "two"}\n')
     assert read(file, text_field="content") == "one|two|"
+    assert read(file.rename(tmp_path / "A.JSONL"), text_field="content") == "one|two|"
+
+
+def test_standard_input_is_json_lines_where_its_first_line_is(monkeypatch):
+    def piped(text: str, **settings) -> str:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return read("-", **settings)
+
+    lines = '{"text": "one", "id": 1}\n\n{"text": "two"}\n'
+    assert piped(lines) == piped("\n" + lines) == "one|two|"
+    assert piped('{"content": "one"}\n', text_field="content") == "one|"
+    with pytest.raises(InputError, match="standard input is not JSON in line 2"):
+        piped('{"text": "one"}\nand so on')
+    for text in ('{"content": "one"}\n', '"one"\n', "[1]", '{\n  "text": "one"\n}', '{"text"'):
+        assert piped(text) == text + "|"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
+def test_a_pipe_that_is_named_is_read(tmp_path):
+    """As a shell's <(zcat a.jsonl.gz)."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for text, wanted in {"one é": "one é|", '{"text": "one"}\n{"text": "two"}': "one|two|"}.items():
+        writer = threading.Thread(target=pipe.write_text, args=(text,), kwargs={"encoding": "utf-8"})
+        writer.start()
+        assert read(pipe) == wanted
+        writer.join()
+    with pytest.raises(InputError, match=r"/dev/zero is neither a file, a folder nor a pipe"):
+        read("/dev/zero")
+
+
+def test_an_encoding_that_makes_halves_of_characters(tmp_path):
+    (tmp_path / "a.txt").write_text("text \\ud800 text")
+    with pytest.raises(InputError, match=r"a.txt is not Unicode in unicode_escape: surrogates not allowed"):
+        read(tmp_path / "a.txt", encoding="unicode_escape")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
+import errno
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from lightning_attention.training.config import InputError, make_config
 from lightning_attention.training.data import Windows, prepare_data, validation_batches
 from lightning_attention.training.tokenizer import END_ID
+from tests.training.tiny import write_text
 
 
 @given(n=st.integers(2, 200), seq_len=st.integers(2, 50), per_step=st.integers(1, 7), seed=st.integers(0, 3))
@@ -120,6 +123,20 @@ def test_bits_per_byte_of_a_uniform_code(tmp_path):
     data = prepare_data(config, tmp_path / "tokens")
     tokens = torch.from_numpy(data.val[:-1].astype(np.int64))
     assert data.bits_per_byte(len(tokens) * math.log(256), tokens) == pytest.approx(8.0)
+
+
+def test_a_text_that_cannot_be_read_is_no_full_disk(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "text.txt")
+
+    def refuse(path, *_):
+        if path == text:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return path_open(path, *_)
+
+    path_open = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"cannot read .*text.txt: Permission denied"):
+        prepare_data(make_config({"inputs": [str(text)]}), tmp_path / "tokens")
 
 
 def test_too_long_windows(tmp_path):

@@ -7,6 +7,13 @@ from lightning_attention.training.encoding import Encoding, NotTextError, decode
 
 RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему.\n"
 FRENCH = "L'été dernier, nous avons déjeuné à la fenêtre; où étiez-vous, cher ami? Ça va très bien.\n"
+FRENCH_PAGE = (
+    "Le petit village s'éveillait lentement sous la brume d'octobre. Les volets s'ouvraient l'un après l'autre, et "
+    "déjà la boulangère rangeait ses premières fournées derrière la vitrine embuée. Où étaient passés les élèves ? On "
+    "les entendait rire près de la fontaine, là où l'eau coule même pendant les étés secs. Le maître, un homme "
+    "sévère mais généreux, les attendait à la porte de l'école. « Dépêchez-vous, dit-il, la leçon commence dans cinq "
+    "minutes ! » Personne n'osa répondre. À midi, tout le monde rentrait déjeuner, sauf ceux qui habitaient loin.\n"
+)
 JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n"
 POLISH = "Zażółć gęślą jaźń, a potem idź do domu, bo już późno i ciemno się robi. Książka leży na stole.\n"
 
@@ -25,6 +32,7 @@ def read(raw: bytes, asked: str = "auto") -> tuple[str, Encoding]:
         (RUSSIAN, "koi8-r"),
         (FRENCH, "latin-1"),
         (FRENCH, "cp1252"),
+        (FRENCH_PAGE, "latin-1"),
         (JAPANESE, "shift_jis"),
         (POLISH, "cp1250"),
         *((text, codec) for text in (RUSSIAN, FRENCH, JAPANESE) for codec in ("utf-8", "utf-8-sig", "utf-16")),

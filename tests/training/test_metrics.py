@@ -1,3 +1,6 @@
+import pytest
+
+from lightning_attention.training.config import InputError
 from lightning_attention.training.metrics import MetricsLog, read_metrics
 from lightning_attention.training.plot import plot_loss
 
@@ -23,6 +26,15 @@ def test_a_new_run_starts_a_new_record(tmp_path):
     path.write_text('{"step": 1}\n')
     MetricsLog(path).close()
     assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b"hello", b"[1]", b"{}", b"\xff", b"[" * 100_000])
+def test_a_damaged_record_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(InputError, match=r"line 2 of .*metrics.jsonl is damaged; delete it, or the file"):
+        MetricsLog(path, resume_step=5)
+    assert path.read_bytes().startswith(b'{"step": 1}')
 
 
 def test_plot_shows_both_curves(tmp_path):

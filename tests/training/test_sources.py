@@ -62,6 +62,25 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         read(tmp_path / "closed")
 
 
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+def test_a_user_who_may_not_search_a_folder(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "closed" / "b.txt", "b")
+    (tmp_path / "closed").chmod(0)
+    monkeypatch.chdir(tmp_path)  # nobody may not search the folders above it
+    tmp_path.chmod(0o755)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        assert read(".") == "a|"
+        assert left_out(".") == {"cannot be read (Permission denied)": ["closed"]}
+    finally:
+        if is_root:
+            os.seteuid(0)
+        (tmp_path / "closed").chmod(0o700)
+
+
 def test_earlier_runs_are_left_out(tmp_path, monkeypatch):
     settings = tiny_settings(tmp_path, steps=1)
     train(settings)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_resume_without_a_checkpoint_is_an_error_unless_it_is_auto(tmp_path):
     with pytest.raises(InputError, match=r"there is no checkpoint in .*; --auto-resume starts where none is"):
         Trainer(tiny_settings(tmp_path), resume=True)
+    assert not (tmp_path / "run").exists()
     trainer, outcome = train(tiny_settings(tmp_path), resume="auto")
     assert trainer.resumed_from is None
     assert outcome.step == 6
@@ -185,6 +187,21 @@ def test_a_folder_with_a_run_needs_a_word(tmp_path):
         "step_00000004",
         "step_00000006",
     ]
+
+
+def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path, monkeypatch):
+    settings = tiny_settings(tmp_path)
+    _, outcome = train(settings)
+
+    def too_large(*_):
+        raise MemoryError("no room for the weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_attention.training.trainer.new_model", too_large)
+        with pytest.raises(MemoryError):
+            Trainer(settings, overwrite=True)
+    _, again = train(settings, resume=True)
+    assert again == outcome
 
 
 def test_a_run_can_be_made_longer(tmp_path):
@@ -276,6 +293,14 @@ def test_time_budget_is_about_kept(tmp_path):
     assert 0.5 < seconds < 8  # other processes may slow the steps down after they were timed
 
 
+def test_a_warm_up_does_not_outlast_the_time_budget(tmp_path):
+    settings = tiny_settings(tmp_path, steps=None, max_minutes=0.3 / 60, warmup_steps=1_000_000, save_every=0)
+    began = time.perf_counter()
+    _, outcome = train(settings)
+    assert outcome.stopped_by is None
+    assert time.perf_counter() - began < 30
+
+
 def test_a_budget_or_a_number_of_steps_ends_with_the_epochs(tmp_path):
     by_steps, outcome = train(tiny_settings(tmp_path, out=str(tmp_path / "steps"), steps=10_000, max_epochs=0.3))
     expected = math.ceil(0.3 * (len(by_steps.data.train) // 24 - 1) / 2)
@@ -283,7 +308,7 @@ def test_a_budget_or_a_number_of_steps_ends_with_the_epochs(tmp_path):
     timed = {"steps": None, "max_minutes": 1.0, "warmup_steps": 5, "eval_every": 0, "save_every": 0}
     _, outcome = train(tiny_settings(tmp_path, out=str(tmp_path / "timed"), **timed, max_epochs=0.3))
     assert outcome.step == expected
-    _, outcome = train(tiny_settings(tmp_path, max_epochs=1000.0))
+    _, outcome = train(tiny_settings(tmp_path, max_epochs=1e308))
     assert outcome.step == 6
 
 
@@ -305,6 +330,12 @@ def test_a_checkpoint_is_a_hugging_face_folder(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
     assert model.config.eos_token_id == tokenizer.eos_token_id == END_ID
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_who_may_read_a_checkpoint_may_read_its_weights(tmp_path):
+    _, outcome = train(tiny_settings(tmp_path))
+    assert len({path.stat().st_mode for path in outcome.checkpoint.iterdir()}) == 1
 
 
 def test_refuses_devices_that_are_not_there(tmp_path):

@@ -98,7 +98,7 @@ def _texts(prompts: list[str]) -> list[str]:
         prompts = [""] if sys.stdin.isatty() else ["-"]
     if "-" in prompts:
         try:
-            piped = sys.stdin.read()
+            piped = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
         except UnicodeDecodeError as error:
             raise InputError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
         prompts = [piped if prompt == "-" else prompt for prompt in prompts]

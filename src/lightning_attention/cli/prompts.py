@@ -69,6 +69,8 @@ def _parse(lines: Iterable[str], name: str, defaults: Prompt) -> tuple[list[str 
     ids: dict[str | int, int] = {}
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix("\ufeff")  # a byte order mark
         if not line.strip():
             continue
         where = f"{name}, line {number}"

@@ -102,7 +102,7 @@ def train(
     if (resume or auto_resume) and overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them")
     _refuse_several_processes()
-    settings = {**(read_toml(config) if config else {}), **settings}
+    settings = {**(read_toml(config) if config is not None else {}), **settings}
     make_config(settings)  # what is wrong is said before PyTorch's models are loaded
     from rich.console import Console
 
@@ -195,17 +195,29 @@ def _numbers(progress: Progress) -> tuple[str, str]:
     return ", ".join(loss) + " bits/byte" if loss else "", speed
 
 
+def _as_fits(progress: Progress, width: int) -> str:
+    """The losses and the speed, or as many of them as there is room for: 80 columns have none for the speed."""
+    loss, speed = _numbers(progress)
+    choices = (f"{loss} {speed}".strip(), loss, loss.partition(",")[0])
+    return next((numbers for numbers in choices if len(numbers) <= width), "")
+
+
 class _ShowBar:
     """A bar on the terminal's last line."""
 
     def __init__(self, console: Console, trainer: Trainer) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
-        columns = [TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()]
-        bar_column = BarColumn(bar_width=None)
-        self._bar = Bar(MofNCompleteColumn(), bar_column, *columns, TextColumn("left"), console=console, expand=True)
-        self._task = self._bar.add_task("", total=trainer.planned_steps, completed=trainer.step, loss="", speed="")
+        # What may not wrap is not cut either, as long as the bar can give way.
+        steps, left = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, TimeRemainingColumn))
+        numbers = TextColumn("{task.fields[numbers]}")
+        self._bar = Bar(
+            steps, BarColumn(bar_width=None), numbers, left, TextColumn("left"), console=console, expand=True
+        )
+        self._task = self._bar.add_task("", total=trainer.planned_steps, completed=trainer.step, numbers="")
+        self._console = console
 
     def __enter__(self) -> Callable[[Progress], None]:
         self._bar.start()
@@ -215,8 +227,9 @@ class _ShowBar:
         self._bar.stop()
 
     def _report(self, progress: Progress) -> None:
-        loss, speed = _numbers(progress)
-        self._bar.update(self._task, completed=progress.step, total=progress.planned_steps, loss=loss, speed=speed)
+        steps = f"{progress.planned_steps}/{progress.planned_steps}"
+        numbers = _as_fits(progress, self._console.width - len(f"{steps} ----  0:00:00 left"))
+        self._bar.update(self._task, completed=progress.step, total=progress.planned_steps, numbers=numbers)
 
 
 class _ShowLines:

@@ -71,9 +71,9 @@ def remove_folder(folder: Path) -> None:
     """
     refuse_foreign_files(folder)
     doomed = unfinished_name(folder)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     rename(folder, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
 def refuse_foreign_files(folder: Path) -> None:
@@ -92,7 +92,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file, a folder or a link to one, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -141,6 +141,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{folder} is not a training checkpoint: it has no {STATE_FILE}") from error
+    except OSError as error:  # which says nothing of the file itself
+        raise InputError(f"cannot read {folder / STATE_FILE}: {error.strerror or error}") from error
     except Exception as error:
         raise InputError(f"{folder / STATE_FILE} is damaged ({type(error).__name__}); delete {folder}") from error
     return state

@@ -21,6 +21,8 @@ else:
 
 # Larger sizes are slips of the keyboard, and would take all of the memory before anything could be said.
 MOST = 1 << 20
+MOST_STEPS = 99_999_999  # the name of a checkpoint has eight digits
+MOST_MINUTES = 10_000_000
 CORPORA = ("pydoc", "stdlib")
 PRECISIONS = ("auto", "bf16", "float32")
 # Settings that may differ between a run and its continuation: none of them touches what is computed in a step,
@@ -107,6 +109,11 @@ class TrainConfig:
         for name in ("steps", "glu_dim"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         self._require("seq_len", self.seq_len >= 2, "at least 2 tokens, one to read and one to predict")
+        self._require("steps", (self.steps or 0) <= MOST_STEPS, f"at most {MOST_STEPS:,}")
+        # An empty path is the current folder: what a script's unset variable must not stand for.
+        self._require("inputs", "" not in self.inputs, "names of files or folders, none of them empty")
+        for name in ("out", "validation"):
+            self._require(name, getattr(self, name) != "", "the name of a file or folder, not empty")
         self._require("corpus", self.corpus in CORPORA, f"one of {', '.join(CORPORA)}")
         self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._require("encoding", _is_text_encoding(self.encoding), "auto or the name of a text encoding, as cp1251")
@@ -125,7 +132,7 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("max_epochs", self.max_epochs is None or self.max_epochs > 0, "above 0")
         if self.max_minutes is not None:
-            self._require("max_minutes", self.max_minutes > 0, "above 0")
+            self._require("max_minutes", 0 < self.max_minutes <= MOST_MINUTES, f"above 0, at most {MOST_MINUTES:,}")
             self._require("steps", self.steps is None, "left out when max_minutes is given")
             self._require("warmup_steps", self.warmup_steps >= 5, "at least 5 when max_minutes is given, to time them")
 
@@ -148,7 +155,11 @@ class TrainConfig:
 
     def as_toml(self) -> str:
         """The same settings as a file for `--config`."""
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in self.as_dict().items() if value is not None)
+        # TOML has JSON's escapes, but for its halves of characters, and wants one for DEL.
+        values = {
+            name: json.dumps(value, ensure_ascii=False) for name, value in self.as_dict().items() if value is not None
+        }
+        return "".join(f"{name} = {value}\n" for name, value in values.items()).replace("\x7f", "\\u007f")
 
 
 def make_config(settings: dict[str, Any]) -> TrainConfig:
@@ -177,7 +188,7 @@ def resumed_config(stored: dict[str, Any], asked: dict[str, Any]) -> TrainConfig
 def read_toml(path: str) -> dict[str, Any]:
     """The settings in a TOML file. Raises InputError when it cannot be read or names an unknown setting."""
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the configuration {path}: {_reason(error)}") from error
     except tomllib.TOMLDecodeError as error:

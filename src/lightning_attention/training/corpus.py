@@ -161,9 +161,7 @@ class Reader:
         finder = Finder(self._tally)
         for name in names:
             if name == "-":
-                with tempfile.TemporaryFile(dir=self._scratch) as copy:
-                    shutil.copyfileobj(sys.stdin.buffer, copy)
-                    self._add("standard input", copy, named=True)
+                self._add_stream("standard input", sys.stdin.buffer)
                 continue
             for path, named in finder.find(name):
                 self.add_file(path, named)
@@ -180,18 +178,28 @@ class Reader:
             self._tally.skipped[f"cannot be read ({error.strerror})"].add(shown(path))
             return
         with file:
-            self._add(shown(path), file, named)
+            if file.seekable():
+                self._add(shown(path), file, named)
+            else:
+                self._add_stream(shown(path), file)
 
-    def _add(self, name: str, file: BinaryIO, named: bool) -> None:
+    def _add_stream(self, name: str, stream: BinaryIO) -> None:
+        with tempfile.TemporaryFile(dir=self._scratch) as copy:
+            shutil.copyfileobj(stream, copy)
+            self._add(name, copy, named=True, has_suffix=False)
+
+    def _add(self, name: str, file: BinaryIO, named: bool, has_suffix: bool = True) -> None:
         before = self._corpus.documents
         try:
             encoding = find_encoding(file, self._config.encoding)
             texts = decoded(file, encoding)
-            if name.endswith(JSON_LINES):
+            if name.lower().endswith(JSON_LINES) if has_suffix else self._begins_as_json(decoded(file, encoding)):
                 self._add_json_lines(name, texts)
                 is_new = True
             else:
                 is_new = self._corpus.add(texts)
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name} is not Unicode in {encoding.name}: {error.reason}") from error
         except NotTextError as error:
             self._corpus.forget_after(before)
             if named:
@@ -204,6 +212,15 @@ class Reader:
         self._tally.read[encoding.name].add(name)
         if encoding.damaged:
             self._tally.damaged[name] = encoding.damaged
+
+    def _begins_as_json(self, texts: Iterator[str]) -> bool:
+        """Whether the first line is an object with the text field, for what has no name that says so."""
+        first = next(texts, "").lstrip().partition("\n")[0]
+        try:
+            value = json.loads(first)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and self._config.text_field in value
 
     def _add_json_lines(self, name: str, texts: Iterable[str]) -> None:
         """A document for every line: a string, or the text field of an object."""

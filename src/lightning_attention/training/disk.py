@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_attention.training.config import InputError
+
 
 class DiskError(Exception):
     """A file of the run cannot be written. The message is one line."""
@@ -19,7 +21,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _reason(error)
-        if reason is None or isinstance(error, DiskError):
+        if reason is None or isinstance(error, (DiskError, InputError)):  # a text that cannot be read is no full disk
             raise
         raise DiskError(f"cannot write {path}: {reason}{_room(path)}") from error
 

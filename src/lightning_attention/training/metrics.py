@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning_attention.training.checkpoint import atomic_text
+from lightning_attention.training.config import InputError
 from lightning_attention.training.disk import writing
 
 
@@ -36,13 +37,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines. A last line that a killed process left unfinished is skipped."""
+    """All lines. A last line that a killed process left unfinished is skipped.
+
+    Raises InputError for a line that no run wrote.
+    """
     if not path.exists():
         return []
-    return list(_parse(path.read_text(encoding="utf-8").splitlines(keepends=True)))
+    return list(_parse(path, path.read_bytes().split(b"\n")[:-1]))
 
 
-def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for line in lines:
-        if line.endswith("\n"):
-            yield json.loads(line)
+def _parse(path: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise InputError(f"line {number} of {path} is damaged; delete it, or the file: the run goes on without")
+        yield record

@@ -107,4 +107,4 @@ class RunFolder:
 
 def is_run(folder: Path) -> bool:
     """Whether a run wrote this folder."""
-    return (folder / MARKER).is_file()
+    return os.path.isfile(folder / MARKER)  # Path.is_file raises where the folder cannot be searched

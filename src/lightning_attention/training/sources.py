@@ -81,7 +81,7 @@ class Finder:
                 os.scandir(path).close()  # says so now where it cannot be read
                 yield from ((found, False) for found in sorted(self._walk(path)) if self._is_new(found))
             elif path.exists():
-                if self._is_new(path):
+                if self._is_new(path, named=True):
                     yield path, True
             else:
                 yield from ((found, False) for found in self._matches(name) if self._is_new(found))
@@ -118,13 +118,17 @@ class Finder:
             elif self._is_new(path):  # a folder that a link leads back to is not walked again
                 yield from self._walk(path)
 
-    def _is_new(self, path: Path) -> bool:
+    def _is_new(self, path: Path, named: bool = False) -> bool:
         try:
             about = path.stat()
         except OSError as error:  # a link that leads nowhere
             self._tally.skipped[f"cannot be read ({error.strerror})"].add(shown(path))
             return False
+        if named and stat.S_ISFIFO(about.st_mode):  # as a shell's <(command)
+            return True
         if not stat.S_ISDIR(about.st_mode) and not stat.S_ISREG(about.st_mode):
+            if named:
+                raise InputError(f"{shown(path)} is neither a file, a folder nor a pipe")
             self._tally.skipped["neither a file nor a folder"].add(shown(path))
             return False
         identity = (about.st_dev, about.st_ino)

@@ -52,7 +52,7 @@ class Trainer:
         Args:
             settings: names and values for TrainConfig; the rest are defaults, or what the checkpoint says.
             resume: go on from the newest whole checkpoint in the output folder; "auto" starts where there is none.
-            overwrite: delete an earlier run's files in the output folder, once the new run's text has been read.
+            overwrite: delete an earlier run's files in the output folder, once the new run's text and model are there.
             report: called with every line of what was read and what was left out.
 
         Raises:
@@ -62,6 +62,8 @@ class Trainer:
         self.config = make_config(settings)
         self.out = Path(self.config.out)
         self._folder = RunFolder(self.out)
+        if resume is True:  # before a folder is made
+            self._require_checkpoint()
         self._folder.claim()
         try:
             self._set_up(settings, resume, overwrite, report)
@@ -81,19 +83,21 @@ class Trainer:
             self.config = resumed_config(state["config"], settings)
         config = self.config
         self.runtime = Runtime.choose(config.device, config.precision)
-        if not state:
-            prepare_data(config, self._folder.fresh_tokens, report)
-            self._replace_earlier_run()
-        self.data = open_data(config, self._folder.tokens)
-        self._tokenizer = as_pretrained(self.data.tokenizer)
-        self._windows = Windows(self.data.train, config.seq_len, config.batch_size * config.accumulate, config.seed)
-
+        if state:
+            self.data = open_data(config, self._folder.tokens)
+        else:
+            self.data = prepare_data(config, self._folder.fresh_tokens, report)
         torch.manual_seed(config.seed)
         model = load_model(self.resumed_from) if self.resumed_from else new_model(config, self.data.vocab_size)
         self.model = model.to(self.runtime.device).train()
         self.optimizer = new_optimizer(config, self.model)
         # Only calls go through the compiled module: the weights keep the plain module's names.
         self._forward = torch.compile(self.model) if config.compile else self.model
+        if not state:  # the new run's text and model are there, so the one before may go
+            self._replace_earlier_run()
+            self.data = open_data(config, self._folder.tokens)
+        self._tokenizer = as_pretrained(self.data.tokenizer)
+        self._windows = Windows(self.data.train, config.seq_len, config.batch_size * config.accumulate, config.seed)
 
         self.step = 0
         self.planned_steps = None if config.max_minutes else self._within_epochs(config.steps or DEFAULT_STEPS)
@@ -234,14 +238,18 @@ class Trainer:
         """Fit the number of steps to the time budget, if there is one: after the warm-up, then at every logged step.
 
         What else the machine does may change, and a plan from the first seconds alone has missed the budget by half.
-        The plan is in every checkpoint and in the record. Runs of given steps never come here.
+        The plan is in every checkpoint and in the record. Runs of given steps never come here. A warm-up that takes all
+        of the budget ends with it.
         """
-        if self.config.max_minutes is None or self.step < self.config.warmup_steps or self._complete():
+        if self.config.max_minutes is None or self._complete():
+            return
+        spent = time.perf_counter() - self._started
+        if self.step < self.config.warmup_steps and spent < self.config.max_minutes * 60:
             return
         if self.planned_steps is None or self._due(self.config.log_every):
             steps = steps_in_budget(
                 self.config.max_minutes * 60,
-                spent=time.perf_counter() - self._started,
+                spent=spent,
                 step=self.step,
                 per_step=statistics.median(self._step_seconds),
                 eval_seconds=self._eval_seconds,
@@ -254,8 +262,8 @@ class Trainer:
         if self.config.max_epochs is None:
             return steps
         per_step = self.config.batch_size * self.config.accumulate
-        most = math.ceil(self.config.max_epochs * self._windows.per_epoch / per_step)
-        return max(self.step, min(steps, most))
+        most = self.config.max_epochs * self._windows.per_epoch / per_step
+        return max(self.step, math.ceil(min(steps, most)))
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -325,8 +333,6 @@ class Trainer:
         """The state to go on from, if any; its folder becomes `resumed_from`."""
         self.resumed_from: Path | None = None
         found = checkpoint.checkpoints(self._folder.checkpoints)
-        if resume is True and not found:
-            raise InputError(f"there is no checkpoint in {self.out} to go on from; --auto-resume starts where none is")
         if found and not resume and not overwrite:
             raise InputError(f"{self.out} holds checkpoints; add --resume to go on or --overwrite to start again")
         self._folder.clear_leftovers()
@@ -337,6 +343,10 @@ class Trainer:
             checkpoint.refuse_foreign_files(folder)
         return None
 
+    def _require_checkpoint(self) -> None:
+        if not checkpoint.checkpoints(self._folder.checkpoints):
+            raise InputError(f"there is no checkpoint in {self.out} to go on from; --auto-resume starts where none is")
+
     def _earlier_run(self) -> list[Path]:
         """The folders that a new run replaces."""
         # Token files without a checkpoint may be of another text, and are cheap to make again.
@@ -344,7 +354,7 @@ class Trainer:
         return [*checkpoint.checkpoints(self._folder.checkpoints), *tokens]
 
     def _replace_earlier_run(self) -> None:
-        """Delete what there is of an earlier run, now that the new one's text is there."""
+        """Delete what there is of an earlier run, now that the new one can begin."""
         for folder in self._earlier_run():
             checkpoint.remove_folder(folder)
         checkpoint.rename(self._folder.fresh_tokens, self._folder.tokens)
