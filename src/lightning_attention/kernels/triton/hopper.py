@@ -29,7 +29,7 @@ from lightning_attention.kernels.triton.part import (
     power_below,
     segment_or_piece,
     snapshot,
-    whole_and_rest,
+    what_is_lost,
 )
 
 # Their names until Triton 3.6, where the new ones do not exist.
@@ -164,6 +164,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
         nothing = gl.zeros([BE, C], gl.float32, scores_layout)
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
 
+    lost = what_is_lost(rate, C)
     stage = 0
     phase = 0
     for n in range(blocks):
@@ -214,11 +215,12 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
             if REVERSE:
                 out = out * gl.exp2(to_end + unit)[None, :]
             else:
-                out = out * (gl.exp2(across - to_end + unit) * scale)[None, :]
+                out = out * (gl.exp2(across - to_end) * scale)[None, :]
             out = warpgroup_mma(c.permute((1, 0)), p_smem, out, is_async=True)
         # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
-        whole, rest = whole_and_rest(across * 0.6931471805599453)
-        state = warpgroup_mma(weighted, b, state + state * (rest + whole - 1.0), is_async=True)
+        if tokens < C:
+            lost = what_is_lost(rate, tokens)
+        state = warpgroup_mma(weighted, b, state + state * lost, is_async=True)
         if OUTPUT:
             out = warpgroup_mma_wait(1, deps=[out])
             tma.store_wait(0)

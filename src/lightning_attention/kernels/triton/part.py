@@ -114,8 +114,15 @@ def whole_and_rest(x):
     """
     slow = tl.abs(x) < 0.25  # there the series' error is 1e-9 of it
     y = tl.where(slow, x, 0.0)
-    near_zero = y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y / 5040))))))
+    near_zero = y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040)))))))
     return tl.where(slow, 1.0, 0.0), tl.where(slow, near_zero, tl.exp2(x * 1.4426950408889634))
+
+
+@triton.jit
+def what_is_lost(rate, tokens):
+    """λ^tokens − 1, for one sum of products: S + S (λ^m − 1)."""
+    whole, rest = whole_and_rest(rate * tokens * 0.6931471805599453)
+    return rest + (whole - 1.0)
 
 
 @triton.jit
