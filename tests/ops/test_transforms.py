@@ -131,6 +131,16 @@ def test_vmap_of_packed_sequences_and_of_two_levels():
     close(got[0, 1], run(q + 1, k))
 
 
+def test_a_batch_of_gradients_at_once():
+    leaves = [x.requires_grad_() for x in inputs()]
+    out, final = results("tiled")(*leaves)
+    douts, dfinals = (torch.randn(X, *x.shape, dtype=x.dtype) for x in (out, final))
+    for outputs, grads in (([out, final], [douts, dfinals]), ([out], [douts]), ([final], [dfinals])):
+        got = torch.autograd.grad(outputs, leaves, grads, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(outputs, leaves, g, retain_graph=True) for g in zip(*grads, strict=True)]
+        close(got, tuple(torch.stack(x) for x in zip(*each, strict=True)))
+
+
 def test_gradients_of_each_sample_of_a_module():
     class Mixer(torch.nn.Module):
         def __init__(self) -> None:

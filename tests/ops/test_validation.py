@@ -410,3 +410,21 @@ def test_boundaries_with_strides_bring_no_warning():
     cuts = torch.tensor([0, 9, 2, 9, 3])[::2]
     lightning_attention_verify(x, x, x, None, pool, cu_seqlens=cuts)
     lightning_attention_prefill(x, x, x, None, pool, cu_seqlens=cuts, slots=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_a_scale_that_is_no_finite_number(scale: float):
+    q = torch.ones(1, 2, 3)
+    with pytest.raises(ValueError, match="it must be a finite float"):
+        lightning_attention(q[None], q[None], q[None], scale=scale)
+    with pytest.raises(ValueError, match="it must be a finite float"):
+        lightning_attention_decode(q, q, q, None, torch.zeros(1, 2, 3, 3), scale=scale)
+
+
+def test_a_pool_of_no_rows_serves_padding():
+    q, pool, slots = torch.ones(2, 2, 3), torch.zeros(0, 2, 3, 3), torch.tensor([-1, -1])
+    cu = {"cu_seqlens": torch.tensor([0, 1, 2]), "slots": slots}
+    assert not lightning_attention_decode(q, q, q, None, pool, slots=slots).any()
+    assert not lightning_attention_prefill(q, q, q, None, pool, **cu).any()
+    assert not lightning_attention_verify(q, q, q, None, pool, **cu).any()
+    lightning_attention_commit(q, q, None, pool, accepted=torch.ones(2, dtype=torch.bool), **cu)

@@ -146,10 +146,12 @@ def _attention_gradients(
         if dfinal is None:
             return (None,) * 6
         dout = torch.zeros_like(v)
-    dq, dk, dv, dlog_decay, dinitial = call(
-        "attention_backward", dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant,
-        need_dlog_decay, backend,
+    inputs = (
+        dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay, backend,
     )  # fmt: skip
+    # A batch of gradients (``is_grads_batched``) is one to PyTorch's dispatcher alone, which takes them one by one.
+    run = _operator if transforms.are_batched(dout, dfinal) else _call
+    dq, dk, dv, dlog_decay, dinitial = run("attention_backward", inputs)
     return (
         dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial, None,
     )  # fmt: skip
@@ -248,6 +250,10 @@ def call(name: str, *inputs: Any) -> Any:
 
     What was not asked for is then None instead of a tensor with no elements.
     """
+    return _call(name, inputs)
+
+
+def _call(name: str, inputs: tuple[Any, ...]) -> Any:
     if not _watched(inputs[0]):
         return _autograd(name, _implementations[name], inputs)
     if transforms.active() and not torch.compiler.is_compiling():

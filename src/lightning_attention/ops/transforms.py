@@ -19,6 +19,11 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def are_batched(*tensors: Tensor | None) -> bool:
+    """Whether any is a batch of what it looks like, as ``torch.autograd.grad`` makes for ``is_grads_batched``."""
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+
+
 def has_tangent(x: Tensor | None) -> bool:
     """Whether forward-mode differentiation follows x."""
     return x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None

@@ -1,6 +1,7 @@
 """Every check of an argument, once. Errors name the argument, what came and what is wanted."""
 
 from itertools import pairwise
+from sys import float_info
 
 import torch
 from torch import Tensor
@@ -122,6 +123,8 @@ def check_no_grad(**tensors: Tensor | None) -> None:
 def check_scale(scale: float) -> None:
     if not isinstance(scale, (float, int)):
         raise TypeError(f"scale is a {type(scale).__name__}; it must be a float")
+    if not abs(scale) <= float_info.max:
+        raise ValueError(f"scale is {scale if isinstance(scale, float) else 'too large'}; it must be a finite float")
 
 
 def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:

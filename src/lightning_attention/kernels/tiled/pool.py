@@ -13,6 +13,8 @@ def read(state: Tensor, slots: Tensor | None, dtype: torch.dtype, fresh: Tensor 
     """[S, H, D, E] -> [N, H, D, E] of dtype; zero for padding (a negative slot) and where ``fresh``."""
     if slots is None:
         rows, empty = state.to(dtype), fresh
+    elif state.shape[0] == 0:  # a pool of no rows serves padding
+        return state.new_zeros(slots.numel(), *state.shape[1:], dtype=dtype)
     else:
         rows = state.index_select(0, slots.clamp(min=0).long()).to(dtype)
         empty = slots < 0 if fresh is None else fresh | (slots < 0)
@@ -25,7 +27,7 @@ def write(state: Tensor, slots: Tensor | None, rows: Tensor) -> None:
     if slots is None:
         state.copy_(rows)
         return
-    if slots.numel() == 0:
+    if slots.numel() == 0 or state.shape[0] == 0:
         return
     # Padding repeats the write of some owned slot, the same bits to the same place, so the number of writes does not
     # depend on the slots. Where there is no owned slot, row 0 is written back as it is.
