@@ -164,7 +164,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
         nothing = gl.zeros([BE, C], gl.float32, scores_layout)
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
 
-    lost = what_is_lost(rate, C)
+    lost_in_whole = what_is_lost(rate, C)
     stage = 0
     phase = 0
     for n in range(blocks):
@@ -218,6 +218,7 @@ def sweep(a_desc, b_desc, c_desc, o_desc, o, o_row, initial, inherits, between, 
                 out = out * (gl.exp2(across - to_end) * scale)[None, :]
             out = warpgroup_mma(c.permute((1, 0)), p_smem, out, is_async=True)
         # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
+        lost = lost_in_whole
         if tokens < C:
             lost = what_is_lost(rate, tokens)
         state = warpgroup_mma(weighted, b, state + state * lost, is_async=True)
