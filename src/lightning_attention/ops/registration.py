@@ -150,8 +150,8 @@ def _attention_gradients(
         dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay, backend,
     )  # fmt: skip
     # A batch of gradients (``is_grads_batched``) is one to PyTorch's dispatcher alone, which takes them one by one.
-    run = _operator if transforms.are_batched(dout, dfinal) else _call
-    dq, dk, dv, dlog_decay, dinitial = run("attention_backward", inputs)
+    run = _operator if transforms.are_batched(dout, dfinal) else call
+    dq, dk, dv, dlog_decay, dinitial = run("attention_backward", *inputs)
     return (
         dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial, None,
     )  # fmt: skip
@@ -250,19 +250,15 @@ def call(name: str, *inputs: Any) -> Any:
 
     What was not asked for is then None instead of a tensor with no elements.
     """
-    return _call(name, inputs)
-
-
-def _call(name: str, inputs: tuple[Any, ...]) -> Any:
     if not _watched(inputs[0]):
         return _autograd(name, _implementations[name], inputs)
     if transforms.active() and not torch.compiler.is_compiling():
         # Here and not below the dispatcher, where a transform can no longer take the function apart.
         return _functions[name][1].apply(getattr(torch.ops.lightning_attention, name).default, *inputs)
-    return _operator(name, inputs)
+    return _operator(name, *inputs)
 
 
-def _operator(name: str, inputs: tuple[Any, ...]) -> Any:
+def _operator(name: str, *inputs: Any) -> Any:
     if inputs[0].is_nested:
         validation.check_tensor("k" if name == "commit" else "q", inputs[0])
     return getattr(torch.ops.lightning_attention, name).default(*inputs)
@@ -315,7 +311,7 @@ transforms.register_vmap(_library, "attention_backward")
 def serve(name: str, *inputs: Any) -> Any:
     """As ``call``, for operations without a derivative."""
     if _watched(inputs[0]):
-        return _operator(name, inputs)
+        return _operator(name, *inputs)
     return _implementations[name](*inputs)
 
 

@@ -33,8 +33,7 @@ def strided(x: Tensor) -> Tensor:
 def test_strided_decays_and_boundaries(interpreter: Interpreter, segments: bool):
     problem = make_problem(lengths=[70, 0, 90], padding=3, index_dtype=torch.int32)
     expected = interpreter.solve(problem, segments=segments).solution
-    views = replace(problem, log_decay=strided(problem.log_decay), cu_seqlens=strided(problem.cu_seqlens))
-    got = interpreter.call(_solve_strided, views, segments)
+    got = interpreter.call(_solve_strided, problem, segments)
     one_rate = replace(problem, log_decay=torch.full((2,), -0.3))
     expanded = interpreter.call(_solve_strided, replace(one_rate, log_decay=torch.tensor([-0.3])), segments)
     same = interpreter.solve(one_rate, segments=segments).solution
