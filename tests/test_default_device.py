@@ -25,7 +25,7 @@ from lightning_attention import (
 )
 from lightning_attention.nn import GatedLinearAttention, LightningAttention, rope
 from lightning_attention.ops import backends
-from tests.kernels.triton.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.support.numerics import budget, relative_error
 
 Results = list[Tensor]

@@ -12,7 +12,7 @@ from lightning_attention.bench.minimax import BUDGETS, in_float64, make_layer
 from lightning_attention.bench.minimax import SIZES as BENCH_SIZES
 from lightning_attention.integrations.minimax import LightningMiniMaxCache, apply_lightning_attention
 from tests.integrations.conftest import build
-from tests.kernels.triton.device import needs_gpu
+from tests.kernels.triton.support.device import needs_gpu
 from tests.support import relative_error
 
 pytestmark = needs_gpu

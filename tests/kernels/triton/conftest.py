@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.triton.interpreter import Interpreter
+from tests.kernels.triton.support.interpreter import Interpreter
 
 
 @pytest.fixture(scope="session")

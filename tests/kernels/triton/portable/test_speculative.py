@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention.kernels.triton.speculative import commit, verify
-from tests.kernels.triton.interpreter import Interpreter, interpreted
-from tests.kernels.triton.offline import CHIPS, Launch, launched_by
-from tests.kernels.triton.serving import COMMITTED, VERIFIED, Call, assert_right, bits, case, make_call, with_kernels
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
+from tests.kernels.triton.support.serving import (
+    COMMITTED,
+    VERIFIED,
+    Call,
+    assert_right,
+    bits,
+    case,
+    make_call,
+    with_kernels,
+)
 from tests.support import relative_error
 
 BF16, FP32 = torch.bfloat16, torch.float32

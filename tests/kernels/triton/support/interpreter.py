@@ -19,7 +19,7 @@ import pytest
 import torch
 from packaging.version import Version, parse
 
-from tests.kernels.triton.cutting import cutting
+from tests.kernels.triton.support.cutting import cutting
 from tests.support import Problem, Solution
 
 interpreted = pytest.mark.skipif(
@@ -52,9 +52,9 @@ class Interpreter:
         """``segments`` cuts sequences every two blocks; without ``final`` the states after them are not computed."""
         return self.call(_solve, problem, segments, batch_invariant, final)
 
-    def states(self, problem: Problem, *, segments: bool = False) -> torch.Tensor:
-        """The final states alone."""
-        return self.call(_states, problem, segments)
+    def states(self, problem: Problem, *, segments: bool = False, reverse: bool = False) -> torch.Tensor:
+        """What sequences leave, with time reversed or not."""
+        return self.call(_states, problem, segments, reverse)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function at the top of a module returns there; it is pickled, as its arguments are."""
@@ -80,7 +80,7 @@ def _answer(request: bytes) -> bytes:
 
 def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: bool) -> Run:
     from lightning_attention.kernels.triton.attention import attention, attention_backward
-    from lightning_attention.kernels.triton.segments import scan_kernel
+    from lightning_attention.kernels.triton.scan import scan_kernel
 
     p, scans = problem, []
     inputs = (p.q, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale)
@@ -94,11 +94,9 @@ def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: 
     return Run(Solution(out, final, dq, dk, dv, dlog_decay if learnable else None, dinitial), len(scans))
 
 
-def _states(problem: Problem, segments: bool) -> torch.Tensor:
-    from lightning_attention.kernels.triton.attention import attention
+def _states(problem: Problem, segments: bool, reverse: bool) -> torch.Tensor:
+    from lightning_attention.kernels.triton.states import states
 
     p = problem
     with cutting(segments):
-        _, final = attention(None, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale, True, False)
-    assert final is not None
-    return final
+        return states(p.k, p.v, p.log_decay, p.cu_seqlens, reverse, False)

@@ -20,14 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lightning_attention.kernels.triton import launch, launcher
+from lightning_attention.kernels.triton import dispatch, tiling
 from lightning_attention.kernels.triton.attention import attention, attention_backward
-from tests.kernels.triton.cutting import cutting
+from tests.kernels.triton.support.cutting import cutting
 
 
 @dataclass(frozen=True)
 class Chip:
-    """capability: as ``launch.device`` has it; shared: bytes of shared memory that a program may have; multiprocessor:
+    """capability: as ``tiling.device`` has it; shared: bytes of shared memory that a program may have; multiprocessor:
     and all programs on one multiprocessor together, with 1 KB more for each."""
 
     target: GPUTarget
@@ -49,7 +49,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel that a call launches; compiled: Triton's."""
+    """A kernel that a call launches: its constants and the arguments that are None, and what Triton compiled."""
 
     name: str
     constants: dict[str, Any]
@@ -109,16 +109,17 @@ def _on(chip: Chip, segments: bool) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     run: Callable[..., Any] = JITFunction.run
 
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        compiled = run(kernel, *args, grid=grid, warmup=True, **constants)
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        constants = {p.name: x for p, x in zip(kernel.params, args, strict=True) if p.is_constexpr or x is None}
         launches.append(Launch(kernel.fn.__name__, constants, compiled))
 
     with (
         patch.object(driver, "_active", _Driver(chip.target)),
         patch.object(JITFunction, "run", compile_only),
-        patch.object(launch, "device", lambda x: (chip.capability, chip.multiprocessors)),
+        patch.object(tiling, "device", lambda x: (chip.capability, chip.multiprocessors)),
         cutting(segments),
-        patch.object(launcher, "_launches", {}),
+        patch.object(dispatch, "_launches", {}),
     ):
         yield launches
 

@@ -12,8 +12,8 @@ from lightning_attention import (
     lightning_attention_decode,
     lightning_attention_verify,
 )
-from tests.kernels.triton.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
-from tests.kernels.triton.serving import (
+from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
+from tests.kernels.triton.support.serving import (
     COMMITTED,
     DECODED,
     VERIFIED,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attention import decay, lightning_attention
-from tests.kernels.triton.device import (
+from tests.kernels.triton.support.device import (
     DEVICE,
     assert_same_bits,
     counting_compilations,

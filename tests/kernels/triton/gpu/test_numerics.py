@@ -13,7 +13,7 @@ from lightning_attention import (
     lightning_attention_prefill,
     lightning_attention_verify,
 )
-from tests.kernels.triton.device import (
+from tests.kernels.triton.support.device import (
     DEVICE,
     assert_same_bits,
     misses,

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from tests.kernels.triton.offline import CHIPS, Chip, Launch, launched
+from tests.kernels.triton.support.offline import CHIPS, Chip, Launch, launched
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="TRITON_INTERPRET=1: Triton compiles nothing"

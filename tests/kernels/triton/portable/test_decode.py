@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton.decode import decode
-from tests.kernels.triton.interpreter import Interpreter, interpreted
-from tests.kernels.triton.offline import CHIPS, Launch, launched_by
-from tests.kernels.triton.serving import DECODED, assert_right, case, make_call, with_kernels
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
+from tests.kernels.triton.support.serving import DECODED, assert_right, case, make_call, with_kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -89,7 +89,7 @@ def test_on_hopper(state_dtype: torch.dtype, width: int):
     launch = launched("sm_90", width, width, BF16, state_dtype)
     assert launch.stack == 0
     ptx = launch.compiled.asm["ptx"]
-    tile = width * launch.constants["TE"] * state_dtype.itemsize
+    tile = width * launch.constants["TILE"].columns * state_dtype.itemsize
     assert ptx.count("ld.global.v4.b32") == ptx.count("st.global.v4.b32") == tile // (16 * 128)
     programs = 65536 // (launch.registers * 32 * launch.compiled.metadata.num_warps)
     assert programs * tile >= 48 << 10

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.triton.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.support import Problem, Solution, make_problem, problems, relative_error, solve_exactly
 
 pytestmark = interpreted
@@ -121,11 +121,21 @@ def test_without_final_states(interpreter: Interpreter, initial: bool):
         assert not replace(got, final_state=expected.final_state).misses(expected, magnitude)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
-def test_the_states_alone(interpreter: Interpreter, segments: bool):
-    problem = make_problem(**PACKED)
-    got = interpreter.states(padded_with(NAN, problem), segments=segments)
-    assert relative_error(got, solve_exactly(problem).final_state) < 1e-6
+@pytest.mark.parametrize("case", [PACKED, {"B": 2, "T": 150, "D": 20}, {"T": 64}, {"lengths": [128, 0, 64, 1]}])
+def test_states(interpreter: Interpreter, case: dict[str, object], segments: bool, reverse: bool):
+    """What sequences leave by themselves, and with time reversed."""
+    problem = replace(make_problem(**case), scale=1.0)
+    got = interpreter.states(
+        padded_with(NAN, problem) if "lengths" in case else problem, segments=segments, reverse=reverse
+    )
+    if reverse:  # the gradient of the initial state, where nothing comes after
+        problem = replace(problem, q=problem.k, dout=problem.v, dfinal=torch.zeros_like(problem.dfinal))
+        expected = solve_exactly(problem).initial_state
+    else:
+        expected = solve_exactly(replace(problem, initial_state=torch.zeros_like(problem.dfinal))).final_state
+    assert relative_error(got, expected) < 1e-6
 
 
 def _views(p: Problem) -> dict[str, Problem]:

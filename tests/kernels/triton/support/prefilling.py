@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention import decay
-from tests.kernels.triton.cutting import cutting
-from tests.kernels.triton.serving import NAN, bits, moved
+from tests.kernels.triton.support.cutting import cutting
+from tests.kernels.triton.support.serving import NAN, bits, moved
 from tests.support import ReferencePool, budget, cumulative, relative_error
 
 S = 9  # rows of a pool

@@ -6,12 +6,12 @@ from unittest.mock import patch
 
 def cutting(segments: bool) -> Any:
     """Every sequence is cut into segments of two pieces, a block each, or none is."""
-    from lightning_attention.kernels.triton import launch  # a process may have to choose the interpreter before Triton
+    from lightning_attention.kernels.triton import tiling  # a process may have to choose the interpreter before Triton
 
-    def segment_rows(programs: int, T: int, C: int, places: int) -> int:
+    def segment_rows(programs: int, T: int, C: int, resident_programs: int) -> int:
         return 2 * C if segments else -(-T // C) * C
 
     def piece_rows(rows: int, width: int) -> int:
         return rows // 2 if segments else rows
 
-    return patch.multiple(launch, segment_rows=segment_rows, piece_rows=piece_rows)
+    return patch.multiple(tiling, segment_rows=segment_rows, piece_rows=piece_rows)

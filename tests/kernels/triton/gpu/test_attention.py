@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention import decay, lightning_attention
-from tests.kernels.triton.device import (
+from tests.kernels.triton.support.device import (
     DEVICE,
     misses,
     moved,

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lightning_attention.kernels.triton.prefill import prefill
-from tests.kernels.triton.interpreter import Interpreter, interpreted
-from tests.kernels.triton.offline import CHIPS, Launch, launched_by
-from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, prefilled
-from tests.kernels.triton.serving import bits
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
+from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
+from tests.kernels.triton.support.serving import bits
 from tests.support import relative_error
 
 BF16, FP32 = torch.bfloat16, torch.float32

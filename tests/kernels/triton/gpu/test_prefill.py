@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_attention import lightning_attention, lightning_attention_prefill
-from tests.kernels.triton.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
-from tests.kernels.triton.prefilling import Batch, assert_right, batches, make_batch, prefilled
-from tests.kernels.triton.serving import bits, moved
+from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
+from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
+from tests.kernels.triton.support.serving import bits, moved
 from tests.support import relative_error
 
 # That mode calls itself a prototype.

@@ -1,0 +1,200 @@
+"""How the sequences of a call are split into segments that are swept at once."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_attention.kernels.triton import dispatch, tiling
+
+#: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
+#: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.
+PACKED_SEGMENT = 16384
+
+
+class Plan(NamedTuple):
+    """The segments of a call.
+
+    segment_rows: in each segment but a sequence's last; piece_rows: in the pieces whose own states are summed to a
+    segment's; segments_per_sequence: of a dense batch; segment_count: of all sequences, at most; full_segments: those
+    that may not be their sequence's last, at most; is_split: whether any sequence may have two; boundary_count: how
+    many states lie between segments, at most. Of a packed batch, as ``plan_kernel`` writes them: segment_table
+    [segment_count, 5], first_boundary [N + 1] and split_sequences.
+    """
+
+    segment_rows: int
+    piece_rows: int
+    segments_per_sequence: int
+    segment_count: int
+    full_segments: int
+    is_split: bool
+    boundary_count: int
+    segment_table: Tensor | None = None
+    first_boundary: Tensor | None = None
+    split_sequences: Tensor | None = None
+
+    @property
+    def uses_initial_state(self) -> bool:
+        """Whether a segment may start from its sequence's state: in a dense batch that is split, the scan does."""
+        return self.segment_table is not None or not self.is_split
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a segment."""
+        return -(-self.segment_rows // self.piece_rows)
+
+    def allocate_states(self, k: Tensor, E: int, directions: int = 1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Local states, of pieces, [boundary_count · pieces, H, D, E] float32, and boundary states, between segments.
+
+        The same tensors where a segment is one piece; k: [B, T, H, D].
+        """
+        H, D = k.shape[2:]
+
+        def tensors(count: int) -> tuple[Tensor, ...]:
+            return torch.empty(directions, count, H, D, E, dtype=torch.float32, device=k.device).unbind()
+
+        boundary_states = tensors(self.boundary_count)
+        local_states = boundary_states if self.pieces == 1 else tensors(self.boundary_count * self.pieces)
+        return local_states, boundary_states
+
+
+def plan_dense(
+    B: int, T: int, C: int, width: int, programs: int, resident_programs: int, batch_invariant: bool
+) -> Plan:
+    """For a batch of B sequences; ``width``: the larger of D and E.
+
+    ``programs``: how many one segment of one sequence makes; ``resident_programs``: how many run at once.
+    """
+    rows = -(-T // C) * C if batch_invariant else tiling.segment_rows(programs * B, T, C, resident_programs)
+    each = -(-T // rows)
+    return Plan(rows, tiling.piece_rows(rows, width), each, B * each, B * each, each > 1, B * each)
+
+
+def plan_packed(
+    cu_seqlens: Tensor,
+    T: int,
+    C: int,
+    width: int,
+    programs: int,
+    resident_programs: int,
+    batch_invariant: bool,
+    slots: Tensor | None = None,
+    short: int = -1,
+) -> Plan:
+    """For a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment."""
+    rows = -(-T // C) * C
+    if not batch_invariant:
+        rows = min(PACKED_SEGMENT, tiling.segment_rows(programs, T, C, resident_programs))
+    N = cu_seqlens.shape[0] - 1
+    full = T // rows
+    count = full + N
+    most = max(full, 1)  # sequences with more than one
+    parts = 5 * count, N + 1, most
+    table, first, split = torch.empty(sum(parts), dtype=torch.int32, device=cu_seqlens.device).split(parts)
+    args = (cu_seqlens, slots, table, first, split, N, rows, count, most, short)
+    dispatch.run(plan_kernel, (1, 1, 1), args, (1024,), 4, cu_seqlens.get_device())
+    return Plan(rows, tiling.piece_rows(rows, width), 0, count, full, rows < T, 2 * full, table, first, split)
+
+
+def plan(
+    B: int,
+    T: int,
+    cu_seqlens: Tensor | None,
+    C: int,
+    width: int,
+    programs: int,
+    resident_programs: int,
+    batch_invariant: bool,
+) -> Plan:
+    """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``."""
+    if cu_seqlens is None:
+        return plan_dense(B, T, C, width, programs, resident_programs, batch_invariant)
+    return plan_packed(cu_seqlens, T, C, width, programs, resident_programs, batch_invariant)
+
+
+@triton.jit
+def lengths(cu_seqlens, slots, sequence, N, short):
+    """First row and number of rows of sequences, a vector, and whether they get segments."""
+    real = sequence < N
+    start = tl.load(cu_seqlens + sequence, mask=real, other=0).to(tl.int32)
+    stop = tl.load(cu_seqlens + sequence + 1, mask=real, other=0).to(tl.int32)
+    taken = real & (stop - start > short)
+    if slots is not None:
+        taken = taken & (tl.load(slots + sequence, mask=real, other=-1) >= 0)
+    return start, stop - start, taken
+
+
+@triton.jit
+def write_segment(table, index, sequence, begin, end, is_first, is_last, boundary, here):
+    row = table + index * 5
+    tl.store(row, sequence, mask=here)
+    tl.store(row + 1, begin, mask=here)
+    tl.store(row + 2, end, mask=here)
+    tl.store(row + 3, tl.where(is_first, 1, 0) + tl.where(is_last, 2, 0), mask=here)
+    tl.store(row + 4, boundary, mask=here)
+
+
+@dispatch.unspecialized(triton.jit)
+def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequences, N, segment_rows, segment_count, most,
+                short, BLOCK: tl.constexpr):  # fmt: skip
+    """Lay out the segments of a packed batch, with no look at the lengths on the host.
+
+    segment_table [segment_count, 5], in the order in which programs are started, long segments first: sequence (-1:
+    none), first row, row past the last, 1 · first of its sequence + 2 · last of it, and boundary index, which of the
+    boundary states is before it, where its sequence has more than one. first_boundary [N + 1]: the boundary index of
+    each sequence's first segment, and the number of boundary states. split_sequences [most]: the sequences that have
+    more than one segment, -1 after them. A sequence with no row has one segment with none, which carries its state
+    over.
+    """
+    used = 0
+    placed = 0
+    split = 0
+    for n in range(0, N, BLOCK):
+        sequence = n + tl.arange(0, BLOCK)
+        start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
+        pieces = tl.where(taken, tl.maximum(tl.cdiv(length, segment_rows), 1), 0)
+        states = tl.where(pieces > 1, pieces, 0)
+        boundary = used + tl.cumsum(states, 0) - states
+        tl.store(first_boundary + sequence, boundary, mask=sequence < N)
+        full = tl.where(taken, length // segment_rows, 0)
+        index = placed + tl.cumsum(full, 0) - full
+        for i in range(0, tl.max(full, 0)):
+            begin = start + i * segment_rows
+            write_segment(segment_table, index + i, sequence, begin, begin + segment_rows, i == 0, i == pieces - 1,
+                          boundary + i, i < full)  # fmt: skip
+        several = (pieces > 1).to(tl.int32)
+        tl.store(split_sequences + split + tl.cumsum(several, 0) - 1, sequence, mask=several > 0)
+        split += tl.sum(several, 0)
+        used += tl.sum(states, 0)
+        placed += tl.sum(full, 0)
+    tl.store(first_boundary + N, used)
+    # What is left of each sequence: a quarter of segment_rows rows or more, or fewer.
+    upper = segment_rows
+    for part in tl.static_range(2):
+        lower = 0
+        if part == 0:
+            lower = tl.cdiv(segment_rows, 4)
+        used = 0
+        for n in range(0, N, BLOCK):
+            sequence = n + tl.arange(0, BLOCK)
+            start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
+            pieces = tl.where(taken, tl.maximum(tl.cdiv(length, segment_rows), 1), 0)
+            states = tl.where(pieces > 1, pieces, 0)
+            boundary = used + tl.cumsum(states, 0) - 1
+            full = length // segment_rows
+            rest = length - full * segment_rows
+            here = taken & (pieces > full) & (rest >= lower) & (rest < upper)
+            index = placed + tl.cumsum(here.to(tl.int32), 0) - 1
+            begin = start + full * segment_rows
+            write_segment(segment_table, index, sequence, begin, begin + rest, full == 0, full >= 0, boundary, here)
+            used += tl.sum(states, 0)
+            placed += tl.sum(here.to(tl.int32), 0)
+        upper = lower
+    for n in range(split, most, BLOCK):
+        index = n + tl.arange(0, BLOCK)
+        tl.store(split_sequences + index, -1, mask=index < most)
+    for n in range(placed, segment_count, BLOCK):
+        index = n + tl.arange(0, BLOCK)
+        tl.store(segment_table + index * 5, -1, mask=index < segment_count)

@@ -1,0 +1,139 @@
+"""Joining the states that pieces of segments leave by themselves to the states between segments."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_attention.kernels.triton import dispatch
+from lightning_attention.kernels.triton.numerics import log2_decay, whole_and_rest
+from lightning_attention.kernels.triton.plan import Plan
+from lightning_attention.kernels.triton.tiling import PIECES
+from lightning_attention.kernels.triton.work import reach, rows_in_a_piece, starts_from_initial, state_offset
+
+
+def scan(
+    plan: Plan,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    N: int,
+    T: int,
+    before: tuple[Tensor, Tensor] | None,
+    after: tuple[Tensor, Tensor] | None = None,
+    initial: Tensor | None = None,
+    dfinal: Tensor | None = None,
+    final: Tensor | None = None,
+    slots: Tensor | None = None,
+    fresh: Tensor | None = None,
+) -> None:
+    """From local states to boundary states, a pair of them as ``Plan.allocate_states`` has them.
+
+    ``before``: those before segments, starting from ``initial``; ``after``: the gradients of those after segments,
+    starting from ``dfinal``. ``final`` [N, H, D, E]: also what is left at the other end, of sequences that are split.
+    """
+    local_before, states_before = before or (None, None)
+    local_after, grads_after = after or (None, None)
+    (some, _) = before or after  # type: ignore[misc]
+    _, H, D, E = some.shape
+    block = min(1024, triton.next_power_of_2(D * E))
+    strides = (0, 0) if initial is None else initial.stride()[:2]
+    args = (
+        local_before, local_after, states_before, grads_after, initial, dfinal, final, *strides, slots, fresh,
+        log_decay, cu_seqlens, plan.first_boundary, plan.split_sequences, plan.segments_per_sequence,
+        plan.segment_rows, plan.piece_rows, T, H, D * E,
+    )  # fmt: skip
+    grid = (N if plan.split_sequences is None else plan.split_sequences.shape[0], H, -(-D * E // block))
+    dispatch.run(scan_kernel, grid, args, (PIECES, block), 4, some.get_device())
+
+
+@triton.jit
+def local_state(local_states, segment, rows, head, col, inside, rate, segment_rows, piece_rows, H, SIZE,
+                PACKED: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """What a segment of so many rows leaves by itself, from what its pieces do, the ones next to its end first.
+
+    All loads at once: one after another, each would wait for the one before.
+    """
+    i = tl.arange(0, PIECES)
+    pieces = tl.cdiv(segment_rows, piece_rows)
+    in_piece = rows_in_a_piece(rows, segment_rows, piece_rows, PACKED)
+    written = tl.cdiv(tl.minimum(reach(rate, segment_rows), rows), in_piece)
+    where = local_states + ((segment.to(tl.int64) * pieces + i) * H + head)[:, None] * SIZE + col[None, :]
+    states = tl.load(where, mask=(i < written)[:, None] & inside[None, :], other=0.0)
+    return tl.sum(tl.exp2(rate * (i * in_piece))[:, None] * states, 0)
+
+
+@dispatch.unspecialized(triton.jit)
+def scan_kernel(local_before, local_after, states_before, grads_after, initial, dfinal, final,
+                state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, log_decay, cu_seqlens, first_boundary,
+                split_sequences, segments_per_sequence, segment_rows, piece_rows, T, H, SIZE, PIECES: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """From what pieces leave by themselves to the states between segments.
+
+    states_before[s] = λ^len(s−1) states_before[s−1] + local[s−1], and the mirror of it for the gradients. States are
+    [states, H, SIZE], of pieces [states · pieces, H, SIZE], and the same memory where a segment is one piece. They
+    differ by one factor a head, so they are scanned as flat numbers. Packed sequences of one segment are left alone:
+    their states are where they were.
+    """
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    col = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < SIZE
+    rate = log2_decay(log_decay, head)
+    if split_sequences is not None:
+        sequence = tl.load(split_sequences + sequence)
+        if sequence < 0:
+            return
+    begin = sequence * segments_per_sequence
+    end = begin + segments_per_sequence
+    length = T
+    PACKED: tl.constexpr = cu_seqlens is not None
+    if PACKED:
+        begin = tl.load(first_boundary + sequence)
+        end = tl.load(first_boundary + sequence + 1)
+        length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
+    rows = length - (end - begin - 1) * segment_rows  # only a sequence's last segment can have fewer than the others
+    of_sequence = (sequence.to(tl.int64) * H + head) * SIZE + col
+    whole, rest = whole_and_rest(rate * segment_rows * 0.6931471805599453)
+    last_whole, last_rest = whole_and_rest(rate * rows * 0.6931471805599453)
+    if local_before is not None:
+        state = tl.zeros([BLOCK], tl.float32)
+        if initial is not None:
+            if starts_from_initial(fresh, sequence):
+                where = initial + state_offset(slots, sequence, state_slot_stride, head, state_head_stride) + col
+                state = tl.load(where, mask=inside).to(tl.float32)
+        before = state
+        local = local_state(local_before, begin, segment_rows, head, col, inside, rate, segment_rows, piece_rows, H,
+                            SIZE, PACKED, PIECES)  # fmt: skip
+        last = local
+        for i in range(0, end - begin):
+            s = begin + i
+            ahead_rows = segment_rows
+            if final is not None:  # which is all that the last segment's matters to
+                ahead_rows = tl.where(s + 2 >= end, rows, segment_rows)
+            ahead = local_state(local_before, tl.minimum(s + 1, end - 1), ahead_rows, head, col, inside, rate,
+                                segment_rows, piece_rows, H, SIZE, PACKED, PIECES)  # fmt: skip
+            tl.debug_barrier()  # what another thread has yet to read may be the same memory
+            tl.store(states_before + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
+            before = state
+            last = local
+            state = whole * state + (rest * state + local)
+            local = ahead
+        if final is not None:
+            tl.store(final + of_sequence, last_whole * before + (last_rest * before + last), mask=inside)
+    if local_after is not None:
+        state = tl.zeros([BLOCK], tl.float32)
+        if dfinal is not None:
+            state = tl.load(dfinal + of_sequence, mask=inside)
+        local = local_state(local_after, end - 1, rows, head, col, inside, rate, segment_rows, piece_rows, H, SIZE,
+                            PACKED, PIECES)  # fmt: skip
+        for i in range(0, end - begin):
+            s = end - 1 - i
+            ahead = local_state(local_after, tl.maximum(s - 1, begin), segment_rows, head, col, inside, rate,
+                                segment_rows, piece_rows, H, SIZE, PACKED, PIECES)  # fmt: skip
+            tl.debug_barrier()  # what another thread has yet to read may be the same memory
+            tl.store(grads_after + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
+            state = last_whole * state + (last_rest * state + local)
+            local = ahead
+            last_whole = whole
+            last_rest = rest
+        if final is not None:
+            tl.store(final + of_sequence, state, mask=inside)

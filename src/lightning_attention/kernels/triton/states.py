@@ -1,0 +1,80 @@
+"""The states that sequences, or segments of them, leave by themselves: a pass that reads what matters to them."""
+
+import torch
+from torch import Tensor
+
+from lightning_attention.kernels.triton import dispatch
+from lightning_attention.kernels.triton.plan import Plan, plan
+from lightning_attention.kernels.triton.scan import scan
+from lightning_attention.kernels.triton.sweeps.interface import sweep_for
+from lightning_attention.kernels.triton.tiling import TensorView, Tiles, tiling
+
+Pair = tuple[Tensor, Tensor]
+
+
+def local_states(
+    plan: Plan,
+    tiles: Tiles,
+    log_decay: Tensor | None,
+    scale: float,
+    before: Pair | None,
+    after: Pair | None,
+    local_before: Tensor | None,
+    local_after: Tensor | None,
+    views: tuple[TensorView | None, ...],
+    final: Tensor | None = None,
+    segments_in_flight: int | None = None,
+) -> None:
+    """What each piece of a segment, but the last, would leave if it started from zero, as ``Plan.allocate_states``.
+
+    ``before``, k and v, is for the states before segments; ``after``, q and dout, for the gradients of those after
+    them. ``views`` are of these four. With ``final`` [N, H, D, E] the last segments as well, and whole sequences there.
+    """
+    sweep = sweep_for(tiles.hopper)
+    k, v = before or (None, None)
+    q, dout = after or (None, None)
+    some, other = before or after  # type: ignore[misc]
+    _, T, H, D = some.shape
+    E = other.shape[3]
+    if tiles.hopper:
+        dispatch.bind_context(some)
+    count = plan.full_segments * plan.pieces
+    if after is not None or final is not None:  # a last segment of a sequence is a first one with time reversed
+        count += plan.segment_count - plan.full_segments
+    args = (
+        *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read(v, views[1], tiles, tiles.TE),
+        *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read(dout, views[3], tiles, tiles.TE), log_decay,
+        local_before, local_after, final, plan.segment_table, plan.segments_per_sequence, plan.segment_rows,
+        plan.piece_rows, count, T, H, D, E, scale,
+    )  # fmt: skip
+    programs = H * -(-E // tiles.TE) * (1 if before is None or after is None else 2)
+    grid = (min(count, segments_in_flight or count) * programs, 1, 1)
+    constants = (tiles, segments_in_flight is not None)
+    sweep.launch(sweep.states, grid, args, constants, tiles.warps, some.get_device())
+
+
+@dispatch.on_its_device
+def states(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool
+) -> Tensor:
+    log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
+    B, T, H, D = k.shape
+    E = v.shape[3]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device)
+    if T == 0:
+        return final.zero_()
+    tiles, resident_programs, (_, *views), _ = tiling(k, k, v, batch_invariant=batch_invariant)
+    programs = H * -(-E // tiles.TE)
+    segments = plan(B, T, cu_seqlens, tiles.C, max(D, E), programs, resident_programs, batch_invariant)
+    (local,), (boundary,) = segments.allocate_states(k, E) if segments.is_split else ((final,), (final,))
+    if reverse:
+        local_states(segments, tiles, log_decay, 1.0, None, (k, v), None, local, (None, None, *views), final)
+    else:
+        local_states(segments, tiles, log_decay, 1.0, (k, v), None, local, None, (*views, None, None), final)
+    if segments.is_split:
+        pair = local, boundary
+        scan(
+            segments, log_decay, cu_seqlens, N, T, None if reverse else pair, pair if reverse else None, final=final
+        )  # fmt: skip
+    return final

@@ -1,0 +1,219 @@
+"""Which tile sizes a call gets, and into how many segments its sequences are split. Decided from shapes, on the host.
+
+Nothing is tuned at run time, and no size here depends on T, B or N but the number of segments, which is an ordinary
+argument: a new length or batch compiles nothing.
+"""
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MIN_SEGMENT = 256  # no sequence is split into segments of fewer rows
+PIECES = 4  # of a segment, at most: a power of two
+
+
+class Tiles(NamedTuple):
+    """C rows a block, TD and TE columns of D and E a program, of BD and BE, the next powers of two.
+
+    even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
+    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. Kernels get
+    all of this as one constant.
+    """
+
+    hopper: bool
+    C: int
+    BD: int
+    BE: int
+    TD: int
+    TE: int
+    warps: int
+    stages: int
+    per_multiprocessor: int
+    even_BD: bool = False
+    even_BE: bool = False
+    even_TD: bool = False
+    even_TE: bool = False
+    precision: str = "tf32"
+    lazy: bool = False
+
+
+def padded(size: int) -> int:
+    """The power of two that a width is padded to."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@cache
+def refusal(D: int, E: int, dtype: torch.dtype) -> Exception | None:
+    """Why the kernels do not take such a call: a state of over 256 columns does not fit in registers."""
+    if dtype.itemsize > 4:
+        return TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
+    if max(D, E) > 256:
+        return ValueError(f"D is {D} and E {E}; backend 'triton' takes up to 256, 'tiled' any")
+    return None
+
+
+@cache
+def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool) -> Tiles:
+    """The launch table, by architecture, D, E and dtype.
+
+    ``aligned``: the copy engine can address every tensor (16-byte strides and bases).
+    """
+    BD, BE = padded(D), padded(E)
+    wide = max(BD, BE)
+    if capability[0] == 9 and dtype.itemsize == 2 and aligned and wide <= 128:
+        BD, BE = max(BD, 64), max(BE, 64)
+        # Two programs a multiprocessor: 96 KB each with two stages at 128, 88 KB with three at 64.
+        stages = 2 if max(BD, BE) == 128 else 3
+        return Tiles(True, 64, BD, BE, 64, 64, 4, stages, 2)
+    # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
+    # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
+    amd, small = capability[0] == 0, capability[0] in (8, 12)
+    if dtype.itemsize == 4:
+        C, tile, warps, stages = 16, 16, 8, 2 if wide <= 128 else 1
+        if amd or wide <= 128:
+            tile, warps = 32, 4
+    elif wide <= 64:
+        C, tile, warps, stages = 32 if small else 64, 64, 4, 2
+    elif wide <= 128:
+        C, tile, warps, stages = 64, 64, 4 if amd or capability[0] == 9 else 8, 2
+    else:
+        C, tile, warps, stages = 32, 64, 8, 1
+        if amd:
+            tile, warps = 32, 4
+    return with_tile(Tiles(False, C, BD, BE, 0, 0, warps, stages, 1), D, E, tile)
+
+
+def with_tile(tiles: Tiles, D: int, E: int, tile: int) -> Tiles:
+    """The same with this many columns a program."""
+    _, _, BD, BE, *_ = tiles
+    TD, TE = min(BD, tile), min(BE, tile)
+    return tiles._replace(
+        TD=TD, TE=TE, even_BD=BD == D, even_BE=BE == E, even_TD=D % TD == 0, even_TE=E % TE == 0
+    )  # fmt: skip
+
+
+@cache
+def _device(index: int) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:  # an MI300 calls itself 9.4, which is no Hopper
+        return (0, 0), properties.multi_processor_count
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def device(x: Tensor) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors of the device that x is on."""
+    return _device(x.get_device()) if x.is_cuda else ((0, 0), 1)  # the interpreter, on the CPU
+
+
+class TensorView(NamedTuple):
+    """Shape [B, T, H, *] and strides, as the copy engine takes them."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Tiling(NamedTuple):
+    """Tile sizes, how many programs run at once, and the views of tensors.
+
+    inputs: of those asked about; outputs: of contiguous ones like k and like v.
+    """
+
+    tiles: Tiles
+    resident_programs: int
+    inputs: tuple[TensorView, ...]
+    outputs: tuple[TensorView, TensorView]
+
+
+def tiling(*tensors: Tensor, batch_invariant: bool = False) -> Tiling:
+    """For q, k and v, or k and v alone, and others that programs copy.
+
+    Raises:
+        TypeError: dtype is float64.
+        ValueError: D or E is over 256.
+    """
+    bases = 0
+    signature: list[tuple[int, ...]] = []
+    for x in tensors:
+        bases |= x.data_ptr()
+        signature += (x.shape, x.stride())
+    k = tensors[1]
+    precision, lazy = "tf32", False
+    if k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        precision, lazy = "ieee", not batch_invariant
+    return _tiling(device(k), k.dtype, not bases & 15, precision, lazy, *signature)
+
+
+@lru_cache(maxsize=4096)
+def _tiling(
+    chip: tuple[tuple[int, int], int],
+    dtype: torch.dtype,
+    aligned: bool,
+    precision: str,
+    lazy: bool,
+    *signature: tuple[int, ...],
+) -> Tiling:
+    shapes, strides = signature[::2], signature[1::2]
+    outputs = [(shape, _contiguous(shape)) for shape in shapes[1:3]]
+    tensors = [*zip(shapes, strides, strict=True), *outputs]
+    D, E = shapes[1][3], shapes[2][3]
+    refused = refusal(D, E, dtype)
+    if refused is not None:
+        raise refused
+    aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
+    chosen = tiles(chip[0], D, E, dtype, aligned)._replace(precision=precision, lazy=lazy)
+    *inputs, like_k, like_v = [_view(*tensor) for tensor in tensors]
+    return Tiling(chosen, chip[1] * chosen.per_multiprocessor, tuple(inputs), (like_k, like_v))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    _, T, H, width = shape
+    return T * H * width, H * width, width, 1
+
+
+def _copyable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter."""
+    return all(
+        size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
+    )
+
+
+def _view(shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorView:
+    """Where there is one row, any stride that the engine takes."""
+    return TensorView(tuple(shape), (*(8 if shape[i] == 1 else strides[i] for i in range(3)), 1))
+
+
+@lru_cache(maxsize=4096)
+def segment_rows(programs: int, T: int, C: int, resident_programs: int) -> int:
+    """Rows in a segment, a multiple of C, or at least T where sequences are not split.
+
+    ``programs`` is how many one segment of every sequence makes, ``resident_programs`` how many run at once. More
+    segments fill the last wave better. Their price is measured (H200, D = 128, ALiBi decays): a pass over k and v for
+    their states, 0.1 of a wave, and the states' way through memory, as much as 1500 rows. At B 1, T 131072, H 32, 8
+    segments take 1.37 ms forward, 4 take 1.40 and 32 take 1.58; at H 8, 16 take 0.43, 8 take 0.57 and 64 take 0.57.
+    """
+    best, rows = float("inf"), -(-T // C) * C
+    for n in {1} | {waves * resident_programs // programs for waves in range(1, 17)}:
+        length = -(-T // max(n, 1))
+        length = -(-length // C) * C
+        if n < 1 or (n > 1 and length < MIN_SEGMENT):
+            continue
+        waves = -(-n * programs // resident_programs)
+        cost = waves * resident_programs / (n * programs)
+        if n > 1:
+            cost *= 1 + 0.1 / waves + 1500 / length
+        if cost < best:
+            best, rows = cost, length
+    return rows
+
+
+def piece_rows(rows: int, width: int) -> int:
+    """Rows in each piece of a segment of so many ``rows``, whose own state is computed piece by piece.
+
+    The few heads that decay slowly have most of the work: in one piece each they take 0.2 ms for 16384 rows, D = 128,
+    while the chip is idle. ``width``, the larger of D and E, bounds what the pieces' states take in memory: 3 % of q,
+    k, v, o and their gradients.
+    """
+    pieces = max(1, min(PIECES, rows // (16 * width)))
+    return -(-rows // pieces // 64) * 64

@@ -1,0 +1,158 @@
+"""Which part of the work is a program's: numbers alone, so that Gluon's kernels call the same functions as Triton's."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Shape(NamedTuple):
+    """Sizes of a call."""
+
+    T: tl.tensor
+    H: tl.tensor
+    D: tl.tensor
+    E: tl.tensor
+
+
+class Segmentation(NamedTuple):
+    """How sequences are cut into segments, as ``plan.Plan`` has it; no table for a dense batch."""
+
+    segment_table: tl.tensor
+    segments_per_sequence: tl.tensor
+    segment_rows: tl.tensor
+
+
+class Segment(NamedTuple):
+    """Rows start … stop of a sequence (-1: none), and which of the states between segments is before them.
+
+    ``piece`` is which of its ``pieces`` a program has, where it has one alone.
+    """
+
+    sequence: tl.tensor
+    batch: tl.tensor
+    start: tl.tensor
+    stop: tl.tensor
+    is_first: tl.tensor
+    is_last: tl.tensor
+    boundary_index: tl.tensor
+    piece: tl.tensor
+    pieces: tl.tensor
+
+
+class Pool(NamedTuple):
+    """States of sequences: sequence i's in row ``slots[i]``, or i; where ``fresh[i]`` it starts from zero."""
+
+    initial: tl.tensor
+    final: tl.tensor
+    slot_stride: tl.tensor
+    head_stride: tl.tensor
+    slots: tl.tensor
+    fresh: tl.tensor
+
+
+@triton.jit
+def find_segment(plan, index, T, piece=0, pieces=1):
+    """The segment with this index, or with this place in the table."""
+    if plan.segment_table is not None:
+        row = plan.segment_table + index * 5
+        sequence = tl.load(row)
+        start = tl.load(row + 1)
+        stop = tl.load(row + 2)
+        ends = tl.load(row + 3)
+        boundary_index = tl.load(row + 4)
+        batch = 0
+    else:
+        boundary_index = index
+        sequence = index // plan.segments_per_sequence
+        start = (index % plan.segments_per_sequence) * plan.segment_rows
+        stop = tl.minimum(start + plan.segment_rows, T)
+        ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
+        batch = sequence
+    return Segment(sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0, boundary_index, piece, pieces)
+
+
+@triton.jit
+def find_piece(plan, piece_rows, index, T):
+    """The segment that this piece is in.
+
+    The first T / segment_rows segments of a packed batch are taken in pieces: those that are full are among them.
+    """
+    pieces = tl.cdiv(plan.segment_rows, piece_rows)
+    segment_index = index // pieces
+    piece = index % pieces
+    if plan.segment_table is not None:
+        rest = index - T // plan.segment_rows * pieces
+        segment_index = tl.where(rest < 0, segment_index, T // plan.segment_rows + rest)
+        piece = tl.where(rest < 0, piece, 0)
+    return find_segment(plan, segment_index, T, piece, pieces)
+
+
+@triton.jit
+def is_whole_sequence(segment, plan, SPLIT: tl.constexpr):
+    """Whether a segment is all of its sequence; known without looking but where packed sequences are split."""
+    whole = not SPLIT
+    if SPLIT and plan.segment_table is not None:
+        whole = segment.is_first & segment.is_last
+    return whole
+
+
+@triton.jit
+def reach(rate, segment_rows):
+    """How many rows, in whole blocks, matter to the state of a segment: the weight of the others is zero in float32."""
+    rows = tl.minimum(126.0 / tl.maximum(-rate, 1e-6), segment_rows.to(tl.float32)).to(tl.int32)
+    return (rows // 64 + 1) * 64
+
+
+@triton.jit
+def rows_in_a_piece(rows, segment_rows, piece_rows, PACKED: tl.constexpr):
+    """In a segment of so many rows; the last of a packed sequence is one piece, for there may be very many of them."""
+    if PACKED:
+        piece_rows = tl.where(rows < segment_rows, segment_rows, piece_rows)
+    return piece_rows
+
+
+@triton.jit
+def piece_from_end(segment, rows, reach):
+    """Those of a piece's rows that matter to the state after the segment; maybe none."""
+    start = tl.maximum(segment.start, segment.stop - reach)
+    stop = segment.stop - segment.piece * rows
+    return tl.maximum(start, stop - rows), stop
+
+
+@triton.jit
+def piece_from_start(segment, rows, reach):
+    """With time reversed: those that matter to the state before the segment."""
+    stop = tl.minimum(segment.stop, segment.start + reach)
+    start = segment.start + segment.piece * rows
+    return start, tl.minimum(stop, start + rows)
+
+
+@triton.jit
+def state_offset(slots, sequence, slot_stride, head, head_stride):
+    """Where the state of a sequence's head begins, in numbers from the first one's."""
+    row = sequence
+    if slots is not None:
+        row = tl.load(slots + sequence)
+    return row.to(tl.int64) * slot_stride + head * head_stride
+
+
+@triton.jit
+def starts_from_initial(fresh, sequence):
+    """Whether a sequence starts from the state that is there."""
+    initial = True
+    if fresh is not None:
+        initial = tl.load(fresh + sequence) == 0
+    return initial
+
+
+@triton.jit
+def find_snapshot(cu_seqlens, slots, snapshot_at, snapshot_slots, index, sequence, segment_rows):
+    """Its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
+    start = tl.load(cu_seqlens + sequence).to(tl.int32)
+    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start
+    rows = tl.load(snapshot_at + index).to(tl.int32)
+    wanted = (tl.load(snapshot_slots + index) >= 0) & (rows >= 0) & (rows <= length)
+    if slots is not None:
+        wanted = wanted & (tl.load(slots + sequence) >= 0)
+    return start, rows, tl.maximum(rows - 1, 0) // segment_rows, wanted
