@@ -66,6 +66,7 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
     """
     DTYPE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float16 else q.dtype.element_ty
     C: tl.constexpr = TILES.C
+    BD: tl.constexpr = TILES.BD
     TE: tl.constexpr = TILES.TE
     PRECISION: tl.constexpr = TILES.precision
     SPLIT: tl.constexpr = states_before is not None
@@ -94,9 +95,9 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
         states_before += of_segment
         grads_after += of_segment
     is_whole = is_whole_sequence(segment, plan, SPLIT)
-    d = tl.arange(0, TILES.BD)
+    d = tl.arange(0, BD)
     e = column + tl.arange(0, TE)
-    zero = tl.zeros([TE, TILES.BD], tl.float32)
+    zero = tl.zeros([TE, BD], tl.float32)
     state = first_state(zero, Begin(initial, is_whole, states_before, is_whole), d, e, shape, False)
     drift = zero
     total = tl.zeros([C], tl.float32)
@@ -107,8 +108,8 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
     for n in tl.range(0, tl.cdiv(segment.stop - segment.start, C), num_stages=TILES.stages):
         at = segment.start + n * C
         tokens = tl.minimum(segment.stop - at, C)
-        qt = tl.trans(load_rows(q_rows, at, segment.stop, 0, D, C, TILES.BD, TILES.even_BD, q_row_stride).to(DTYPE))
-        kt = load_rows(k_rows, at, segment.stop, 0, D, C, TILES.BD, TILES.even_BD, k_row_stride).to(DTYPE)
+        qt = tl.trans(load_rows(q_rows, at, segment.stop, 0, D, C, BD, TILES.even_BD, q_row_stride).to(DTYPE))
+        kt = load_rows(k_rows, at, segment.stop, 0, D, C, BD, TILES.even_BD, k_row_stride).to(DTYPE)
         vt = tl.trans(load_rows(v_rows, at, segment.stop, column, E, C, TE, TILES.even_TE, v_row_stride).to(DTYPE))
         gt = tl.trans(load_rows(dout_rows, at, segment.stop, column, E, C, TE, TILES.even_TE, dout_row_stride))
         scores = tl.dot(kt, qt, input_precision=PRECISION) * mask

@@ -257,7 +257,7 @@ def encoding_launcher(start: Any) -> tuple[Any, list[tuple[Any, ...]]] | None:
         return within["launcher"], boxes
     except (KeyError, TypeError) as error:
         _logger.warning(
-            "Triton %s launches kernels in a way that is not known here (%r is not found): every launch takes 7 to "
+            "Triton %s launches kernels in a way that is not known here (%s is not found): every launch takes 7 to "
             "15 µs longer",
             triton.__version__,
             error,

@@ -90,6 +90,20 @@ def store_row(x, start, width, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def zero_row(out, token, head, column, H, TILE: tl.constexpr):
+    """Clear a program's part of a token's output."""
+    COLUMNS: tl.constexpr = TILE.columns
+    store_row(out + (token * H + head) * TILE.E, column, TILE.E, tl.zeros([COLUMNS], tl.float32), COLUMNS)
+
+
+@triton.jit
+def zero_state(TILE: tl.constexpr):
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def whole_row(x, token, head, TILE: tl.constexpr):
     """A token's row of q or k."""
     return load_row(x.pointer + token * x.token_stride + head * x.head_stride, 0, TILE.D, TILE.rows)
@@ -137,8 +151,7 @@ def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
     if slot < 0:
-        store_row(out + (n.to(tl.int64) * H + head) * TILE.E, column, TILE.E, tl.zeros([TILE.columns], tl.float32),
-                  TILE.columns)  # fmt: skip
+        zero_row(out, n.to(tl.int64), head, column, H, TILE)
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
@@ -161,13 +174,12 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
     slot = slot_of(slots, n)
-    zero = tl.zeros([TILE.columns], tl.float32)
     # Tokens past the last sequence are padding, and every sequence's programs clear their share of them.
     for t in range(tl.load(cu_seqlens + N).to(tl.int64) + n, T, N):
-        store_row(out + (t * H + head) * TILE.E, column, TILE.E, zero, TILE.columns)
+        zero_row(out, t, head, column, H, TILE)
     if slot < 0:
         for t in range(first, last):
-            store_row(out + (t * H + head) * TILE.E, column, TILE.E, zero, TILE.columns)
+            zero_row(out, t, head, column, H, TILE)
         return
     if first == last:
         return
@@ -185,7 +197,7 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
             if up != t - first - 1:
                 # S is another branch's: make the parent's, from it up to the state. That a parent comes earlier is
                 # nowhere checked on a GPU, and the walk ends whatever ``parents`` holds.
-                S = tl.zeros([TILE.rows, TILE.columns], tl.float32)
+                S = zero_state(TILE)
                 weight = 1.0
                 while up >= 0:
                     k_row = whole_row(keys, first + up, head, TILE) * weight
@@ -241,7 +253,7 @@ def short_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stri
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
-    S = tl.zeros([TILE.rows, TILE.columns], tl.float32)
+    S = zero_state(TILE)
     if from_initial:
         S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
     whole, rest = decay_of(log_decay, head)

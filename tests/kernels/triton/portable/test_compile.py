@@ -47,7 +47,7 @@ def test_compiles_and_fits(chip: str, D: int, E: int, dtype: torch.dtype):
 @pytest.mark.parametrize("chip", CHIPS if FULL else ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_packed_and_segmented(chip: str):
     launches = launched(CHIPS[chip], 16, 16, BF16, segments=True, packed=True, backward=False)
-    names = ["plan_kernel", "forward_kernel", "scan_kernel", "forward_kernel", "clear_padding_kernel"]
+    names = ["plan_kernel", "states_kernel", "scan_kernel", "forward_kernel", "clear_padding_kernel"]
     assert [x.name for x in launches] == names
     assert_fits(launches, CHIPS[chip])
 
