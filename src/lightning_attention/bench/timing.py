@@ -1,4 +1,4 @@
-"""Timers for a CPU and a GPU, peak memory, and the copy rate that a memory-bound kernel is held against."""
+"""Timers for a CPU and a GPU, and peak memory."""
 
 import json
 import os
@@ -12,14 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_attention.cuda_graphs import capture
-
 Call = Callable[[], object]
 
 #: Written between repetitions so that none finds its inputs in the L2 cache (60 MB on an H200, 126 MB on a B200).
 #: It also keeps the GPU busy for about 0.1 ms while the host enqueues the call, so launches cost as in a model.
 FLUSH_BYTES = 1 << 30  # also 0.25 ms in which the host gets ahead: a launch is then no part of what is timed
-COPY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -48,27 +45,6 @@ def wall_ms(call: Call, device: torch.device) -> float:
     call()
     synchronize(device)
     return (time.perf_counter() - start) * 1e3
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    graph: torch.cuda.CUDAGraph
-    captured: Call
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def captured(call: Call, device: torch.device) -> Call:
-    """On a GPU the replay of a CUDA graph of the call, made after a run that warms it up; elsewhere the call itself.
-
-    What is returned keeps the call too: were it dropped, with a pool of states that nobody else has, replays would read
-    and write freed memory.
-    """
-    if device.type != "cuda":
-        return call
-    graph, _ = capture(call, device)
-    return _Replayed(graph, call)
 
 
 def time_calls(
@@ -125,16 +101,6 @@ def flush_l2(device: torch.device) -> None:
     _flush_buffer(device).zero_()
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that a device-to-device copy moves, read and written ones counted: the memory's real ceiling."""
-    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES >> 4
-    source = torch.ones(size, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = lambda: target.copy_(source)  # noqa: E731
-    wall_ms(copy, device)
-    return 2 * size / (time_calls({"copy": copy}, device, seconds=0.3)["copy"].ms * 1e-3)
-
-
 def peak_bytes(call: Call, device: torch.device) -> int:
     """The most memory that the call has allocated through PyTorch at once, over what was allocated before it.
 
@@ -166,19 +132,3 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
-
-
-def host_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
-    """Microseconds that the calling thread spends in a call, device work not waited for (median).
-
-    Use it with a shape so small that the device is done before the next call is made. The queue is drained every
-    20 calls, so that a full one never makes the host wait.
-    """
-    samples = []
-    for i in range(repeats):
-        if i % 20 == 0:
-            synchronize(device)
-        start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(samples)
