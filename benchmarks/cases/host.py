@@ -9,9 +9,8 @@ import torch
 from benchmarks.harness.timing import host_us
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.lengths import labels
 from lightning_attention.bench.peers import ATTENTION, Peer, ours
-from lightning_attention.bench.render import Table
+from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Report
 
 SUITE = "host"
@@ -33,17 +32,17 @@ def measure(run: Run) -> None:
     for i in [ours(run.backend), *run.peers]:
         for pass_ in (FORWARD, BOTH):
             result = result_or_error(partial(_us, problem, i, pass_, run.scale))
-            run.report.add(SUITE, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
-            run.say(f"host cost  {pass_:<16} {i.name:<20} " + result.get("error", f"{result.get('us', 0):.1f} µs"))
+            run.add(SUITE, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
 
 
 def show(report: Report) -> Iterator[Shown]:
     """One table."""
-    records = report.find(SUITE)
-    found = {(r["implementation"], r["pass"]): f"{r['us']:.1f}" if "us" in r else "failed" for r in records}
-    rows = [[label, *(found.get((name, p), "") for p in (FORWARD, BOTH))] for name, label in labels(records).items()]
-    if rows:
-        yield Table("CPU time of an eager call (µs)", ["", FORWARD, BOTH], rows)
+    if records := report.find(SUITE):
+        title = "CPU time of an eager call (µs)"
+        yield pivot(
+            title, [""], records, lambda r: (r["label"],),
+            lambda r: {r["pass"]: f"{r['us']:.1f}" if "us" in r else "failed"},
+        )  # fmt: skip
 
 
 CASE = Case(measure, show, REPEATS, operations=(ATTENTION,), peers=("sdpa",), backends=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_attention import lightning_attention
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import OURS
-from lightning_attention.bench.render import Table
+from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Record, Report
 from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_ms
 from lightning_attention.check import relative_error
@@ -50,31 +50,17 @@ class Size:
 
 SIZES = {
     "cuda": Size(
-        hidden=6144,
-        heads=64,
-        head_dim=128,
-        dtype=torch.bfloat16,
-        cases=(
-            ("prompt", 1, 32_768),
-            ("continuation", 1, 64),
-            ("continuation", 1, 1024),
-            *(("token", n, 1) for n in (1, 8, 64)),
-        ),
-        prompt=4096,
-        new_tokens=64,
-        seconds=0.3,
+        6144, 64, 128, torch.bfloat16,
+        (("prompt", 1, 32_768), ("continuation", 1, 64), ("continuation", 1, 1024),
+         ("token", 1, 1), ("token", 8, 1), ("token", 64, 1)),
+        prompt=4096, new_tokens=64, seconds=0.3,
     ),
     "cpu": Size(
-        hidden=256,
-        heads=4,
-        head_dim=64,
-        dtype=torch.float32,
-        cases=(("prompt", 1, 4096), ("continuation", 1, 64), ("token", 1, 1), ("token", 8, 1)),
-        prompt=128,
-        new_tokens=16,
-        seconds=0.2,
+        256, 4, 64, torch.float32,
+        (("prompt", 1, 4096), ("continuation", 1, 64), ("token", 1, 1), ("token", 8, 1)),
+        prompt=128, new_tokens=16, seconds=0.2,
     ),
-}
+}  # fmt: skip
 
 
 class Given(nn.Module):
@@ -148,7 +134,7 @@ def cache_of(state: Tensor | None, dtype: torch.dtype) -> MiniMaxCache:
 def _read(run: Run, layers: dict[str, MiniMaxLightningAttention], name: str, batch: int, tokens: int) -> None:
     size, device, theirs = run.scale, run.device, layers[THEIRS]
     x = torch.randn(batch, tokens, size.hidden, dtype=size.dtype, device=device)
-    row: dict[str, Any] = {"case": name, "B": batch, "T": tokens, "dtype": str(size.dtype).removeprefix("torch.")}
+    row = {"case": name, "B": batch, "T": tokens, "dtype": size.dtype}
     row |= {"hidden": size.hidden, "H": size.heads, "D": size.head_dim}
     state = None
     if name != "prompt":  # one that a prompt leaves, rounded so that both start from the same
@@ -178,8 +164,7 @@ def _read(run: Run, layers: dict[str, MiniMaxLightningAttention], name: str, bat
             record["relative_error"] = errors[which]
             if which == OURS and not errors[which] <= BUDGETS[size.dtype]:
                 record["error"] = f"relative error {errors[which]:.1e}, allowed {BUDGETS[size.dtype]:.0e}"
-        run.report.add("minimax layer", **record)
-        run.say(f"{name:<13} B {batch:>3}  T {tokens:>6,}  {part:<20} {which:<20} {timing.ms:>10.4f} ms")
+        run.add("minimax layer", **record)
 
 
 def _call(layer: MiniMaxLightningAttention, x: Tensor, state: Tensor | None, dtype: torch.dtype) -> Call:
@@ -252,8 +237,7 @@ def _measure_model(run: Run) -> None:
             record = {"ms": ms, "prompt_ms": prompt_ms, "tokens_per_s": rate, "equal_text": equal}
             if which == OURS and not equal:
                 record["error"] = "the text differs from that of the original"
-            run.report.add("minimax model", implementation=which, **sizes, **record)
-            run.say(f"model         B {batch:>3}  {which:<20} prompt {prompt_ms:>10.2f} ms  {rate:>10,.0f} tokens/s")
+            run.add("minimax model", implementation=which, **sizes, **record)
 
 
 def _generate(model: MiniMaxForCausalLM, ids: Tensor, count: int) -> Tensor:
@@ -262,30 +246,35 @@ def _generate(model: MiniMaxForCausalLM, ids: Tensor, count: int) -> Tensor:
         return model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
-def _layer_row(r: Record, report: Report) -> list[str]:
-    key = {name: r[name] for name in ("case", "B", "T", "part")}
-    cells = [r["case"], r["part"], f"{r['B']:,}", f"{r['T']:,}", f"{r['ms']:.4g}"]
-    for ours in report.find("minimax layer", implementation=OURS, **key):
-        cells += [f"{ours['ms']:.4g}", f"{r['ms'] / ours['ms']:.2f} ×"]
-        if "relative_error" in r:
-            cells += [f"{r['relative_error']:.1e}", f"{ours['relative_error']:.1e}"]
-    return cells
-
-
 def show(report: Report) -> Iterator[Shown]:
     """A table for the layer, and one for the model."""
-    rows = [_layer_row(r, report) for r in report.find("minimax layer", implementation=THEIRS)]
-    if rows:
-        columns = ["case", "part", "B", "T", "transformers ms", "ours ms", "faster", "error", "ours"]
-        yield Table("MiniMax, one linear layer", columns, rows, words=2)
-    rows = [
-        [r["implementation"], f"{r['B']}", f"{r['prompt']:,}", f"{r['prompt_ms']:.4g}", f"{r['tokens_per_s']:,.0f}",
-         "yes" if r["equal_text"] else "NO"]
-        for r in report.find("minimax model")
-    ]  # fmt: skip
-    if rows:
-        columns = ["attention", "B", "prompt", "prompt ms", "tokens/s", "equal text"]
-        yield Table("MiniMax, a small model", columns, rows)
+
+    def place(r: Record) -> tuple[str, ...]:
+        return r["case"], r["part"], f"{r['B']:,}", f"{r['T']:,}"
+
+    layers = report.find("minimax layer")
+    theirs = {place(r): r["ms"] for r in layers if r["implementation"] == THEIRS}
+
+    def cells(r: Record) -> dict[str, str]:
+        whose = r["implementation"]
+        error = {f"{whose}\nerror": f"{r['relative_error']:.1e}"} if "relative_error" in r else {}
+        ratio = {"faster": f"{theirs[place(r)] / r['ms']:.2f} ×"} if whose == OURS else {}
+        return {f"{whose}\nms": f"{r['ms']:.4g}"} | error | ratio
+
+    if layers:
+        yield pivot("MiniMax, one linear layer", ["case", "part", "B", "T"], layers, place, cells, words=2)
+    if models := report.find("minimax model"):
+        yield pivot(
+            "MiniMax, a small model",
+            ["attention", "B", "prompt"],
+            models,
+            lambda r: (r["implementation"], str(r["B"]), f"{r['prompt']:,}"),
+            lambda r: {
+                "prompt ms": f"{r['prompt_ms']:.4g}",
+                "tokens/s": f"{r['tokens_per_s']:,.0f}",
+                "equal text": "yes" if r["equal_text"] else "NO",
+            },
+        )
 
 
 CASE = Case(measure, show, SIZES, needs=("transformers",))

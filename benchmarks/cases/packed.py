@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_attention import lightning_attention
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.render import Table
+from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Report
 from lightning_attention.bench.timing import Call, time_calls
 
@@ -80,22 +80,24 @@ def _measure(run: Run, shape: Shape, name: str, lengths: list[int] | None) -> No
     sequences = shape.B if lengths is None else len(lengths)
     for pass_, timing in time_calls(calls, run.device, seconds=run.scale.seconds).items():
         row = asdict(shape) | {"packing": name, "sequences": sequences, "pass": pass_}
-        run.report.add(SUITE, **row, **asdict(timing))
-        run.say(f"H {shape.H:>3}  {name:<18} {sequences:>4} sequences  {pass_:<16} {timing.ms:>9.4f} ms")
+        run.add(SUITE, **row, **asdict(timing))
 
 
 def show(report: Report) -> Iterator[Shown]:
     """Each batch's time, and what it is of that of one dense sequence of as many tokens."""
     records = report.find(SUITE)
     dense: dict[tuple[int, str], float] = {}
-    rows: dict[tuple[int, str], list[str]] = {}
     for r in records:
-        first = dense.setdefault((r["H"], r["pass"]), r["ms"])
-        row = rows.setdefault((r["H"], r["packing"]), [str(r["H"]), r["packing"]])
-        row.append(f"{r['ms']:.4f} ({r['ms'] / first:.2f})")
-    if rows:
-        title = "Packed batches (ms; over one dense sequence of as many tokens)"
-        yield Table(title, ["H", "batch", FORWARD, BOTH], list(rows.values()), words=2)
+        dense.setdefault((r["H"], r["pass"]), r["ms"])
+    if records:
+        yield pivot(
+            "Packed batches (ms; over one dense sequence of as many tokens)",
+            ["H", "batch"],
+            records,
+            lambda r: (str(r["H"]), r["packing"]),
+            lambda r: {r["pass"]: f"{r['ms']:.4f} ({r['ms'] / dense[r['H'], r['pass']]:.2f})"},
+            words=2,
+        )
 
 
 CASE = Case(measure, show, SCALES, backends=True)

@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from lightning_attention import decay, lightning_attention
 from lightning_attention.bench.attention import BOTH, FORWARD
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import OURS
-from lightning_attention.bench.render import Table
+from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Report
 from lightning_attention.bench.timing import Timing, wall_ms
 from lightning_attention.check import relative_error
@@ -90,17 +90,14 @@ def _measure(run: Run, T: int) -> None:
             x.requires_grad_(pass_ == BOTH)
         for group in (None, dist.group.WORLD):
             call = partial(_call, leaves, do, log_decay, pass_, group)
-            timing = Timing.of(_samples(call, scale.repeats, device))
             record = {"implementation": OURS, "ranks": 1 if group is None else ranks, "pass": pass_, "B": 1, "T": T,
-                      "H": scale.H, "D": scale.D, "dtype": str(scale.dtype).removeprefix("torch."),
-                      "ms": timing.ms, "min_ms": timing.min_ms, "max_ms": timing.max_ms,
-                      "repeats": timing.repeats}  # fmt: skip
+                      "H": scale.H, "D": scale.D, "dtype": scale.dtype}  # fmt: skip
+            record |= asdict(Timing.of(_samples(call, scale.repeats, device)))
             if error is not None and group is not None and pass_ == BOTH:
                 record["relative_error"] = error
                 if not error <= scale.budget:
                     record["error"] = f"relative error {error:.1e}, allowed {scale.budget:.0e}"
-            run.report.add(SUITE, **record)
-            run.say(f"T {T:>9,} a rank  {pass_:<16}  {record['ranks']} ranks  {timing.ms:>9.3f} ms")
+            run.add(SUITE, **record)
 
 
 def _samples(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -120,17 +117,15 @@ def _largest(value: float, device: torch.device) -> float:
 
 
 def show(report: Report) -> Iterator[Shown]:
-    """A row for each number of tokens, alone → in the group."""
-    records = report.find(SUITE)
-    found = {(r["T"], r["pass"], r["ranks"] > 1): f"{r['ms']:.3g}" for r in records}
-    rows = []
-    for T in sorted({r["T"] for r in records}):
-        times = [f"{found.get((T, p, False), '–')} → {found.get((T, p, True), '–')} ms" for p in (FORWARD, BOTH)]
-        rows.append([f"{T:,}", *times])
-    if rows:
-        ranks = max(r["ranks"] for r in records)
-        yield Table(
-            f"Sequence parallelism: alone → in the group of {ranks}", ["T a rank", FORWARD, BOTH], rows, words=0
+    """A row for each number of tokens, alone and in the group."""
+    if records := report.find(SUITE):
+        yield pivot(
+            "Sequence parallelism (ms of the slowest rank)",
+            ["T a rank"],
+            records,
+            lambda r: (f"{r['T']:,}",),
+            lambda r: {f"{r['pass']}\n{r['ranks']} rank" + "s" * (r["ranks"] > 1): f"{r['ms']:.3g}"},
+            words=0,
         )
     for r in records:
         if "relative_error" in r:

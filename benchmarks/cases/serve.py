@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness.timing import captured
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, pivot
 from lightning_attention.bench.report import Record, Report
 from lightning_attention.bench.timing import synchronize, wall_ms
 
@@ -99,17 +99,9 @@ def measure(run: Run) -> None:
                 result = _measure(generation, model, B, context, scale, device)
             except torch.OutOfMemoryError as error:
                 result = {"skipped": str(error).partition("\n")[0]}
-            dtype = str(scale.dtype).removeprefix("torch.")
-            run.report.add(SUITE, **about, B=B, context=context, dtype=dtype, **result)
-            run.say(f"{LABELS[name]:<16} batch {B:>4}  context {context:>8}  {_line(result)}")
+            run.add(SUITE, **about, B=B, context=context, dtype=scale.dtype, **result)
         del model
         _clean(device)
-
-
-def _line(result: dict[str, Any]) -> str:
-    if "skipped" in result:
-        return f"skipped: {result['skipped']}"
-    return f"{result['ms']:>9.3f} ms a step  {result['tokens_per_second']:>9.0f} tokens/s"
 
 
 def _transnormer(scale: Scale) -> TransnormerForCausalLM:
@@ -289,45 +281,34 @@ def _clean(device: torch.device) -> None:
 
 def table(records: list[Record]) -> Table:
     """One row a batch size and context, both models beside each other."""
-    columns = ["batch", "context"]
-    columns += [f"{LABELS[name]}\n{column}" for name in (OURS, SOFTMAX) for column in ("ms", "tokens/s", "keeps")]
-    found = {(r["B"], r["context"], r["implementation"]): r for r in records}
-    rows = []
-    for B, context in sorted({(r["B"], r["context"]) for r in records}):
-        cells = [str(B), length(context)]
-        for name in (OURS, SOFTMAX):
-            r = found.get((B, context, name), {})
-            if "ms" in r:
-                cells += [f"{r['ms']:.3f}", f"{r['tokens_per_second']:,.0f}", f"{r['state_bytes'] / 1e6:,.1f} MB"]
-            else:
-                cells += ["", "", "no room" if "skipped" in r else ""]
-        rows.append(cells)
-    return Table("generation, decode steps", columns, rows, words=0)
+
+    def cells(r: Record) -> dict[str, str]:
+        found = ["", "", "no room"]
+        if "ms" in r:
+            found = [f"{r['ms']:.3f}", f"{r['tokens_per_second']:,.0f}", f"{r['state_bytes'] / 1e6:,.1f} MB"]
+        heads = (f"{r['label']}\n{column}" for column in ("ms", "tokens/s", "keeps"))
+        return dict(zip(heads, found, strict=True))
+
+    def key(r: Record) -> tuple[str, ...]:
+        return str(r["B"]), length(r["context"])
+
+    return pivot("generation, decode steps", ["batch", "context"], records, key, cells, words=0)
 
 
 def constant(records: list[Record]) -> list[str]:
-    """For every batch size that we ran at several contexts: how time and memory changed between them."""
-    ours = [r for r in records if r["implementation"] == OURS]
+    """For every batch size that we ran at several contexts: how much time and memory change between them."""
     lines = []
-    for B in sorted({r["B"] for r in ours}):
-        found = sorted((r for r in ours if r["B"] == B), key=lambda r: r["context"])
-        if len(found) < 2:
+    for B in sorted({r["B"] for r in records}):
+        ours = sorted((r for r in records if (r["implementation"], r["B"]) == (OURS, B)), key=lambda r: r["context"])
+        if len(ours) < 2:
             continue
-        first, last = found[0], found[-1]
-        line = (
-            f"batch {B}: a step takes {first['ms']:.3f} ms at context {length(first['context'])} and "
-            f"{last['ms']:.3f} ms at {length(last['context'])} ({last['ms'] / first['ms'] - 1:+.1%}); "
-            f"over all contexts the time differs by {_spread(found, 'ms'):.1%}"
-        )
-        if "peak_bytes" in first:
-            line += f", the peak of memory by {_spread(found, 'peak_bytes'):.1%}"
+        first, last = (f"{r['ms']:.3f} ms at context {length(r['context'])}" for r in (ours[0], ours[-1]))
+        line = f"batch {B}: a step takes {first} and {last}"
+        for what, name in (("ms", "the time differs"), ("peak_bytes", "the peak of memory")):
+            values = [r[what] for r in ours if what in r]
+            line += f"; over all contexts {name} by {max(values) / min(values) - 1:.1%}" if values else ""
         lines.append(line)
     return lines
-
-
-def _spread(records: list[Record], what: str) -> float:
-    values = [r[what] for r in records]
-    return max(values) / min(values) - 1
 
 
 def figure(records: list[Record], environment: dict[str, Any]) -> Figure:

@@ -25,7 +25,7 @@ from lightning_attention.bench.attention import result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.lengths import labels
 from lightning_attention.bench.peers import OURS, Peer
-from lightning_attention.bench.render import Figure, Line, Panel, Table, caption
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, pivot
 from lightning_attention.bench.report import Record, Report
 from lightning_attention.bench.timing import Call, time_calls
 from lightning_attention.check import relative_error
@@ -51,32 +51,20 @@ class Scale:
 
 SCALES = {
     "cuda": Scale(
-        H=64,
-        D=128,
-        dtype=torch.bfloat16,
-        decode=(1, 8, 64, 256),
-        packings=(
-            ("8 equal prompts", (2048,) * 8, True),
-            ("8 prompts, one long", (9000, 3001, 1700, 1100, 700, 500, 300, 83), True),
-            ("2 chunks, 200 tokens", (4096,) * 2 + (1,) * 200, False),
-        ),
-        drafts=(64, 4),
-        seconds=0.2,
+        64, 128, torch.bfloat16, (1, 8, 64, 256),
+        (("8 equal prompts", (2048,) * 8, True),
+         ("8 prompts, one long", (9000, 3001, 1700, 1100, 700, 500, 300, 83), True),
+         ("2 chunks, 200 tokens", (4096,) * 2 + (1,) * 200, False)),
+        drafts=(64, 4), seconds=0.2,
     ),
     "cpu": Scale(
-        H=4,
-        D=64,
-        dtype=torch.float32,
-        decode=(1, 8),
-        packings=(
-            ("8 equal prompts", (128,) * 8, True),
-            ("8 prompts, one long", (562, 189, 106, 69, 44, 31, 18, 5), True),
-            ("2 chunks, 20 tokens", (256,) * 2 + (1,) * 20, False),
-        ),
-        drafts=(8, 4),
-        seconds=0.1,
+        4, 64, torch.float32, (1, 8),
+        (("8 equal prompts", (128,) * 8, True),
+         ("8 prompts, one long", (562, 189, 106, 69, 44, 31, 18, 5), True),
+         ("2 chunks, 20 tokens", (256,) * 2 + (1,) * 20, False)),
+        drafts=(8, 4), seconds=0.1,
     ),
-}
+}  # fmt: skip
 
 
 def _decode(b: Batch) -> Bound:
@@ -216,8 +204,7 @@ def measure(run: Run) -> None:
     """
     scale: Scale = run.scale
     rate = copy_rate(run.device)
-    run.report.add("copy", bytes_per_second=rate)
-    run.say(f"copy rate {rate / 1e12:.3f} TB/s")
+    run.add("copy", bytes_per_second=rate)
     row = partial(_row, run, rate)
     for state in (torch.float32, torch.bfloat16):
         for N in scale.decode:
@@ -264,77 +251,34 @@ def _row(
             if what != SPECULATE and "state_error" in found[name]:
                 found[name]["copy_fraction"] = problem.bytes / rate / (timing.ms * 1e-3)
     sizes = {"what": what, "size": size, "N": len(lengths), "T": sum(lengths), "H": scale.H, "D": scale.D}
-    types = {"dtype": _name(scale.dtype), "state": _name(state)}
     for p in able:
-        record = run.report.add(SUITE, **sizes, **types, implementation=p.name, label=p.label, **found[p.name])
-        run.say(f"{what:<24} {size:<20} {_name(state):<8} {p.label:<22} {_line(record)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _line(record: Record) -> str:
-    if "error" in record:
-        return str(record["error"])
-    part = f"   {record['copy_fraction']:.2f} of the copy rate" if "copy_fraction" in record else ""
-    return f"{_us(record):>9.1f} µs{part}"
+        names = {"dtype": scale.dtype, "state": state, "implementation": p.name, "label": p.label}
+        run.add(SUITE, **sizes, **names, **found[p.name])
 
 
 def _us(record: Record) -> float | None:
     return record.get("us", record["ms"] * 1e3 if "ms" in record else None)
 
 
-def _rows(records: list[Record]) -> dict[tuple[str, str, str], dict[str, Record]]:
-    """By operation, size and type of state, every implementation's record."""
-    found: dict[tuple[str, str, str], dict[str, Record]] = {}
-    for r in records:
-        found.setdefault((r["what"], r["size"], r["state"]), {})[r["implementation"]] = r
-    return found
-
-
 def table(records: list[Record]) -> Table:
     """A row an operation and size: our time and part of the copy rate, and the others' times over ours."""
-    names = labels(records)
-    columns = ["operation", "size", "state"]
-    for name, label in names.items():
-        columns += [label, "copy"] if name == OURS else [label]
-    rows = []
-    for key, found in _rows(records).items():
-        cells, own = list(key), found.get(OURS, {})
-        mine = _us(own)
-        for name in names:
-            us = _us(found.get(name, {}))
-            cell = "" if name not in found else "failed" if us is None else f"{us:.1f}"
-            if name == OURS:
-                cells += [cell, f"{own['copy_fraction']:.2f}" if "copy_fraction" in own else ""]
-            else:
-                cells.append(cell if us is None or mine is None else f"{cell} ({us / mine:.2f}×)")
-        cells.append(", ".join(f"{own[name]:.0e}" for name in ("output_error", "state_error") if name in own))
-        rows.append(cells)
+
+    def key(r: Record) -> tuple[str, ...]:
+        return r["what"], r["size"], r["state"]
+
+    mine = {key(r): r for r in records if r["implementation"] == OURS}
+
+    def cells(r: Record) -> dict[str, str]:
+        us, own = _us(r), _us(mine.get(key(r), {}))
+        cell = "failed" if us is None else f"{us:.1f}"
+        if r["implementation"] != OURS:
+            return {r["label"]: f"{cell} ({us / own:.2f}×)" if us and own else cell}
+        copied = {"copy": f"{r['copy_fraction']:.2f}"} if "copy_fraction" in r else {}
+        errors = ", ".join(f"{r[name]:.0e}" for name in ("output_error", "state_error") if name in r)
+        return {r["label"]: cell} | copied | {"our errors\noutput, state": errors}
+
     title = "Serving operations (µs; part of the copy rate; others: over our time)"
-    return Table(title, [*columns, "our errors\noutput, state"], rows, words=3)
-
-
-def summary(records: list[Record]) -> list[str]:
-    """The ratios that the table has in different rows, and the range of those that it has in one column."""
-    rows, lines = _rows(records), []
-    size = max(((r["N"], r["size"]) for r in records if r["what"] == DECODE), default=(0, ""))[1]
-    slow, fast = (_us(rows.get((DECODE, size, s), {}).get(OURS, {})) for s in ("float32", "bfloat16"))
-    if slow and fast:
-        lines.append(f"decode, {size}: {slow / fast:.2f} times as fast on a bfloat16 state as on a float32 one")
-    for what, name, text in (
-        (PREFILL, "seg_la", "seg_la takes"),
-        (PREFILL, "forward", "our forward of the same packing takes"),
-        (PREFILL, "dense", "our forward of one sequence takes"),
-        (SPECULATE, "decodes", "a decode call for each draft takes"),
-    ):
-        ratios = [other / mine for (operation, _, _), found in rows.items() if operation == what
-                  and (mine := _us(found.get(OURS, {}))) and (other := _us(found.get(name, {})))]  # fmt: skip
-        if ratios:
-            spread = " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(ratios), max(ratios))))
-            lines.append(f"{what}: {text} {spread} times our time")
-    return lines
+    return pivot(title, ["operation", "size", "state"], records, key, cells, words=3)
 
 
 def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
@@ -356,11 +300,10 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
 
 
 def show(report: Report) -> Iterator[Shown]:
-    """One table, a few sentences, and decode as a figure."""
+    """One table, and decode as a figure."""
     records = report.find(SUITE)
     if records:
         yield table(records)
-        yield from summary(records)
     if any(r["what"] == DECODE and "copy_fraction" in r for r in records):
         yield figure(records, report.environment)
 

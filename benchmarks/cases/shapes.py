@@ -13,7 +13,7 @@ from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.lengths import labels, time_per_token
 from lightning_attention.bench.peers import ATTENTION, Peer, is_ours, ours
-from lightning_attention.bench.render import Table
+from lightning_attention.bench.render import Table, pivot
 from lightning_attention.bench.report import Record, Report
 from lightning_attention.check import relative_error
 
@@ -36,20 +36,10 @@ class Scale:
     seconds: float
 
 
+SHAPES = ((4, 32_768, 32, 128), (4, 8_192, 32, 128), (1, 131_072, 32, 128), (1, 131_072, 8, 128), (1, 524_288, 16, 64),
+          (4, 2_048, 32, 128), (1, 2_048, 32, 128))  # fmt: skip
 SCALES = {
-    "cuda": Scale(
-        (
-            Shape(4, 32_768, 32, 128),
-            Shape(4, 8_192, 32, 128),
-            Shape(1, 131_072, 32, 128),
-            Shape(1, 131_072, 8, 128),
-            Shape(1, 524_288, 16, 64),
-            Shape(4, 2_048, 32, 128),
-            Shape(1, 2_048, 32, 128),
-        ),
-        torch.bfloat16,
-        0.4,
-    ),
+    "cuda": Scale(tuple(Shape(*x) for x in SHAPES), torch.bfloat16, 0.4),
     "cpu": Scale((Shape(4, 512, 4, 64), Shape(1, 2048, 4, 64)), torch.float32, 0.2),
 }
 
@@ -100,30 +90,24 @@ def measure_shapes(run: Run) -> None:
     """
     scale, own = run.scale, ours(run.backend)
     rate = copy_rate(run.device)
-    run.report.add("copy", bytes_per_second=rate)
-    run.say(f"copy rate {rate / 1e12:.3f} TB/s")
+    run.add("copy", bytes_per_second=rate)
     for shape in scale.shapes:
         problem = Problem(shape, scale.dtype, run.device)
-        row = asdict(shape) | {"dtype": str(scale.dtype).removeprefix("torch.")}
+        row = asdict(shape) | {"dtype": scale.dtype}
         able = [i for i in [own, *run.peers] if not (i.softmax and shape.T > SOFTMAX_MAX_LENGTH)]
         wanted = reference(problem)
-        for i in able:
-            if not i.softmax:
-                found = result_or_error(partial(errors, problem, i, wanted))
-                run.report.add("errors", **row, implementation=i.name, **found)
+        for i in (i for i in able if not i.softmax):
+            run.add("errors", **row, implementation=i.name, **result_or_error(partial(errors, problem, i, wanted)))
         del wanted
         for pass_ in (FORWARD, BACKWARD, BOTH):
             chosen = [own] if pass_ == BACKWARD else able
             for i, result in zip(chosen, measure(chosen, problem, pass_, seconds=scale.seconds).values(), strict=True):
-                line = result.get("error")
-                if line is None:
+                if "ms" in result:
                     result["floor_fraction"] = floor_ms(shape, pass_, scale.dtype, rate) / result["ms"]
-                    line = f"{result['ms']:>9.4f} ms   {result['floor_fraction']:.2f} of the floor"
                     if pass_ == BOTH:
                         unit = unit_bytes(shape, scale.dtype)
                         result["memory_ratio"] = (result["peak_bytes"] + 4 * unit) / (8 * unit)
-                run.report.add("shapes", **row, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
-                run.say(f"{shape!s:<20} {pass_:<16} {i.name:<20} {line}")
+                run.add("shapes", **row, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
         del problem
 
 
@@ -134,36 +118,24 @@ def _shape(record: Record) -> Shape:
 def table(records: list[Record], found_errors: list[Record]) -> Table:
     """Ours with the part of the floor it reaches, and each peer's time with how many times slower it is."""
     short = {FORWARD: "f", BACKWARD: "b", BOTH: "f+b"}
-    columns = [(name, pass_) for name in labels(records)
-               for pass_ in ((FORWARD, BACKWARD, BOTH) if is_ours(name) else (FORWARD, BOTH))]  # fmt: skip
-    compared = dict.fromkeys(e["implementation"] for e in found_errors)
+    mine = {(_shape(r), r["pass"]): r for r in records if is_ours(r["implementation"]) and "ms" in r}
 
-    def title(name: str) -> str:
-        return "ours" if is_ours(name) else labels(records).get(name, name)
+    def cells(r: Record) -> dict[str, str]:
+        ours_, name = is_ours(r["implementation"]), r["implementation"]
+        if "pass" not in r:
+            return {f"worst error\n{'ours' if ours_ else name}": _worst(r)}
+        head = f"{'ours' if ours_ else r['label']}\n{short[r['pass']]}"
+        if "ms" not in r:
+            return {head: "failed"}
+        if not ours_:
+            own = mine.get((_shape(r), r["pass"]), {}).get("ms", float("nan"))
+            return {head: f"{r['ms']:.3f} ({r['ms'] / own:.1f}×)"}
+        found = {head: f"{r['ms']:.3f} ({r['floor_fraction']:.2f})"}
+        return found | ({"memory": f"{r['memory_ratio']:.3f}"} if r["pass"] == BOTH else {})
 
-    rows = []
-    for shape in dict.fromkeys(map(_shape, records)):
-        found = {(r["implementation"], r["pass"]): r for r in records if _shape(r) == shape}
-        mine = {pass_: r for (name, pass_), r in found.items() if is_ours(name) and "ms" in r}
-        cells = []
-        for name, pass_ in columns:
-            record = found.get((name, pass_), {})
-            if "ms" not in record:
-                cells.append("failed" if "error" in record else "–")
-            elif is_ours(name):
-                cells.append(f"{record['ms']:.3f} ({record['floor_fraction']:.2f})")
-            else:
-                ratio = record["ms"] / mine[pass_]["ms"] if pass_ in mine else float("nan")
-                cells.append(f"{record['ms']:.3f} ({ratio:.1f}×)")
-        memory = f"{mine[BOTH]['memory_ratio']:.3f}" if BOTH in mine else ""
-        worst = {e["implementation"]: _worst(e) for e in found_errors if _shape(e) == shape}
-        rows.append([str(shape), *cells, memory, *(worst.get(name, "") for name in compared)])
-    return Table(
-        "ms (part of the memory floor; peers: times slower than ours)",
-        ["B, T, H, D", *(f"{title(name)}\n{short[pass_]}" for name, pass_ in columns), "memory",
-         *(f"worst error\n{'ours' if is_ours(name) else name}" for name in compared)],
-        rows,
-    )  # fmt: skip
+    by_peer = sorted(records, key=lambda r: list(labels(records)).index(r["implementation"]))
+    title = "ms (part of the memory floor; peers: times slower than ours)"
+    return pivot(title, ["B, T, H, D"], [*by_peer, *found_errors], lambda r: (str(_shape(r)),), cells)
 
 
 def _worst(found: Record) -> str:

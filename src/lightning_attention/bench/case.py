@@ -15,6 +15,7 @@ from lightning_attention.bench.render import Figure, Table
 from lightning_attention.bench.report import Record, Report, environment, first_process, slug
 
 Shown = Table | Figure | str
+RESULTS = ("ms", "us", "error", "skipped")  # the first of these is what came out
 
 
 class OptionError(ValueError):
@@ -38,6 +39,16 @@ class Run:
     peers: Sequence[Peer] = ()
     backend: str | None = None
     say: Callable[[str], object] = field(default=partial(print, flush=True))
+
+    def add(self, suite: str, **record: Any) -> None:
+        """Put a record into the report, and say what it is of and what came out."""
+        words = []
+        for key, value in self.report.add(suite, **record).items():
+            if key not in ("suite", "label", "first_call_s", "peak_bytes"):
+                words.append(f"{value}" if isinstance(value, str) and key not in RESULTS else f"{key} {value}")
+            if key in RESULTS:
+                break
+        self.say("  ".join(words))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape, measure
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ATTENTION, is_ours, ours
-from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, number
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, number, pivot
 from lightning_attention.bench.report import Record, Report
 
 EXPLANATION = (
@@ -55,39 +55,29 @@ def sweep(run: Run, suite: str = "lengths") -> None:
     scale: Sweep = run.scale
     before: dict[tuple[str, str], tuple[float, Shape]] = {}
     stopped: set[tuple[str, str]] = set()
-    implementations = [ours(run.backend), *run.peers]
+    implementations, peers = [ours(run.backend), *run.peers], {p.name: p for p in run.peers}
     for T in scale.lengths:
         shape = Shape(max(1, scale.tokens // T), T, scale.H, scale.D)
         problem = Problem(shape, scale.dtype, run.device)
         for pass_ in (FORWARD, BOTH):
-            row = asdict(shape) | {"dtype": str(scale.dtype).removeprefix("torch."), "pass": pass_}
             results: dict[str, dict[str, Any]] = {}
-            for i in implementations:
-                key = (i.name, pass_)
-                expected = expected_s(*before[key], shape, i.softmax) if key in before and not is_ours(i.name) else 0.0
-                if key not in stopped and expected > scale.limit_s:
+            for name, (ms, last) in ((i, before[i, pass_]) for i in peers if (i, pass_) in before):
+                expected = expected_s(ms, last, shape, peers[name].softmax)
+                if expected > scale.limit_s:
                     why = f"a call would take about {expected:.3g} s, more than {scale.limit_s:g} s"
-                    results[i.name] = {"skipped": why}
+                    results[name] = {"skipped": why}
             able = [i for i in implementations if (i.name, pass_) not in stopped and i.name not in results]
             results |= measure(able, problem, pass_, seconds=scale.seconds)
             for i in implementations:
                 if i.name not in results:
                     continue
-                result = results[i.name]
-                run.report.add(suite, **row, implementation=i.name, label=i.label, **result)
-                run.say(f"T {T:>9,}  {pass_:<16}  {i.name:<20} {_line(result)}")
+                result, what = results[i.name], asdict(shape) | {"dtype": scale.dtype, "pass": pass_}
+                run.add(suite, **what, implementation=i.name, label=i.label, **result)
+                before.pop((i.name, pass_), None)
                 if "ms" in result:
                     before[i.name, pass_] = result["ms"], shape
                 else:
                     stopped.add((i.name, pass_))
-        del problem
-
-
-def _line(result: dict[str, Any]) -> str:
-    if "ms" not in result:
-        return f"skipped: {result['skipped']}" if "skipped" in result else str(result["error"])
-    per_token = f"{result['us_per_token']:>9.4f} µs/token  {result['bytes_per_token']:>9,.0f} bytes/token"
-    return f"{result['ms']:>10.3f} ms  {per_token}"
 
 
 def expected_s(ms: float, shape: Shape, next_shape: Shape, softmax: bool) -> float:
@@ -103,24 +93,20 @@ def labels(records: list[Record]) -> dict[str, str]:
 
 def tables(records: list[Record]) -> Iterator[Table]:
     """Time and memory per token against T, a table for each pass; peers with how many times faster ours is."""
+    mine = {(r["T"], r["pass"]): r["ms"] for r in records if is_ours(r["implementation"]) and "ms" in r}
+
+    def cells(r: Record) -> dict[str, str]:
+        head, ours_ms = f"{r['label']}\nµs", mine.get((r["T"], r["pass"]))
+        if "ms" not in r:
+            return {head: "failed" if "error" in r else "–"}
+        found = {head: number(r["us_per_token"]), f"{r['label']}\nbytes": number(r["bytes_per_token"])}
+        if not is_ours(r["implementation"]) and ours_ms:
+            found[f"{r['label']}\nours faster"] = f"{r['ms'] / ours_ms:.1f}×"
+        return found
+
     for pass_ in (FORWARD, BOTH):
-        columns = ["T"]
-        for name, label in labels(records).items():
-            columns += [f"{label}\nµs", "bytes", *([] if is_ours(name) else ["ours\nfaster"])]
-        chosen = [r for r in records if r["pass"] == pass_]
-        rows = []
-        for T in sorted({r["T"] for r in chosen}):
-            found = {r["implementation"]: r for r in chosen if r["T"] == T}
-            mine = next((r["ms"] for name, r in found.items() if is_ours(name) and "ms" in r), None)
-            rows.append([f"{T:,}"])
-            for name in labels(records):
-                record = found.get(name, {})
-                measured = "ms" in record
-                rows[-1] += [number(record["us_per_token"]), number(record["bytes_per_token"])] if measured else [
-                    "failed" if "error" in record else "–", ""]  # fmt: skip
-                if not is_ours(name):
-                    rows[-1].append(f"{record['ms'] / mine:.1f}×" if mine and measured else "")
-        yield Table(f"{pass_}, per token", columns, rows, words=0)
+        chosen = sorted((r for r in records if r["pass"] == pass_), key=lambda r: r["T"])
+        yield pivot(f"{pass_}, per token", ["T"], chosen, lambda r: (f"{r['T']:,}",), cells, words=0)
 
 
 def spread(records: list[Record], pass_: str, first: int) -> float | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from lightning_attention.bench.report import Record
 
 # Okabe and Ito's hues, which stay apart for colour-blind readers, two of them darkened so that text in them has
 # contrast enough; the markers differ too, for print without colour.
@@ -45,6 +48,9 @@ class Table:
     def lines(self) -> list[str]:
         """The title, the names of the columns, a rule, and a line for each row; a short row ends in empty cells."""
         names = [name.split("\n") for name in self.columns]
+        for left, right in reversed(list(pairwise(names))):
+            if len(right) > 1 and left[0] == right[0]:  # what several columns share is said above the first
+                right[0] = ""
         depth = max(map(len, names))
         above = list(zip(*([""] * (depth - len(name)) + name for name in names), strict=True))
         below = [(*row, *[""] * (len(names) - len(row))) for row in self.rows]
@@ -59,6 +65,23 @@ class Table:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def pivot(
+    title: str,
+    heads: Sequence[str],
+    records: Iterable[Record],
+    key: Callable[[Record], tuple[str, ...]],
+    cells: Callable[[Record], Mapping[str, str]],
+    words: int = 1,
+) -> Table:
+    """A row for each key, under ``heads``, then the cells of its records by the names of their columns."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for r in records:
+        rows.setdefault(key(r), {}).update(cells(r))
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    filled = [[*k, *(row.get(name, "") for name in columns)] for k, row in rows.items()]
+    return Table(title, [*heads, *columns], filled, words)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def commit() -> str | None:
     if _answer(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # someone else's repository, or none
         return None
     head = _answer(*git, "rev-parse", "HEAD")
-    changed = _answer(*git, "status", "--porcelain", "--untracked-files=no", ".")
+    changed = _answer(*git, "status", "--porcelain", "--untracked-files=no")
     return head if head is None or changed is None else f"{head}+"
 
 
@@ -155,4 +155,4 @@ class Report:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # JSON knows neither nan nor inf
-    return value
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

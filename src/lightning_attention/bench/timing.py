@@ -58,7 +58,7 @@ def time_calls(
     """
     estimates = {name: wall_ms(call, device) for name, call in calls.items()}
     repeats = {name: min(max(3, int(seconds * 1e3 / ms)), max_repeats) for name, ms in estimates.items()}
-    samples = _samples_cuda(calls, repeats, device) if device.type == "cuda" else _samples_cpu(calls, repeats, device)
+    samples = _samples(calls, repeats, device)
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
@@ -68,17 +68,13 @@ def _turns(repeats: dict[str, int]) -> list[str]:
     return [name for i in range(rounds) for name, n in repeats.items() if (i * n) % rounds < n]
 
 
-def _samples_cpu(calls: dict[str, Call], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name in _turns(repeats):
-        samples[name].append(wall_ms(calls[name], device))
-    return samples
-
-
-def _samples_cuda(calls: dict[str, Call], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
+def _samples(calls: dict[str, Call], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     events = []
     for name in _turns(repeats):
+        if device.type != "cuda":
+            samples[name].append(wall_ms(calls[name], device))
+            continue
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush_l2(device)
         start.record()

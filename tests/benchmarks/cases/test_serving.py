@@ -125,10 +125,6 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tm
 
     records = report.find(SUITE)
     assert len(serving.table(records).rows) == 8
-    lines = serving.summary(records)
-    assert [line.partition(":")[0] for line in lines] == ["decode, N = 3", PREFILL, PREFILL, SPECULATE]
-    slow, fast = (report.find(SUITE, what=DECODE, size="N = 3", state=s)[0]["ms"] for s in ("float32", "bfloat16"))
-    assert f"{slow / fast:.2f} times as fast" in lines[0]
     serving.figure(records, report.environment).save(tmp_path / "decode.png")
     assert matplotlib.image.imread(tmp_path / "decode.png").shape[1] > 1500
 
