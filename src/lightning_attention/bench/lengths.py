@@ -55,29 +55,29 @@ def sweep(run: Run, suite: str = "lengths") -> None:
     scale: Sweep = run.scale
     before: dict[tuple[str, str], tuple[float, Shape]] = {}
     stopped: set[tuple[str, str]] = set()
-    implementations, peers = [ours(run.backend), *run.peers], {p.name: p for p in run.peers}
     for T in scale.lengths:
         shape = Shape(max(1, scale.tokens // T), T, scale.H, scale.D)
         problem = Problem(shape, scale.dtype, run.device)
         for pass_ in (FORWARD, BOTH):
-            results: dict[str, dict[str, Any]] = {}
-            for name, (ms, last) in ((i, before[i, pass_]) for i in peers if (i, pass_) in before):
-                expected = expected_s(ms, last, shape, peers[name].softmax)
-                if expected > scale.limit_s:
-                    why = f"a call would take about {expected:.3g} s, more than {scale.limit_s:g} s"
-                    results[name] = {"skipped": why}
-            able = [i for i in implementations if (i.name, pass_) not in stopped and i.name not in results]
+            going = [i for i in [ours(run.backend), *run.peers] if (i.name, pass_) not in stopped]
+            expected = {
+                i.name: expected_s(*before[i.name, pass_], shape, i.softmax) for i in going if scale.lengths[0] < T
+            }
+            results: dict[str, dict[str, Any]] = {
+                name: {"skipped": f"a call would take about {s:.3g} s, more than {scale.limit_s:g} s"}
+                for name, s in expected.items()
+                if s > scale.limit_s and not is_ours(name)
+            }
+            able = [i for i in going if i.name not in results]
             results |= measure(able, problem, pass_, seconds=scale.seconds)
-            for i in implementations:
-                if i.name not in results:
-                    continue
+            for i in going:
                 result, what = results[i.name], asdict(shape) | {"dtype": scale.dtype, "pass": pass_}
                 run.add(suite, **what, implementation=i.name, label=i.label, **result)
-                before.pop((i.name, pass_), None)
                 if "ms" in result:
                     before[i.name, pass_] = result["ms"], shape
                 else:
                     stopped.add((i.name, pass_))
+        del problem  # before the next one is made
 
 
 def expected_s(ms: float, shape: Shape, next_shape: Shape, softmax: bool) -> float:
