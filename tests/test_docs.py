@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_attention.bench import op
-from lightning_attention.bench.peers import ours
+from lightning_attention.bench import lengths
+from lightning_attention.bench.case import Run
 from lightning_attention.bench.report import Report, environment
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +37,9 @@ def run(document: Path) -> int:
 def measured(folder: Path) -> None:
     """What ``lightning-attention bench`` leaves, of lengths that take no time."""
     cpu = torch.device("cpu")
-    tiny = replace(op.SWEEPS["cpu", True], lengths=(64, 128), H=2, D=16, seconds=0.01)
-    report = Report(folder / "runs/bench/op-lengths-cpu.json", environment(cpu, [ours()]))
-    op.lengths(report, [ours()], tiny, cpu, "lengths", lambda _: None)
+    tiny = replace(lengths.SCALES["cpu quick"], lengths=(64, 128), H=2, D=16, seconds=0.01)
+    report = Report(folder / "runs/bench/op-lengths-cpu.json", environment(cpu))
+    lengths.sweep(Run(report, cpu, tiny, say=len))
 
 
 # peft 0.21 asks transformers 5.23 by a name that it calls old.

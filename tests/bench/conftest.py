@@ -1,6 +1,11 @@
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
+from lightning_attention.bench.case import Run
+from lightning_attention.bench.peers import Peer
 from lightning_attention.bench.report import Report, environment
 
 
@@ -12,3 +17,13 @@ def cpu() -> torch.device:
 @pytest.fixture
 def report(tmp_path, cpu) -> Report:
     return Report(tmp_path / "op.json", environment(cpu))
+
+
+@pytest.fixture
+def run(report, cpu):
+    """What a case gets, with a scale and peers of the test."""
+
+    def make(scale: Any, peers: Sequence[Peer] = (), backend: str | None = None) -> Run:
+        return Run(report, cpu, scale, peers, backend, say=len)
+
+    return make

@@ -6,13 +6,13 @@ import torch
 
 from lightning_attention import __version__
 from lightning_attention.bench import report as reports
-from lightning_attention.bench.peers import ours, peers
+from lightning_attention.bench.peers import SDPA, Peer
 from lightning_attention.bench.report import Report, environment, slug
 
 
 def test_environment_says_what_it_takes_to_repeat_the_run(cpu, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lightning-attention", "bench", "op", "--out", "a b"])
-    found = environment(cpu, [ours(), *peers(["fla", "sdpa"], cpu)])
+    found = environment(cpu, [Peer("ours", "", "lightning-attention", {}), *SDPA])
     assert found["command"] == "lightning-attention bench op --out 'a b'"
     assert found["torch"] == torch.__version__
     assert found["lightning_attention"] == __version__
@@ -20,8 +20,9 @@ def test_environment_says_what_it_takes_to_repeat_the_run(cpu, monkeypatch):
     assert found["device"].endswith("1 thread")
     assert found["threads"] == 1
     assert found["driver"] is None
-    assert list(found["peers"]) == ["fla"]
+    assert found["peers"] == {"lightning-attention": __version__}
     json.dumps(found)
+    assert environment(cpu, program="python -m benchmarks")["command"] == "python -m benchmarks bench op --out 'a b'"
 
 
 def test_commit_is_the_checkouts_and_marks_changes(tmp_path, monkeypatch):
@@ -72,3 +73,13 @@ def test_slug(cpu, monkeypatch):
     assert slug(cpu) == "cpu"
     monkeypatch.setattr(reports, "device_name", lambda _: "NVIDIA H200")
     assert slug(torch.device("cuda")) == "nvidia-h200"
+
+
+def test_of_several_processes_the_first_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    Report(tmp_path / "x.json", {}).add("a", T=1)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "0")
+    written = Report(tmp_path / "x.json", {})
+    written.add("a", T=1)
+    assert Report.read(written.path).records == written.records

@@ -1,16 +1,18 @@
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 import lightning_attention as la
-from lightning_attention.cli.check import check
+from lightning_attention.check import Row
+from lightning_attention.cli.check import check, table
 
 
 @pytest.fixture
 def run():
     app = typer.Typer()
     app.command()(check)
-    return lambda: CliRunner().invoke(app, env={"COLUMNS": "120"})
+    return lambda **options: CliRunner().invoke(app, **options)
 
 
 def test_a_working_installation(run):
@@ -30,3 +32,24 @@ def test_a_broken_operation_is_told_by_the_exit_status(run, monkeypatch):
     assert result.exit_code == 1
     assert "2 of 21 checks failed" in result.stdout
     assert result.stdout.count(" NO") == 2
+
+
+def test_a_wrong_row_is_red(run, monkeypatch):
+    right = la.lightning_attention_decode
+    monkeypatch.setattr(la, "lightning_attention_decode", lambda *args, **kwargs: 0.99 * right(*args, **kwargs))
+    lines = run(color=True).stdout.splitlines()
+    red = [line for line in lines if line.startswith("\x1b[31m")]
+    assert ["decode" in line for line in red] == [True, True, False]
+    assert "2 of 21 checks failed" in red[-1]
+
+
+def test_the_table_tells_right_from_wrong():
+    rows = [
+        Row("cpu", "tiled", torch.bfloat16, "output", "output", 0.001, 0.005),
+        Row("cpu", "tiled", torch.bfloat16, "gradients", "dq", 0.01, 0.005),
+        Row("cpu", "tiled", torch.bfloat16, "decode", "", float("nan"), float("nan"), "RuntimeError: [no] image"),
+    ]
+    found = table(rows, several_devices=True)
+    assert found.rows[0] == ["tiled (cpu)", "bfloat16", "output", "output", "1.0e-03", "5.0e-03", "yes"]
+    assert found.rows[1] == ["tiled (cpu)", "bfloat16", "gradients", "dq", "1.0e-02", "5.0e-03", "NO"]
+    assert found.rows[2][3:] == ["RuntimeError: [no] image", "–", "–", "NO"]

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lightning_attention.bench.minimax import BUDGETS, in_float64, make_layer
-from lightning_attention.bench.minimax import SIZES as BENCH_SIZES
+from benchmarks.cases.minimax import BUDGETS, in_float64, make_layer
+from benchmarks.cases.minimax import SIZES as BENCH_SIZES
 from lightning_attention.integrations.minimax import LightningMiniMaxCache, apply_lightning_attention
 from tests.integrations.conftest import build
 from tests.kernels.triton.support.device import needs_gpu

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from lightning_attention.bench.peers import Implementation
+from lightning_attention.bench.peers import Peer
+
+Record = dict[str, Any]
+
+
+def first_process() -> bool:
+    """Whether this process reports: of those that torchrun starts, the first does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def device_name(device: torch.device) -> str:
@@ -70,7 +77,7 @@ def commit() -> str | None:
     if _answer(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # someone else's repository, or none
         return None
     head = _answer(*git, "rev-parse", "HEAD")
-    changed = _answer(*git, "status", "--porcelain", "--untracked-files=no", ".")
+    changed = _answer(*git, "status", "--porcelain", "--untracked-files=no")
     return head if head is None or changed is None else f"{head}+"
 
 
@@ -79,13 +86,18 @@ def driver() -> str | None:
     return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 
-def environment(device: torch.device, implementations: Iterable[Implementation] = ()) -> dict[str, Any]:
-    """Device, versions, command, commit and date: what someone needs to get the same figures."""
+def environment(
+    device: torch.device, peers: Iterable[Peer] = (), program: str = "lightning-attention"
+) -> dict[str, Any]:
+    """Device, versions, command, commit and date: what someone needs to get the same figures.
+
+    ``program``: what the arguments of this process were given to.
+    """
     import lightning_attention
 
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["lightning-attention", *sys.argv[1:]]),
+        "command": shlex.join([*program.split(), *sys.argv[1:]]),
         "commit": commit(),
         "device": device_name(device),
         "device_type": device.type,
@@ -99,7 +111,8 @@ def environment(device: torch.device, implementations: Iterable[Implementation] 
         "hip": torch.version.hip,
         "triton": package_version("triton"),
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "peers": {i.name: i.version() for i in implementations if i.package not in ("torch", "lightning-attention")},
+        "transformers": package_version("transformers"),
+        "peers": {p.package: package_version(p.package) for p in peers if p.package != "torch"},
     }
 
 
@@ -107,37 +120,39 @@ class Report:
     """A benchmark's results, written to ``path`` after every record, so that a run cut short leaves what it has."""
 
     def __init__(self, path: Path, environment: dict[str, Any]) -> None:
-        self.path = path
-        self.environment = environment
-        self.records: list[dict[str, Any]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.environment = path, environment
+        self.records: list[Record] = []
         self._write()
 
-    def add(self, suite: str, **record: Any) -> dict[str, Any]:
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """A finished report, from its file."""
+        found = cls.__new__(cls)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found.path, found.environment, found.records = path, content["environment"], content["records"]
+        return found
+
+    def add(self, suite: str, **record: Any) -> Record:
         """Keep a record; floats keep six digits, more than a timer has."""
         entry = {"suite": suite} | {key: _rounded(value) for key, value in record.items()}
         self.records.append(entry)
         self._write()
         return entry
 
-    def find(self, suite: str, **wanted: Any) -> list[dict[str, Any]]:
+    def find(self, suite: str, **wanted: Any) -> list[Record]:
         """The suite's records that have all the wanted values."""
         return [r for r in self.records if r["suite"] == suite and all(r.get(k) == v for k, v in wanted.items())]
 
-    def find_errors(self, implementation: str) -> list[dict[str, Any]]:
-        """The records of an implementation's failed calls."""
-        return [r for r in self.records if r.get("implementation") == implementation and "error" in r]
-
     def _write(self) -> None:
-        content = {"environment": self.environment, "records": self.records}
+        if not first_process():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps({"environment": self.environment, "records": self.records}, indent=1) + "\n")
         temporary.replace(self.path)
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # JSON knows neither nan nor inf
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return value
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

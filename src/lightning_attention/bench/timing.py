@@ -1,4 +1,4 @@
-"""Timers for a CPU and a GPU, peak memory, and the copy rate that a memory-bound kernel is held against."""
+"""Timers for a CPU and a GPU, and peak memory."""
 
 import json
 import os
@@ -12,14 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_attention.cuda_graphs import capture
-
 Call = Callable[[], object]
 
 #: Written between repetitions so that none finds its inputs in the L2 cache (60 MB on an H200, 126 MB on a B200).
 #: It also keeps the GPU busy for about 0.1 ms while the host enqueues the call, so launches cost as in a model.
 FLUSH_BYTES = 1 << 30  # also 0.25 ms in which the host gets ahead: a launch is then no part of what is timed
-COPY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -50,27 +47,6 @@ def wall_ms(call: Call, device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-@dataclass(frozen=True)
-class _Replayed:
-    graph: torch.cuda.CUDAGraph
-    captured: Call
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def captured(call: Call, device: torch.device) -> Call:
-    """On a GPU the replay of a CUDA graph of the call, made after a run that warms it up; elsewhere the call itself.
-
-    What is returned keeps the call too: were it dropped, with a pool of states that nobody else has, replays would read
-    and write freed memory.
-    """
-    if device.type != "cuda":
-        return call
-    graph, _ = capture(call, device)
-    return _Replayed(graph, call)
-
-
 def time_calls(
     calls: dict[str, Call], device: torch.device, *, seconds: float, max_repeats: int = 100
 ) -> dict[str, Timing]:
@@ -82,7 +58,7 @@ def time_calls(
     """
     estimates = {name: wall_ms(call, device) for name, call in calls.items()}
     repeats = {name: min(max(3, int(seconds * 1e3 / ms)), max_repeats) for name, ms in estimates.items()}
-    samples = _samples_cuda(calls, repeats, device) if device.type == "cuda" else _samples_cpu(calls, repeats, device)
+    samples = _samples(calls, repeats, device)
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
@@ -92,17 +68,13 @@ def _turns(repeats: dict[str, int]) -> list[str]:
     return [name for i in range(rounds) for name, n in repeats.items() if (i * n) % rounds < n]
 
 
-def _samples_cpu(calls: dict[str, Call], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name in _turns(repeats):
-        samples[name].append(wall_ms(calls[name], device))
-    return samples
-
-
-def _samples_cuda(calls: dict[str, Call], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
+def _samples(calls: dict[str, Call], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     events = []
     for name in _turns(repeats):
+        if device.type != "cuda":
+            samples[name].append(wall_ms(calls[name], device))
+            continue
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush_l2(device)
         start.record()
@@ -123,16 +95,6 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 def flush_l2(device: torch.device) -> None:
     """Replaces what the GPU's L2 cache holds."""
     _flush_buffer(device).zero_()
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that a device-to-device copy moves, read and written ones counted: the memory's real ceiling."""
-    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES >> 4
-    source = torch.ones(size, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = lambda: target.copy_(source)  # noqa: E731
-    wall_ms(copy, device)
-    return 2 * size / (time_calls({"copy": copy}, device, seconds=0.3)["copy"].ms * 1e-3)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
@@ -166,19 +128,3 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
-
-
-def host_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
-    """Microseconds that the calling thread spends in a call, device work not waited for (median).
-
-    Use it with a shape so small that the device is done before the next call is made. The queue is drained every
-    20 calls, so that a full one never makes the host wait.
-    """
-    samples = []
-    for i in range(repeats):
-        if i % 20 == 0:
-            synchronize(device)
-        start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(samples)

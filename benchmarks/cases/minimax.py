@@ -1,29 +1,32 @@
-"""``lightning-attention bench minimax``: transformers' MiniMax with its own attention and with ours.
+"""transformers' MiniMax with its own attention and with ours: one linear layer, then a small whole model.
 
-One linear layer, at the size of MiniMax-Text-01 on a GPU: a prompt, several tokens on a state, one token on a state.
+The layer has the size of MiniMax-Text-01 on a GPU and reads a prompt, several tokens on a state, one token on a state.
 Each is timed as a whole and between the projections: the three GEMMs are the same in both, and of a long prompt the
-larger part. The errors are against float64, of the same rounded weights, in the same run. Then a small whole model.
+larger part. The errors are against float64, of the same rounded weights, in the same run.
 """
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor, nn
-from transformers import MiniMaxConfig, MiniMaxForCausalLM
-from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 from lightning_attention import lightning_attention
-from lightning_attention.bench.op import Say, relative_error
+from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import OURS
-from lightning_attention.bench.report import Report
+from lightning_attention.bench.render import pivot
+from lightning_attention.bench.report import Record, Report
 from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_ms
-from lightning_attention.integrations.minimax import apply_lightning_attention
+from lightning_attention.check import relative_error
+
+if TYPE_CHECKING:
+    from transformers import MiniMaxForCausalLM
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 THEIRS = "transformers"
 LAYERS, LAYER = 80, 10  # of MiniMax-Text-01, and one of its linear layers
@@ -47,31 +50,17 @@ class Size:
 
 SIZES = {
     "cuda": Size(
-        hidden=6144,
-        heads=64,
-        head_dim=128,
-        dtype=torch.bfloat16,
-        cases=(
-            ("prompt", 1, 32_768),
-            ("continuation", 1, 64),
-            ("continuation", 1, 1024),
-            *(("token", n, 1) for n in (1, 8, 64)),
-        ),
-        prompt=4096,
-        new_tokens=64,
-        seconds=0.3,
+        6144, 64, 128, torch.bfloat16,
+        (("prompt", 1, 32_768), ("continuation", 1, 64), ("continuation", 1, 1024),
+         ("token", 1, 1), ("token", 8, 1), ("token", 64, 1)),
+        prompt=4096, new_tokens=64, seconds=0.3,
     ),
     "cpu": Size(
-        hidden=256,
-        heads=4,
-        head_dim=64,
-        dtype=torch.float32,
-        cases=(("prompt", 1, 4096), ("continuation", 1, 64), ("token", 1, 1), ("token", 8, 1)),
-        prompt=128,
-        new_tokens=16,
-        seconds=0.2,
+        256, 4, 64, torch.float32,
+        (("prompt", 1, 4096), ("continuation", 1, 64), ("token", 1, 1), ("token", 8, 1)),
+        prompt=128, new_tokens=16, seconds=0.2,
     ),
-}
+}  # fmt: skip
 
 
 class Given(nn.Module):
@@ -88,6 +77,9 @@ class Given(nn.Module):
 
 def make_layer(size: Size, device: torch.device) -> MiniMaxLightningAttention:
     """One layer in evaluation with random weights that keep the variance, in the size's dtype, buffers too."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
     config = MiniMaxConfig(
         hidden_size=size.hidden,
         num_attention_heads=size.heads,
@@ -130,21 +122,19 @@ def in_float64(layer: MiniMaxLightningAttention, x: Tensor, state: Tensor | None
 
 
 def cache_of(state: Tensor | None, dtype: torch.dtype) -> MiniMaxCache:
-    """A cache that holds a state of its own, in the dtype that the layer keeps it in."""
+    """A cache that holds a state of its own, in the dtype that the layer keeps it in; an empty one without a state."""
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
     cache = MiniMaxCache()
     if state is not None:
         cache.set_linear_cache(LAYER, state.to(dtype, copy=True))
     return cache
 
 
-def _case(
-    report: Report, say: Say, size: Size, layers: dict[str, MiniMaxLightningAttention], case: tuple[str, int, int]
-) -> None:
-    name, batch, tokens = case
-    theirs = layers[THEIRS]
-    device = theirs.qkv_proj.weight.device
+def _read(run: Run, layers: dict[str, MiniMaxLightningAttention], name: str, batch: int, tokens: int) -> None:
+    size, device, theirs = run.scale, run.device, layers[THEIRS]
     x = torch.randn(batch, tokens, size.hidden, dtype=size.dtype, device=device)
-    row: dict[str, Any] = {"case": name, "B": batch, "T": tokens, "dtype": str(size.dtype).removeprefix("torch.")}
+    row = {"case": name, "B": batch, "T": tokens, "dtype": size.dtype}
     row |= {"hidden": size.hidden, "H": size.heads, "D": size.head_dim}
     state = None
     if name != "prompt":  # one that a prompt leaves, rounded so that both start from the same
@@ -174,31 +164,40 @@ def _case(
             record["relative_error"] = errors[which]
             if which == OURS and not errors[which] <= BUDGETS[size.dtype]:
                 record["error"] = f"relative error {errors[which]:.1e}, allowed {BUDGETS[size.dtype]:.0e}"
-        report.add("minimax layer", **record)
-        say(f"{name:<13} B {batch:>3}  T {tokens:>6,}  {part:<20} {which:<20} {timing.ms:>10.4f} ms")
+        run.add("minimax layer", **record)
 
 
 def _call(layer: MiniMaxLightningAttention, x: Tensor, state: Tensor | None, dtype: torch.dtype) -> Call:
     if state is None:
-        return lambda: layer(x, None, None, MiniMaxCache())
+        return lambda: layer(x, None, None, cache_of(None, dtype))
     cache = cache_of(state, dtype)  # every call goes on where the one before it stopped
     return lambda: layer(x, None, None, cache)
 
 
-def layer(report: Report, device: torch.device, say: Say, size: Size) -> None:
-    """One linear layer: the original and ours, in turns, on everything that the size lists."""
-    theirs = make_layer(size, device)
-    ours = copy.deepcopy(theirs)
+def _original_and_ours(original: nn.Module) -> dict[str, Any]:
+    from lightning_attention.integrations.minimax import apply_lightning_attention
+
+    ours = copy.deepcopy(original)
     apply_lightning_attention(ours)
+    return {THEIRS: original, OURS: ours}
+
+
+def measure(run: Run) -> None:
+    """One linear layer on everything that the scale lists, the original and ours in turns; then the model."""
+    layers = _original_and_ours(make_layer(run.scale, run.device))
     with torch.no_grad():
-        for case in size.cases:
-            _case(report, say, size, {THEIRS: theirs, OURS: ours}, case)
-            if device.type == "cuda":
+        for name, batch, tokens in run.scale.cases:
+            _read(run, layers, name, batch, tokens)
+            if run.device.type == "cuda":
                 torch.cuda.empty_cache()
+    del layers
+    _measure_model(run)
 
 
 def make_model(size: Size, device: torch.device) -> MiniMaxForCausalLM:
     """A small MiniMax in float32, 7 linear layers to 1 softmax layer, with random weights."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
     config = MiniMaxConfig(
         vocab_size=4096,
         hidden_size=min(size.hidden, 1024),
@@ -218,36 +217,27 @@ def make_model(size: Size, device: torch.device) -> MiniMaxForCausalLM:
         return MiniMaxForCausalLM(config).eval()
 
 
-def model(report: Report, device: torch.device, say: Say, size: Size) -> None:
-    """A small whole model in float32: greedy text, equal or not, and tokens per second with the prompt's time apart."""
-    theirs = make_model(size, device)
-    ours = copy.deepcopy(theirs)
-    apply_lightning_attention(ours)
-    models = {THEIRS: theirs, OURS: ours}
+def _measure_model(run: Run) -> None:
+    """Greedy text, equal or not, and tokens per second with the prompt's time apart."""
+    size, models = run.scale, _original_and_ours(make_model(run.scale, run.device))
     for batch in (1, 8):
-        ids = torch.randint(1, 4096, (batch, size.prompt), device=device)
+        ids = torch.randint(1, 4096, (batch, size.prompt), device=run.device)
         texts: dict[str, Tensor] = {}
         calls: dict[str, Call] = {}
-        for which, m in models.items():
-            texts[which] = _generate(m, ids, size.new_tokens)
-            calls[which] = partial(_generate, m, ids, size.new_tokens)
-            calls[f"{which}/prompt"] = partial(_generate, m, ids, 1)
-        timings = time_calls(calls, device, seconds=size.seconds, max_repeats=5)
+        for which, model in models.items():
+            texts[which] = _generate(model, ids, size.new_tokens)
+            calls[which] = partial(_generate, model, ids, size.new_tokens)
+            calls[f"{which}/prompt"] = partial(_generate, model, ids, 1)
+        timings = time_calls(calls, run.device, seconds=size.seconds, max_repeats=5)
         equal = torch.equal(texts[THEIRS], texts[OURS])
+        sizes = {"B": batch, "prompt": size.prompt, "new_tokens": size.new_tokens}
         for which in models:
             ms, prompt_ms = timings[which].ms, timings[f"{which}/prompt"].ms
             rate = batch * (size.new_tokens - 1) / max(ms - prompt_ms, 1e-3) * 1e3
-            record: dict[str, Any] = {
-                "implementation": which,
-                "B": batch,
-                "prompt": size.prompt,
-                "new_tokens": size.new_tokens,
-            }
-            record |= {"ms": ms, "prompt_ms": prompt_ms, "tokens_per_s": rate, "equal_text": equal}
+            record = {"ms": ms, "prompt_ms": prompt_ms, "tokens_per_s": rate, "equal_text": equal}
             if which == OURS and not equal:
                 record["error"] = "the text differs from that of the original"
-            report.add("minimax model", **record)
-            say(f"model         B {batch:>3}  {which:<20} prompt {prompt_ms:>10.2f} ms  {rate:>10,.0f} tokens/s")
+            run.add("minimax model", implementation=which, **sizes, **record)
 
 
 def _generate(model: MiniMaxForCausalLM, ids: Tensor, count: int) -> Tensor:
@@ -256,32 +246,35 @@ def _generate(model: MiniMaxForCausalLM, ids: Tensor, count: int) -> Tensor:
         return model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
-def run(report: Report, device: torch.device, say: Say, size: Size | None = None) -> None:
-    """Everything, into the report: on a GPU at the published size, on a CPU at a small one."""
-    size = SIZES[device.type] if size is None else size
-    layer(report, device, say, size)
-    model(report, device, say, size)
-
-
-def tables(report: Report) -> Iterable[Table]:
+def show(report: Report) -> Iterator[Shown]:
     """A table for the layer, and one for the model."""
-    table = Table(title="MiniMax, one linear layer", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for name in ("case", "B", "T", "part", "transformers ms", "ours ms", "faster", "error", "ours"):
-        table.add_column(name, justify="left" if name in ("case", "part") else "right")
-    for r in report.find("minimax layer", implementation=THEIRS):
-        key = {name: r[name] for name in ("case", "B", "T", "part")}
-        ours = next(iter(report.find("minimax layer", implementation=OURS, **key)), None)
-        cells = [r["case"], f"{r['B']:,}", f"{r['T']:,}", r["part"], f"{r['ms']:.4g}"]
-        if ours is not None:
-            cells += [f"{ours['ms']:.4g}", f"{r['ms'] / ours['ms']:.2f} ×"]
-            if "relative_error" in r:
-                cells += [f"{r['relative_error']:.1e}", f"{ours['relative_error']:.1e}"]
-        table.add_row(*cells)
-    yield table
-    table = Table(title="MiniMax, a small model", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for name in ("attention", "B", "prompt", "prompt ms", "tokens/s", "equal text"):
-        table.add_column(name, justify="left" if name == "attention" else "right")
-    for r in report.find("minimax model"):
-        cells = [f"{r['B']}", f"{r['prompt']:,}", f"{r['prompt_ms']:.4g}", f"{r['tokens_per_s']:,.0f}"]
-        table.add_row(r["implementation"], *cells, "yes" if r["equal_text"] else "NO")
-    yield table
+
+    def place(r: Record) -> tuple[str, ...]:
+        return r["case"], r["part"], f"{r['B']:,}", f"{r['T']:,}"
+
+    layers = report.find("minimax layer")
+    theirs = {place(r): r["ms"] for r in layers if r["implementation"] == THEIRS}
+
+    def cells(r: Record) -> dict[str, str]:
+        whose = r["implementation"]
+        error = {f"{whose}\nerror": f"{r['relative_error']:.1e}"} if "relative_error" in r else {}
+        ratio = {"faster": f"{theirs[place(r)] / r['ms']:.2f} ×"} if whose == OURS else {}
+        return {f"{whose}\nms": f"{r['ms']:.4g}"} | error | ratio
+
+    if layers:
+        yield pivot("MiniMax, one linear layer", ["case", "part", "B", "T"], layers, place, cells, words=2)
+    if models := report.find("minimax model"):
+        yield pivot(
+            "MiniMax, a small model",
+            ["attention", "B", "prompt"],
+            models,
+            lambda r: (r["implementation"], str(r["B"]), f"{r['prompt']:,}"),
+            lambda r: {
+                "prompt ms": f"{r['prompt_ms']:.4g}",
+                "tokens/s": f"{r['tokens_per_s']:,.0f}",
+                "equal text": "yes" if r["equal_text"] else "NO",
+            },
+        )
+
+
+CASE = Case(measure, show, SIZES, needs=("transformers",))

@@ -2,8 +2,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lightning_attention.bench import plot
-from lightning_attention.bench.op import BOTH, FORWARD
+from lightning_attention.bench import render
+from lightning_attention.bench.attention import BOTH, FORWARD
+from lightning_attention.bench.lengths import time_per_token
+from lightning_attention.bench.render import Table
 
 ENVIRONMENT = {
     "lightning_attention": "1.2.3",
@@ -48,7 +50,7 @@ def figure(records, tmp_path, monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
     path = tmp_path / "x.png"
-    plot.time_per_token(records, ENVIRONMENT, path)
+    time_per_token(records, ENVIRONMENT).save(path)
     return kept[0], path
 
 
@@ -56,7 +58,7 @@ def test_the_picture_has_lines_in_both_halves_in_their_colours(figure):
     pixels = matplotlib.image.imread(figure[1])[..., :3]
     width = pixels.shape[1]
     assert width > 1500
-    for colour in (plot.OUR_STYLE[0], plot.STYLES["fla"][0], plot.STYLES["sdpa_cudnn"][0]):
+    for colour in (style[0] for style in (render.OUR_STYLE, *render.STYLES[:3])):
         wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         hits = np.abs(pixels - wanted).max(-1) < 0.02
         assert hits[:, : width // 2].sum() > 300
@@ -93,21 +95,35 @@ def test_every_line_has_a_label_that_covers_nothing(figure):
 
 
 def test_the_caption_says_where_and_when(figure):
-    text = " ".join(t.get_text() for t in figure[0].texts)
+    text = " ".join(" ".join(t.get_text() for t in figure[0].texts).split())
     for part in ("Some Device", "bfloat16, 2 heads of 16", "B·T = 8,192", "lightning-attention 1.2.3", "torch 2.99",
                  "Triton 3.9", "fla 0.6.0", "2031-02-03", "the next call would take more than 1 s"):  # fmt: skip
         assert part in text
 
 
 def test_lengths_are_named_as_readers_name_them():
-    assert [plot._length(T) for T in (512, 1024, 65_536, 1 << 20)] == ["512", "1k", "64k", "1M"]
+    assert [render.length(T) for T in (512, 1024, 65_536, 1 << 20)] == ["512", "1k", "64k", "1M"]
 
 
-def test_shapes_of_equal_width_make_a_figure_of_lengths():
-    def shape(B: int, T: int, H: int = 32, D: int = 128, **values: object) -> dict:
-        return {"B": B, "T": T, "H": H, "D": D, **values}
+def test_a_colour_is_one_implementations_in_every_panel(records, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
 
-    wanted = [shape(4, 32768, ms=1), shape(1, 131072, ms=2), shape(4, 2048, ms=3)]
-    others = [shape(1, 2048, ms=4), shape(1, 131072, H=8, ms=5), shape(1, 524288, D=64, ms=6)]
-    others.append(shape(8, 2048, error="x"))
-    assert plot.by_length([*wanted, *others]) == wanted
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: kept.append(self))
+    forward_has_no_fla = [r for r in records if (r["implementation"], r["pass"]) != ("fla", FORWARD)]
+    time_per_token(forward_has_no_fla, ENVIRONMENT).save(tmp_path / "x.png")
+    colours = [{line.get_color() for line in ax.get_lines()} for ax in kept[0].axes]
+    assert [len(c) for c in colours] == [3, 4]
+    assert colours[0] < colours[1]
+
+
+def test_a_table_is_text_with_words_on_the_left_and_numbers_on_the_right():
+    table = Table("A title", ["what", "all\nµs", "×"], [["first", "1,234", "2"], ["second", "5"]])
+    assert str(table).splitlines() == [
+        "A title",
+        "          all",
+        "what       µs  ×",
+        "────────────────",
+        "first   1,234  2",
+        "second      5",
+    ]

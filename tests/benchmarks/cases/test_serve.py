@@ -3,13 +3,13 @@ from dataclasses import replace
 import matplotlib.image
 import pytest
 import torch
-from rich.console import Console
 
 pytest.importorskip("transformers")
 
-from lightning_attention.bench import serving, serving_report
+from benchmarks.cases import serve
+from benchmarks.cases.serve import OURS, SCALES, SOFTMAX, SUITE, Scale
+from lightning_attention.bench.case import Run
 from lightning_attention.bench.report import Report, environment
-from lightning_attention.bench.serving import OURS, SCALES, SOFTMAX, SUITE, Scale
 from lightning_attention.models.transnormer.batching import ContinuousBatch
 
 SIZES = {"decoder_layers": 2, "decoder_embed_dim": 32, "decoder_attention_heads": 2, "glu_dim": 85, "vocab_size": 97}
@@ -20,7 +20,7 @@ TINY = Scale((1, 3), {1: (8, 32), 3: (16,)}, 8, torch.float32, SIZES, steps=2, w
 def measured(tmp_path_factory):
     cpu = torch.device("cpu")
     report = Report(tmp_path_factory.mktemp("serve") / "serve.json", environment(cpu))
-    serving.serving(report, TINY, cpu, len)
+    serve.measure(Run(report, cpu, TINY, say=len))
     return report.find(SUITE)
 
 
@@ -43,13 +43,13 @@ def test_the_models_are_of_one_size(measured):
     )
     assert softmax == pytest.approx(ours, rel=0.03)
     with torch.device("meta"):
-        llama = serving._llama(SCALES["cuda", False])
+        llama = serve._llama(SCALES["cuda"])
     weights = sum(p.numel() for p in llama.parameters())
     # The released 385M: embedding, head, and per layer five projections, three in the SGLU; frequencies once.
     assert weights == pytest.approx(2 * 64000 * 1024 + 24 * (5 * 1024 * 1024 + 3 * 1024 * 2816) + 1024, rel=2e-3)
 
 
-def test_contexts_are_really_read_and_their_steps_taken(report, cpu, monkeypatch):
+def test_contexts_are_really_read_and_their_steps_taken(report, run, monkeypatch):
     positions = []
     decode = ContinuousBatch._decode
 
@@ -58,7 +58,7 @@ def test_contexts_are_really_read_and_their_steps_taken(report, cpu, monkeypatch
         return decode(self, decoding)
 
     monkeypatch.setattr(ContinuousBatch, "_decode", watch)
-    serving.serving(report, replace(TINY, batches=(1,), contexts={1: (8, 30)}), cpu, len)
+    serve.measure(run(replace(TINY, batches=(1,), contexts={1: (8, 30)})))
     steps = 3 + 2 * 2
     warm_up, short, long = (positions[i * steps : (i + 1) * steps] for i in range(3))
     assert warm_up == short == [[8 + i] for i in range(steps)]
@@ -66,8 +66,8 @@ def test_contexts_are_really_read_and_their_steps_taken(report, cpu, monkeypatch
 
 
 def test_the_softmax_model_attends_to_its_whole_cache(cpu):
-    model = serving._llama(TINY).eval()
-    with torch.inference_mode(), serving._generate_softmax(model, 1, 12, TINY, cpu) as (step, _, _):
+    model = serve._llama(TINY).eval()
+    with torch.inference_mode(), serve._generate_softmax(model, 1, 12, TINY, cpu) as (step, _, _):
         decode = dict(zip(step.__code__.co_freevars, (c.cell_contents for c in step.__closure__), strict=True))
         cache, ids = decode["cache"], decode["ids"]
         keys, token = cache.layers[0].keys.clone(), ids.clone()
@@ -84,19 +84,18 @@ def test_the_softmax_model_attends_to_its_whole_cache(cpu):
         assert int(ids) != first
 
 
-def test_what_does_not_fit_is_skipped(report, cpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(serving, "_free_bytes", lambda _: 5000)
+def test_what_does_not_fit_is_skipped(report, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(serve, "_free_bytes", lambda _: 5000)
     said = []
-    serving.serving(report, replace(TINY, contexts={1: (8, 32)}), cpu, said.append)
+    at_work = run(replace(TINY, contexts={1: (8, 32)}))
+    at_work.say = said.append
+    serve.measure(at_work)
     skipped = [r for r in report.find(SUITE) if "skipped" in r]
     assert [(r["implementation"], r["B"], r["context"]) for r in skipped] == [(SOFTMAX, 1, 32), (SOFTMAX, 3, 8)]
     assert skipped[0]["skipped"] == "a cache of 0.0 GB in 0.0 GB of memory"
-    assert sum("skipped: " in line for line in said) == 2
-    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
-    with console.file:
-        console.print(serving_report.table(report.records))
-    assert console.export_text().count("no room") == 2
-    serving_report.figure(report.records, report.environment | {"transformers": "5"}, tmp_path / "x.png")
+    assert sum("skipped a cache" in line for line in said) == 2
+    assert str(serve.table(report.records)).count("no room") == 2
+    serve.figure(report.records, report.environment).save(tmp_path / "x.png")
 
 
 def test_says_how_constant_time_and_memory_are():
@@ -109,14 +108,14 @@ def test_says_how_constant_time_and_memory_are():
             (4, 1024, 2.0, 9),
         ]
     ]
-    (line,) = serving_report.constant(records)
-    assert line.startswith("batch 1: a step takes 1.000 ms at context 1k and 0.980 ms at 1M (-2.0%); ")
+    (line,) = serve.constant(records)
+    assert line.startswith("batch 1: a step takes 1.000 ms at context 1k and 0.980 ms at context 1M; ")
     assert "the time differs by 7.1%" in line
     assert line.endswith("the peak of memory by 2.0%")
 
 
 def test_the_figure_is_drawn(measured, report, tmp_path):
-    serving_report.figure(measured, report.environment | {"transformers": "5"}, tmp_path / "serve.png")
+    serve.figure(measured, report.environment).save(tmp_path / "serve.png")
     pixels = matplotlib.image.imread(tmp_path / "serve.png")
     assert pixels.shape[1] > 1500
     assert len(set(map(tuple, pixels[::8, ::8, :3].reshape(-1, 3).tolist()))) > 10

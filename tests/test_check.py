@@ -2,8 +2,10 @@ import pytest
 import torch
 
 import lightning_attention as la
-from lightning_attention.bench import check
+from lightning_attention import check
 from lightning_attention.kernels.reference.attention import recurrence
+
+CPU = torch.device("cpu")
 
 
 def test_the_definition_is_the_recurrence():
@@ -32,15 +34,15 @@ def test_budgets_follow_the_precision_of_the_input():
     assert check.budget(torch.bfloat16, "state") <= 2e-3
 
 
-def test_the_backends_of_a_cpu(cpu):
-    found = check.backends(cpu)
+def test_the_backends_of_a_cpu():
+    found = check.backends(CPU)
     assert found["tiled"] is None
     assert found["reference"] is None
     assert found["triton"] == "it needs a CUDA or ROCm device"
 
 
-def test_everything_is_right_here(cpu):
-    rows = list(check.check(cpu))
+def test_everything_is_right_here():
+    rows = list(check.check(CPU))
     assert [r for r in rows if not r.ok] == []
     kinds = {(r.backend, r.dtype) for r in rows}
     wide, bf16 = torch.float32, torch.bfloat16
@@ -52,7 +54,7 @@ def test_everything_is_right_here(cpu):
 
 
 def _rows(cases: dict[str, check.Case], dtype: torch.dtype) -> dict[str, check.Row]:
-    return {r.what: r for r in check._rows(torch.device("cpu"), "tiled", dtype, cases)}
+    return {r.what: r for r in check._rows(CPU, "tiled", dtype, cases)}
 
 
 def _scaled_output(call):

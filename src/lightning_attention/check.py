@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import lightning_attention as la
-from lightning_attention.bench.op import relative_error
 from lightning_attention.ops.backends import BACKENDS, choose
 
 #: Error budgets in units of the input type's unit roundoff u = eps / 2 (bfloat16 3.9e-3, float16 4.9e-4, float32 6e-8).
@@ -24,6 +23,12 @@ BUDGETS = {
     torch.float32: {"output": 32.0, "state": 32.0, "gradient": 128.0, "decay gradient": 512.0},
     torch.float64: {"output": 32.0, "state": 32.0, "gradient": 128.0, "decay gradient": 512.0},
 }
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖ in the Frobenius norm, computed in float64."""
+    wanted = wanted.double()
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
 def budget(dtype: torch.dtype, kind: str) -> float:

@@ -1,17 +1,17 @@
 import sys
-from io import StringIO
 from types import ModuleType
 
 import matplotlib.image
 import pytest
 import torch
-from rich.console import Console
 
+from benchmarks.cases import serving
+from benchmarks.cases.serving import HOST, SUITE, Problem, Scale
+from benchmarks.harness import find
+from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE
+from benchmarks.peers import _sglang
 from lightning_attention import decay, lightning_attention
-from lightning_attention.bench import serving_ops, serving_ops_report, serving_peers
 from lightning_attention.bench.peers import OURS
-from lightning_attention.bench.serving_ops import HOST, SUITE, Case, Scale
-from lightning_attention.bench.serving_peers import DECODE, PREFILL, SPECULATE, servers
 
 PACKINGS = (("equal", (5,) * 8, True), ("mixed", (40, 1, 1, 23), False))
 SCALE = Scale(2, 16, torch.float32, (1, 3), PACKINGS, drafts=(3, 4), seconds=0.001)
@@ -63,11 +63,15 @@ def fused_recurrent_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initia
     )
 
 
+def peers(*names: str) -> list:
+    return [p for name in names for p in find.peers()[name]]
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     """A copy rate and a time on the host that take no time to measure."""
-    monkeypatch.setattr(serving_ops, "copy_rate", lambda _: RATE)
-    monkeypatch.setattr(serving_ops, "host_us", lambda call, _: call() is None or 7.0)
+    monkeypatch.setattr(serving, "copy_rate", lambda _: RATE)
+    monkeypatch.setattr(serving, "host_us", lambda call, _: call() is None or 7.0)
 
 
 @pytest.fixture
@@ -94,8 +98,8 @@ def stand_ins(tmp_path, monkeypatch):
         sys.modules.pop(f"_sglang_{name}", None)
 
 
-def test_ours_is_measured_everywhere_beside_the_training_forward(report, cpu, tmp_path):
-    serving_ops.serving(report, servers([]), SCALE, cpu, len)
+def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tmp_path):
+    serving.measure(run(SCALE))
     found = [(r["what"], r["size"], r["state"], r["implementation"]) for r in report.find(SUITE)]
     assert found == [
         *((DECODE, f"N = {N}", state, OURS) for state in ("float32", "bfloat16") for N in (1, 3)),
@@ -120,18 +124,14 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, cpu, tm
         assert r["copy_fraction"] == pytest.approx(moved / RATE / (r["ms"] * 1e-3), rel=1e-4)
 
     records = report.find(SUITE)
-    assert serving_ops_report.table(records).row_count == 8
-    lines = serving_ops_report.summary(records)
-    assert [line.partition(":")[0] for line in lines] == ["decode, N = 3", PREFILL, PREFILL, SPECULATE]
-    slow, fast = (report.find(SUITE, what=DECODE, size="N = 3", state=s)[0]["ms"] for s in ("float32", "bfloat16"))
-    assert f"{slow / fast:.2f} times as fast" in lines[0]
-    serving_ops_report.figure(records, report.environment, tmp_path / "decode.png")
+    assert len(serving.table(records).rows) == 8
+    serving.figure(records, report.environment).save(tmp_path / "decode.png")
     assert matplotlib.image.imread(tmp_path / "decode.png").shape[1] > 1500
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_the_peers_signatures_give_the_same_functions(report, cpu):
-    serving_ops.serving(report, servers(["seg_la", "fla", "vllm"]), SCALE, cpu, len)
+def test_the_peers_signatures_give_the_same_functions(report, run):
+    serving.measure(run(SCALE, peers("seg_la", "fla", "vllm")))
     assert not [r for r in report.find(SUITE) if "error" in r]
     found = {(r["what"], r["state"]): [] for r in report.find(SUITE)}
     for r in report.find(SUITE):
@@ -145,56 +145,51 @@ def test_the_peers_signatures_give_the_same_functions(report, cpu):
     assert found[SPECULATE, "float32"] == [OURS, "seg_la", "decodes"]
 
 
-def test_a_missing_peer_is_reported_and_the_others_are_measured(report, cpu, monkeypatch):
-    monkeypatch.setattr(serving_peers, "find_spec", lambda _: None)
+def test_a_missing_peer_is_reported_and_the_others_are_measured(report, run, monkeypatch):
+    monkeypatch.setattr(_sglang, "find_spec", lambda _: None)
     monkeypatch.setitem(sys.modules, "fla", None)
     said = []
-    serving_ops.serving(report, servers(["seg_la", "fla"]), SCALE, cpu, said.append)
+    at_work = run(SCALE, peers("seg_la", "fla"))
+    at_work.say = said.append
+    serving.measure(at_work)
     missing = report.find(SUITE, what=DECODE, size="N = 1", state="float32")
     assert missing[1]["error"].startswith("ModuleNotFoundError: sglang is not installed")
     assert missing[2]["error"].startswith("ModuleNotFoundError")
     assert all("ms" in r or "us" in r for r in report.find(SUITE, implementation=OURS))
     assert any("sglang is not installed" in line for line in said)
-    console = Console(width=200, file=StringIO())
-    console.print(serving_ops_report.table(report.find(SUITE)))
-    assert "failed" in console.file.getvalue()
+    assert "failed" in str(serving.table(report.find(SUITE)))
 
 
-def test_a_wrong_peer_is_not_timed(report, cpu, stand_ins):
+def test_a_wrong_peer_is_not_timed(report, run, stand_ins):
     wrong = LIGHTNING_ATTN.replace("* torch.exp(-slope_rate)[:, None, None]", "")
     (stand_ins / "lightning_attn.py").write_text(wrong)
-    serving_ops.serving(report, servers(["vllm"]), SCALE, cpu, len)
+    serving.measure(run(SCALE, peers("vllm")))
     records = report.find(SUITE, implementation="vllm")
     assert len(records) == 5
     assert all(r["error"].startswith("ArithmeticError: output_error is ") and "ms" not in r for r in records)
 
 
-def test_our_own_wrong_numbers_are_a_failure(report, cpu, monkeypatch):
-    monkeypatch.setattr(serving_peers, "lightning_attention_decode", lambda q, *_, **__: torch.zeros_like(q))
-    serving_ops.serving(report, servers([]), SCALE, cpu, len)
-    assert [r["what"] for r in report.find_errors(OURS)] == [DECODE] * 4 + [HOST]
+def test_our_own_wrong_numbers_are_a_failure(report, run, monkeypatch):
+    monkeypatch.setattr(serving, "lightning_attention_decode", lambda q, *_, **__: torch.zeros_like(q))
+    serving.measure(run(SCALE))
+    assert [r["what"] for r in report.find(SUITE, implementation=OURS) if "error" in r] == [DECODE] * 4 + [HOST]
 
 
 def test_a_state_in_the_wrong_slot_is_past_the_budget(cpu):
-    case = Case(SCALE, (3, 1, 7), torch.float32, False, cpu)
-    b = case.batch
+    problem = Problem(SCALE, (3, 1, 7), torch.float32, False, cpu)
+    b = problem.batch
     out, final = lightning_attention(
         b.q[None], b.k[None], b.v[None], decay.alibi(2), initial_state=b.initial(), cu_seqlens=b.cu_seqlens,
         output_final_state=True,
     )  # fmt: skip
-    assert case.errors(out[0], final)["state_error"] < 1e-6
+    assert problem.errors(out[0], final)["state_error"] < 1e-6
     with pytest.raises(ArithmeticError, match="state_error"):
-        case.errors(out[0], final[[1, 0, 2]])
+        problem.errors(out[0], final[[1, 0, 2]])
     with pytest.raises(ArithmeticError, match="output_error"):
-        case.errors(1.01 * out[0], final)
+        problem.errors(1.01 * out[0], final)
 
 
 def test_the_gpu_scale_has_the_sizes_that_are_reported():
-    scale = serving_ops.SCALES["cuda"]
+    scale = serving.SCALES["cuda"]
     assert (scale.H, scale.D, scale.dtype, scale.decode) == (64, 128, torch.bfloat16, (1, 8, 64, 256))
     assert [(len(lengths), sum(lengths)) for _, lengths, _ in scale.packings] == [(8, 16384), (8, 16384), (202, 8392)]
-
-
-def test_an_unknown_peer_is_an_error():
-    with pytest.raises(ValueError, match="names has 'flash'; it must be among 'seg_la', 'fla', 'vllm'"):
-        servers(["flash"])

@@ -1,4 +1,4 @@
-"""Tokens per second of generation against batch size and context, beside a softmax model of the same size."""
+"""Generation: tokens per second against batch size and context, beside a softmax model of the same size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_attention.bench.op import Say
-from lightning_attention.bench.report import Report
-from lightning_attention.bench.timing import captured, synchronize, wall_ms
+from benchmarks.harness.timing import captured
+from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, pivot
+from lightning_attention.bench.report import Record, Report
+from lightning_attention.bench.timing import synchronize, wall_ms
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -58,21 +60,19 @@ class Scale:
 _K = 1024
 _SMALL = {"decoder_layers": 4, "decoder_embed_dim": 256, "decoder_attention_heads": 4, "glu_dim": 704}
 SCALES = {
-    ("cuda", False): Scale(
+    "cuda": Scale(
         (1, 4, 16, 64, 256),
         {1: (_K, 4 * _K, 16 * _K, 64 * _K, 256 * _K, _K * _K), 16: (_K, 4 * _K, 16 * _K, 64 * _K)},
         _K,
         torch.bfloat16,
     ),
-    ("cuda", True): Scale((1, 16, 256), {1: (_K, 64 * _K)}, _K, torch.bfloat16, windows=3),
-    ("cpu", False): Scale(
-        (1, 4, 16), {1: (256, _K, 4 * _K, 16 * _K)}, 256, torch.float32, _SMALL | {"vocab_size": 4096}, 20, 3
-    ),
-    ("cpu", True): Scale((1, 4), {1: (256, 8 * _K)}, 256, torch.float32, _SMALL | {"vocab_size": 4096}, 10, 3),
+    "cuda quick": Scale((1, 16, 256), {1: (_K, 64 * _K)}, _K, torch.bfloat16, windows=3),
+    "cpu": Scale((1, 4, 16), {1: (256, _K, 4 * _K, 16 * _K)}, 256, torch.float32, _SMALL | {"vocab_size": 4096}, 20, 3),
+    "cpu quick": Scale((1, 4), {1: (256, 8 * _K)}, 256, torch.float32, _SMALL | {"vocab_size": 4096}, 10, 3),
 }
 
 
-def serving(report: Report, scale: Scale, device: torch.device, say: Say) -> None:
+def measure(run: Run) -> None:
     """Decode steps of both models at every batch size and context of the scale, as records of the suite ``serve``.
 
     Ours is what ``lightning-attention generate --prompts`` runs: :class:`ContinuousBatch`, which has read prompts of
@@ -85,6 +85,7 @@ def serving(report: Report, scale: Scale, device: torch.device, say: Say) -> Non
     ``tokens_per_second``, ``state_bytes`` (what it keeps of the context) and, on a GPU, ``peak_bytes`` (of reading the
     prompt and generating, weights included; of the softmax model only of generating).
     """
+    scale, device = run.scale, run.device
     for name, build in ((OURS, _transnormer), (SOFTMAX, _llama)):
         torch.manual_seed(0)
         with device:
@@ -92,29 +93,15 @@ def serving(report: Report, scale: Scale, device: torch.device, say: Say) -> Non
         parameters = sum(p.numel() for p in model.parameters())
         generation = _generate if name == OURS else _generate_softmax
         _measure(generation, model, 1, scale.prefill_tokens, scale, device)  # compiled and warm
+        about = {"implementation": name, "label": LABELS[name], "parameters": parameters}
         for B, context in scale.pairs:
-            row = {
-                "implementation": name,
-                "label": LABELS[name],
-                "parameters": parameters,
-                "B": B,
-                "context": context,
-                "dtype": str(scale.dtype).removeprefix("torch."),
-            }
             try:
                 result = _measure(generation, model, B, context, scale, device)
             except torch.OutOfMemoryError as error:
                 result = {"skipped": str(error).partition("\n")[0]}
-            report.add(SUITE, **row, **result)
-            say(f"{LABELS[name]:<16} batch {B:>4}  context {context:>8}  {_line(result)}")
+            run.add(SUITE, **about, B=B, context=context, dtype=scale.dtype, **result)
         del model
         _clean(device)
-
-
-def _line(result: dict[str, Any]) -> str:
-    if "skipped" in result:
-        return f"skipped: {result['skipped']}"
-    return f"{result['ms']:>9.3f} ms a step  {result['tokens_per_second']:>9.0f} tokens/s"
 
 
 def _transnormer(scale: Scale) -> TransnormerForCausalLM:
@@ -290,3 +277,75 @@ def _clean(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def table(records: list[Record]) -> Table:
+    """One row a batch size and context, both models beside each other."""
+
+    def cells(r: Record) -> dict[str, str]:
+        found = ["", "", "no room"]
+        if "ms" in r:
+            found = [f"{r['ms']:.3f}", f"{r['tokens_per_second']:,.0f}", f"{r['state_bytes'] / 1e6:,.1f} MB"]
+        heads = (f"{r['label']}\n{column}" for column in ("ms", "tokens/s", "keeps"))
+        return dict(zip(heads, found, strict=True))
+
+    def key(r: Record) -> tuple[str, ...]:
+        return str(r["B"]), length(r["context"])
+
+    return pivot("generation, decode steps", ["batch", "context"], records, key, cells, words=0)
+
+
+def constant(records: list[Record]) -> list[str]:
+    """For every batch size that we ran at several contexts: how much time and memory change between them."""
+    lines = []
+    for B in sorted({r["B"] for r in records}):
+        ours = sorted((r for r in records if (r["implementation"], r["B"]) == (OURS, B)), key=lambda r: r["context"])
+        if len(ours) < 2:
+            continue
+        first, last = (f"{r['ms']:.3f} ms at context {length(r['context'])}" for r in (ours[0], ours[-1]))
+        line = f"batch {B}: a step takes {first} and {last}"
+        for what, name in (("ms", "the time differs"), ("peak_bytes", "the peak of memory")):
+            values = [r[what] for r in ours if what in r]
+            line += f"; over all contexts {name} by {max(values) / min(values) - 1:.1%}" if values else ""
+        lines.append(line)
+    return lines
+
+
+def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
+    """Tokens per second against the batch size, and time of a step against the context."""
+    drawn = sorted((r for r in records if "ms" in r), key=lambda r: (r["B"], r["context"]))
+    shortest = min(r["context"] for r in drawn)
+    batches, contexts = [], []
+    for name, label in LABELS.items():
+        mine = [r for r in drawn if r["implementation"] == name]
+        points = [(r["B"], r["tokens_per_second"]) for r in mine if r["context"] == shortest]
+        batches.append(Line(name, label, points, name == OURS))
+        sizes = sorted({r["B"] for r in mine if r["context"] != shortest})
+        for B, dash in zip(sizes, ("-", "--", ":"), strict=False):
+            points = [(r["context"], r["ms"]) for r in mine if r["B"] == B]
+            contexts.append(Line(name, f"{label}, batch {B}", points, name == OURS, dash))
+    weights = " and ".join({f"{r['label']} {r['parameters'] / 1e6:.0f}M": None for r in drawn})
+    graphs = ", CUDA graphs" if environment["device_type"] == "cuda" else ""
+    setting = f"{weights} random weights, {drawn[0]['dtype']}{graphs}, transformers {environment['transformers']}"
+    return Figure(
+        "Generation against batch size and context",
+        [
+            Panel(f"context {length(shortest)}", "batch size", "tokens per second, the whole batch", batches),
+            Panel("one token for every sequence", "context (tokens)", "ms for one step", contexts),
+        ],
+        caption(environment, setting),
+        "TransNormerLLM with all its scheduling; softmax on a full static cache with none.",
+    )
+
+
+def show(report: Report) -> Iterator[Shown]:
+    """The table, what stays constant, and the figure."""
+    records = report.find(SUITE)
+    if records:
+        yield table(records)
+        yield from constant(records)
+    if any("ms" in r for r in records):
+        yield figure(records, report.environment)
+
+
+CASE = Case(measure, show, SCALES, needs=("transformers",))

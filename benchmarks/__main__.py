@@ -1,0 +1,74 @@
+"""``python -m benchmarks``: measure cases, or show results that stand in files."""
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import find
+from lightning_attention.bench import case
+from lightning_attention.bench.report import Report
+
+
+def parser() -> ArgumentParser:
+    """The options; the help lists every case with the first line of its docstring."""
+    lines = {name: import_module(f"benchmarks.cases.{name}").__doc__ or "" for name in find.case_names()}
+    listed = "\n".join(f"  {name:<18} {text.partition(chr(10))[0]}" for name, text in lines.items())
+    found = ArgumentParser(
+        "python -m benchmarks",
+        description="Measure speed, memory and errors, beside other libraries. Each case prints tables and writes a\n"
+        "JSON file, as it goes, and for some cases a figure (with matplotlib). A peer that is missing or\n"
+        "fails is shown as such; a failure of our own makes the exit status 1.",
+        epilog=f"cases:\n{listed}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    found.add_argument("case", nargs="*", choices=[[], *lines], metavar="CASE", help="what to measure; see below")
+    found.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="show JSON files instead of measuring")
+    found.add_argument("--peers", help=f"what to compare with, with commas: {', '.join(find.peers())}")
+    found.add_argument("--quick", action="store_true", help="fewer and shorter, where the case has such a form")
+    found.add_argument("--backend", help="triton, tiled or reference; by device if not given")
+    found.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one, if not given")
+    found.add_argument("--threads", type=int, help="threads that PyTorch computes with on a CPU")
+    found.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the files (%(default)s)")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = parser().parse_args(arguments)
+    if not options.case and not options.render:
+        parser().print_help()
+        return 2
+    for path in options.render or ():
+        report = Report.read(path)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in find.case_names():
+            case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    failures = 0
+    try:
+        device = case.find_device(options.device)
+        for name in options.case:
+            failures += len(
+                case.run(
+                    find.case(name),
+                    name,
+                    device,
+                    known_peers=find.peers(),
+                    quick=options.quick,
+                    peers=options.peers,
+                    backend=options.backend,
+                    out=options.out,
+                    program="python -m benchmarks",
+                )
+            )
+    except case.OptionError as error:
+        parser().error(f"{error.option}: {error}")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""One sequence over many GPUs: a rank alone, and in the group. Started by torchrun.
+
+``torchrun --nproc-per-node 2 -m benchmarks sequence_parallel`` makes the table of docs/distributed.md.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_attention import decay, lightning_attention
+from lightning_attention.bench.attention import BOTH, FORWARD
+from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.peers import OURS
+from lightning_attention.bench.render import pivot
+from lightning_attention.bench.report import Report
+from lightning_attention.bench.timing import Timing, wall_ms
+from lightning_attention.check import relative_error
+
+SUITE = "sequence parallelism"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Tokens of each rank. ``budget``: the relative error allowed against the whole sequence on one device."""
+
+    tokens: tuple[int, ...]
+    H: int
+    D: int
+    dtype: torch.dtype
+    repeats: int
+    budget: float
+
+
+SCALES = {
+    "cuda": Scale((8192, 65_536, 262_144), 32, 128, torch.bfloat16, repeats=30, budget=5e-3),
+    "cpu": Scale((256, 1024), 2, 32, torch.float32, repeats=5, budget=1e-5),
+}
+
+
+def _call(
+    leaves: list[Tensor], do: Tensor, log_decay: Tensor, pass_: str, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """The output of a slice, and with ``BOTH`` the gradients of q, k and v."""
+    q, k, v = leaves
+    out = lightning_attention(q, k, v, log_decay, group=group).output
+    return [out] if pass_ == FORWARD else [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+def measure(run: Run) -> None:
+    """Every number of tokens, forward and forward+backward, alone and in the group of all ranks.
+
+    A time is the slowest rank's, by the clock, from a barrier on. At the smallest number of tokens outputs and
+    gradients are compared with those of the whole sequence on one device.
+    """
+    if run.device.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", device_id=own)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        for T in run.scale.tokens:
+            _measure(run, T)
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(run: Run, T: int) -> None:
+    scale, device, ranks, rank = run.scale, run.device, dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator(device).manual_seed(0)  # the same whole sequence on every rank
+    shape = (1, ranks * T, scale.H, scale.D)
+    whole = [torch.randn(shape, generator=generator, dtype=scale.dtype, device=device) for _ in range(4)]
+    log_decay = decay.alibi(scale.H).to(device)
+    own = slice(rank * T, (rank + 1) * T)
+    *leaves, do = (x[:, own].clone() for x in whole)
+    error = None
+    if min(scale.tokens) == T:
+        *every, do_every = (x.detach().requires_grad_(i < 3) for i, x in enumerate(whole))
+        mine = _call([x.requires_grad_() for x in leaves], do, log_decay, BOTH, dist.group.WORLD)
+        wanted = _call(every, do_every, log_decay, BOTH, None)
+        error = _largest(max(relative_error(a, b[:, own]) for a, b in zip(mine, wanted, strict=True)), device)
+    del whole
+    for pass_ in (FORWARD, BOTH):
+        for x in leaves:
+            x.requires_grad_(pass_ == BOTH)
+        for group in (None, dist.group.WORLD):
+            call = partial(_call, leaves, do, log_decay, pass_, group)
+            record = {"implementation": OURS, "ranks": 1 if group is None else ranks, "pass": pass_, "B": 1, "T": T,
+                      "H": scale.H, "D": scale.D, "dtype": scale.dtype}  # fmt: skip
+            record |= asdict(Timing.of(_samples(call, scale.repeats, device)))
+            if error is not None and group is not None and pass_ == BOTH:
+                record["relative_error"] = error
+                if not error <= scale.budget:
+                    record["error"] = f"relative error {error:.1e}, allowed {scale.budget:.0e}"
+            run.add(SUITE, **record)
+
+
+def _samples(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    for _ in range(3):  # compiled, allocated
+        call()
+    samples = []
+    for _ in range(repeats):
+        dist.barrier()
+        samples.append(_largest(wall_ms(call, device), device))
+    return samples
+
+
+def _largest(value: float, device: torch.device) -> float:
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def show(report: Report) -> Iterator[Shown]:
+    """A row for each number of tokens, alone and in the group."""
+    if records := report.find(SUITE):
+        yield pivot(
+            "Sequence parallelism (ms of the slowest rank)",
+            ["T a rank"],
+            records,
+            lambda r: (f"{r['T']:,}",),
+            lambda r: {f"{r['pass']}\n{r['ranks']} rank" + "s" * (r["ranks"] > 1): f"{r['ms']:.3g}"},
+            words=0,
+        )
+    for r in records:
+        if "relative_error" in r:
+            yield f"outputs and gradients against the whole sequence on one device: {r['relative_error']:.1e}"
+
+
+CASE = Case(measure, show, SCALES, ranks=True)

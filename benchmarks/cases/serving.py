@@ -1,0 +1,311 @@
+"""Decode, prefill and speculation over a pool of states: time, part of the copy rate, errors, peers.
+
+On a GPU a call is one CUDA graph, its L2 flushed before every replay; the implementations of a row take turns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE, Batch, Bound, pooled
+from benchmarks.harness.timing import captured, copy_rate, host_us
+from lightning_attention import (
+    decay,
+    lightning_attention,
+    lightning_attention_commit,
+    lightning_attention_decode,
+    lightning_attention_prefill,
+    lightning_attention_verify,
+)
+from lightning_attention.bench.attention import result_or_error
+from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.lengths import labels
+from lightning_attention.bench.peers import OURS, Peer
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, pivot
+from lightning_attention.bench.report import Record, Report
+from lightning_attention.bench.timing import Call, time_calls
+from lightning_attention.check import relative_error
+
+SUITE, HOST = "serving", "decode, eager, CPU time"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """H heads of D, E = D. ``decode`` has values of N. ``packings``: name, lengths, and whether they start from zero.
+
+    ``drafts``: N, and how many each sequence has.
+    """
+
+    H: int
+    D: int
+    dtype: torch.dtype
+    decode: tuple[int, ...]
+    packings: tuple[tuple[str, tuple[int, ...], bool], ...]
+    drafts: tuple[int, int]
+    seconds: float
+
+
+SCALES = {
+    "cuda": Scale(
+        64, 128, torch.bfloat16, (1, 8, 64, 256),
+        (("8 equal prompts", (2048,) * 8, True),
+         ("8 prompts, one long", (9000, 3001, 1700, 1100, 700, 500, 300, 83), True),
+         ("2 chunks, 200 tokens", (4096,) * 2 + (1,) * 200, False)),
+        drafts=(64, 4), seconds=0.2,
+    ),
+    "cpu": Scale(
+        4, 64, torch.float32, (1, 8),
+        (("8 equal prompts", (128,) * 8, True),
+         ("8 prompts, one long", (562, 189, 106, 69, 44, 31, 18, 5), True),
+         ("2 chunks, 20 tokens", (256,) * 2 + (1,) * 20, False)),
+        drafts=(8, 4), seconds=0.1,
+    ),
+}  # fmt: skip
+
+
+def _decode(b: Batch) -> Bound:
+    return pooled(b, lambda pool: lightning_attention_decode(b.q, b.k, b.v, b.log_decay, pool, slots=b.slots))
+
+
+def _prefill(b: Batch) -> Bound:
+    fresh = torch.ones(b.N, dtype=torch.bool, device=b.q.device) if b.fresh else None
+    call = partial(lightning_attention_prefill, cu_seqlens=b.cu_seqlens, slots=b.slots, fresh=fresh)
+    return pooled(b, lambda pool: call(b.q, b.k, b.v, b.log_decay, pool))
+
+
+def _speculate(b: Batch) -> Bound:
+    accepted = torch.ones(b.q.shape[0], dtype=torch.bool, device=b.q.device)
+    verify = partial(lightning_attention_verify, cu_seqlens=b.cu_seqlens, slots=b.slots)
+    commit = partial(lightning_attention_commit, cu_seqlens=b.cu_seqlens, slots=b.slots, accepted=accepted)
+
+    def run(pool: Tensor) -> Tensor:
+        out = verify(b.q, b.k, b.v, b.log_decay, pool)
+        commit(b.k, b.v, b.log_decay, pool)
+        return out
+
+    return pooled(b, run)
+
+
+def _decode_each(b: Batch) -> Bound:
+    """The drafts of every sequence, equally many, one decode call after another."""
+    q, k, v = ([step.contiguous() for step in x.unflatten(0, (b.N, -1)).unbind(1)] for x in (b.q, b.k, b.v))
+
+    def run(pool: Tensor) -> list[Tensor]:
+        steps = zip(q, k, v, strict=True)
+        return [lightning_attention_decode(*qkv, log_decay=b.log_decay, state=pool, slots=b.slots) for qkv in steps]
+
+    return pooled(b, run)
+
+
+def _forward(b: Batch) -> Bound:
+    """The training forward over the same packing; it returns new states."""
+    q, k, v, initial = b.q[None], b.k[None], b.v[None], b.initial()
+    finals: list[Tensor | None] = [None]
+
+    def call() -> Tensor:
+        out, finals[0] = lightning_attention(
+            q, k, v, b.log_decay, initial_state=initial, output_final_state=True, cu_seqlens=b.cu_seqlens
+        )
+        return out
+
+    return Bound(call, lambda: finals[0])
+
+
+def _dense(b: Batch) -> Bound:
+    """The training forward of one sequence of as many tokens: another function, so its numbers are not compared."""
+    q, k, v = b.q[None], b.k[None], b.v[None]
+    return Bound(lambda: lightning_attention(q, k, v, b.log_decay).output, lambda: None)
+
+
+#: Ours, and behind the peers what ours is held against.
+OWN = Peer(OURS, "ours", "lightning-attention", {DECODE: _decode, PREFILL: _prefill, SPECULATE: _speculate})
+OTHER_WAYS = (
+    Peer("forward", "our forward, packed", "lightning-attention", {PREFILL: _forward}),
+    Peer("dense", "our forward, dense", "lightning-attention", {PREFILL: _dense}),
+    Peer("decodes", "our decode, one by one", "lightning-attention", {SPECULATE: _decode_each}),
+)
+
+
+class Problem:
+    """A batch of random numbers, and what its outputs and states must be."""
+
+    def __init__(self, scale: Scale, lengths: tuple[int, ...], state: torch.dtype, fresh: bool, device: torch.device):
+        generator = torch.Generator(device).manual_seed(0)
+        N, T = len(lengths), sum(lengths)
+        bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        # Drawn in float32 whatever it is kept in, so that q, k and v are the same for both types of state.
+        pool = torch.randn(N, scale.H, scale.D, scale.D, generator=generator, device=device).to(state)
+        q, k, v = (torch.randn(T, scale.H, scale.D, generator=generator, dtype=scale.dtype, device=device)
+                   for _ in range(3))  # fmt: skip
+        slots = torch.randperm(N, generator=generator, device=device, dtype=torch.int32)
+        log_decay = decay.alibi(scale.H).to(device)
+        self.batch = Batch(q, k, v, log_decay, pool, slots, bounds.to(device), fresh)
+        self._heads = sorted({0, scale.H - 1})
+        self._wanted = self._reference(lengths)
+
+    def _reference(self, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Output and states in float64 of the first and last head, which forget fastest and slowest.
+
+        By the tiled backend, which the tests hold against the recurrence.
+        """
+        b, equal = self.batch, len(set(lengths)) == 1
+        q, k, v = (x[:, self._heads].double() for x in (b.q, b.k, b.v))
+        q, k, v = (x.unflatten(0, (b.N, -1)) if equal else x[None] for x in (q, k, v))
+        initial = b.initial()
+        out, final = lightning_attention(
+            q, k, v, b.log_decay[self._heads],
+            initial_state=None if initial is None else initial[:, self._heads].double(),
+            output_final_state=True, cu_seqlens=None if equal else b.cu_seqlens, backend="tiled",
+        )  # fmt: skip
+        assert final is not None
+        return out.flatten(0, 1), final
+
+    @property
+    def bytes(self) -> int:
+        """What must be read or written once: q, k, v, the output, and the states, twice where they are not fresh."""
+        b = self.batch
+        return 4 * b.q.numel() * b.q.itemsize + (1 if b.fresh else 2) * b.pool.numel() * b.pool.itemsize
+
+    def errors(self, output: Tensor | list[Tensor], states: Tensor) -> dict[str, float]:
+        """Relative Frobenius errors.
+
+        Raises:
+            ArithmeticError: one is past its budget. 16 bits: the roundings of three operands and of the result make
+                3e-3 of an output, kernels that add partial outputs in 16 bits somewhat more; a state is rounded once.
+        """
+        if isinstance(output, list):
+            output = torch.stack(output, 1)
+        output = output.view(self.batch.v.shape)
+        wanted_output, wanted_states = self._wanted
+        found = {
+            "output_error": relative_error(output[:, self._heads], wanted_output),
+            "state_error": relative_error(states[:, self._heads], wanted_states),
+        }
+        b = self.batch
+        coarse = b.q.dtype.itemsize == 2
+        budgets = (1e-2 if coarse else 1e-4, 5e-3 if coarse or b.pool.dtype.itemsize == 2 else 1e-4)
+        for (name, error), budget in zip(found.items(), budgets, strict=True):
+            if not error <= budget:
+                raise ArithmeticError(f"{name} is {error:.1e}, and may be {budget:g}")
+        return found
+
+
+@torch.no_grad()
+def measure(run: Run) -> None:
+    """Every row with every implementation that has its operation, into the report.
+
+    ``copy_fraction`` is the time to move what the operation must read and write at the copy rate of this process,
+    over the time taken. An implementation that fails, or whose numbers are not right, is recorded as an error and not
+    timed.
+    """
+    scale: Scale = run.scale
+    rate = copy_rate(run.device)
+    run.add("copy", bytes_per_second=rate)
+    row = partial(_row, run, rate)
+    for state in (torch.float32, torch.bfloat16):
+        for N in scale.decode:
+            row(DECODE, f"N = {N}", (1,) * N, state=state)
+    row(DECODE, "N = 1", (1,), what=HOST)
+    for name, lengths, fresh in scale.packings:
+        row(PREFILL, name, lengths, fresh=fresh)
+    N, drafts = scale.drafts
+    row(SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
+
+
+def _row(
+    run: Run,
+    rate: float,
+    operation: str,
+    size: str,
+    lengths: tuple[int, ...],
+    *,
+    what: str | None = None,
+    state: torch.dtype = torch.float32,
+    fresh: bool = False,
+) -> None:
+    """An operation on sequences of these lengths; ``what`` names the row where the operation does not."""
+    what, scale, device = what or operation, run.scale, run.device
+    problem = Problem(scale, lengths, state, fresh, device)
+    able = [p for p in (OWN, *run.peers, *OTHER_WAYS) if operation in p.operations and state in p.states]
+    calls: dict[str, Call] = {}
+
+    def prepare(peer: Peer) -> dict[str, float]:
+        bound = peer.operations[operation](problem.batch)
+        output, states = bound.call(), bound.states()
+        found = {} if states is None else problem.errors(output, states)
+        calls[peer.name] = bound.call if what == HOST else captured(bound.call, device)
+        return found
+
+    found = {p.name: result_or_error(partial(prepare, p)) for p in able}
+    if what == HOST:
+        for name, call in calls.items():
+            found[name]["us"] = host_us(call, device)
+    else:
+        for name, timing in time_calls(calls, device, seconds=scale.seconds).items():
+            found[name] |= asdict(timing)
+            # Speculation is two operations, and the other ways to do it must move more; dense has no states.
+            if what != SPECULATE and "state_error" in found[name]:
+                found[name]["copy_fraction"] = problem.bytes / rate / (timing.ms * 1e-3)
+    sizes = {"what": what, "size": size, "N": len(lengths), "T": sum(lengths), "H": scale.H, "D": scale.D}
+    for p in able:
+        names = {"dtype": scale.dtype, "state": state, "implementation": p.name, "label": p.label}
+        run.add(SUITE, **sizes, **names, **found[p.name])
+
+
+def _us(record: Record) -> float | None:
+    return record.get("us", record["ms"] * 1e3 if "ms" in record else None)
+
+
+def table(records: list[Record]) -> Table:
+    """A row an operation and size: our time and part of the copy rate, and the others' times over ours."""
+
+    def key(r: Record) -> tuple[str, ...]:
+        return r["what"], r["size"], r["state"]
+
+    mine = {key(r): r for r in records if r["implementation"] == OURS}
+
+    def cells(r: Record) -> dict[str, str]:
+        us, own = _us(r), _us(mine.get(key(r), {}))
+        cell = "failed" if us is None else f"{us:.1f}"
+        if r["implementation"] != OURS:
+            return {r["label"]: f"{cell} ({us / own:.2f}×)" if us and own else cell}
+        copied = {"copy": f"{r['copy_fraction']:.2f}"} if "copy_fraction" in r else {}
+        errors = ", ".join(f"{r[name]:.0e}" for name in ("output_error", "state_error") if name in r)
+        return {r["label"]: cell} | copied | {"our errors\noutput, state": errors}
+
+    title = "Serving operations (µs; part of the copy rate; others: over our time)"
+    return pivot(title, ["operation", "size", "state"], records, key, cells, words=3)
+
+
+def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
+    """Decode's part of the copy rate against the number of sequences."""
+    drawn = [r for r in records if r["what"] == DECODE and "copy_fraction" in r]
+    panels = []
+    for state in ("float32", "bfloat16"):
+        lines = []
+        for name, label in labels(drawn).items():
+            mine = [r for r in drawn if (r["implementation"], r["state"]) == (name, state)]
+            points = sorted((r["N"], r["copy_fraction"]) for r in mine)
+            if points:
+                lines.append(Line(name, label, points, name == OURS))
+        y = "bytes that must move ÷ time ÷ copy rate"
+        panels.append(Panel(f"state in {state}", "sequences, one token each", y, lines, fraction=True))
+    how = ", flushed L2, one CUDA graph a call" if environment["device_type"] == "cuda" else ""
+    setting = f"q, k, v in {drawn[0]['dtype']}, {drawn[0]['H']} heads of {drawn[0]['D']}{how}"
+    return Figure("Decode: part of the copy rate", panels, caption(environment, setting))
+
+
+def show(report: Report) -> Iterator[Shown]:
+    """One table, and decode as a figure."""
+    records = report.find(SUITE)
+    if records:
+        yield table(records)
+    if any(r["what"] == DECODE and "copy_fraction" in r for r in records):
+        yield figure(records, report.environment)
+
+
+CASE = Case(measure, show, SCALES, operations=(DECODE, PREFILL, SPECULATE))

@@ -1,0 +1,165 @@
+"""Shapes of training: time, part of the memory floor, peak memory, and errors against float64."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.timing import copy_rate
+from lightning_attention import lightning_attention
+from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, measure, result_or_error
+from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.lengths import labels, time_per_token
+from lightning_attention.bench.peers import ATTENTION, Peer, is_ours, ours
+from lightning_attention.bench.render import Table, pivot
+from lightning_attention.bench.report import Record, Report
+from lightning_attention.check import relative_error
+
+#: Tensors of B·T·H·D numbers that must be read or written: q k v o; q k v do dq dk dv.
+FLOOR_UNITS = {FORWARD: 4, BACKWARD: 7, BOTH: 11}
+
+#: What errors are taken of, in this order.
+COMPARED = ("output", "dq", "dk", "dv")
+
+#: Softmax attention takes seconds a call past this length, and says nothing new.
+SOFTMAX_MAX_LENGTH = 65_536
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The shapes, and how long each call is timed."""
+
+    shapes: tuple[Shape, ...]
+    dtype: torch.dtype
+    seconds: float
+
+
+SHAPES = ((4, 32_768, 32, 128), (4, 8_192, 32, 128), (1, 131_072, 32, 128), (1, 131_072, 8, 128), (1, 524_288, 16, 64),
+          (4, 2_048, 32, 128), (1, 2_048, 32, 128))  # fmt: skip
+SCALES = {
+    "cuda": Scale(tuple(Shape(*x) for x in SHAPES), torch.bfloat16, 0.4),
+    "cpu": Scale((Shape(4, 512, 4, 64), Shape(1, 2048, 4, 64)), torch.float32, 0.2),
+}
+
+
+def unit_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of one tensor of the shape."""
+    return shape.B * shape.T * shape.H * shape.D * dtype.itemsize
+
+
+def floor_ms(shape: Shape, pass_: str, dtype: torch.dtype, bytes_per_second: float) -> float:
+    """Milliseconds to move what the definition reads and writes, once, at the given rate."""
+    return FLOOR_UNITS[pass_] * unit_bytes(shape, dtype) / bytes_per_second * 1e3
+
+
+def _slice(x: Tensor) -> Tensor:
+    """The last sequence's first head, which forgets fastest, and last head, which forgets slowest."""
+    return x[-1:, :, sorted({0, x.shape[2] - 1})]
+
+
+def reference(problem: Problem) -> dict[str, Tensor]:
+    """Output and gradients of the slice in float64.
+
+    By the tiled backend, which the tests hold against the recurrence: the recurrence itself would take minutes.
+    """
+    q, k, v, do = (_slice(x).double() for x in problem.tensors)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    log_decay = _slice(problem.log_decay[None, None])[0, 0]
+    out = lightning_attention(q, k, v, log_decay, backend="tiled").output
+    return dict(zip(COMPARED, (out.detach(), *torch.autograd.grad(out, (q, k, v), do)), strict=True))
+
+
+def errors(problem: Problem, peer: Peer, wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius errors of the implementation's output and gradients on the slice."""
+    q, k, v, do = problem.inputs(peer, grad=True)
+    out = peer.attention()(q, k, v, problem.log_decay)
+    found = [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
+    if peer.heads_first:
+        found = [x.transpose(1, 2) for x in found]
+    return {name: relative_error(_slice(x), wanted[name]) for name, x in zip(COMPARED, found, strict=True)}
+
+
+def measure_shapes(run: Run) -> None:
+    """Each shape: forward, backward and both; the part of the floor reached; errors against float64 in the same run.
+
+    ``floor_fraction`` is the time to move what the definition reads and writes at the copy rate of this process,
+    divided by the time taken. ``memory_ratio`` is the peak of forward+backward, inputs and output gradient
+    included, over the eight tensors q, k, v, o, do, dq, dk, dv.
+    """
+    scale, own = run.scale, ours(run.backend)
+    rate = copy_rate(run.device)
+    run.add("copy", bytes_per_second=rate)
+    for shape in scale.shapes:
+        problem = Problem(shape, scale.dtype, run.device)
+        row = asdict(shape) | {"dtype": scale.dtype}
+        able = [i for i in [own, *run.peers] if not (i.softmax and shape.T > SOFTMAX_MAX_LENGTH)]
+        wanted = reference(problem)
+        for i in (i for i in able if not i.softmax):
+            run.add("errors", **row, implementation=i.name, **result_or_error(partial(errors, problem, i, wanted)))
+        del wanted
+        for pass_ in (FORWARD, BACKWARD, BOTH):
+            chosen = [own] if pass_ == BACKWARD else able
+            for i, result in zip(chosen, measure(chosen, problem, pass_, seconds=scale.seconds).values(), strict=True):
+                if "ms" in result:
+                    result["floor_fraction"] = floor_ms(shape, pass_, scale.dtype, rate) / result["ms"]
+                    if pass_ == BOTH:
+                        unit = unit_bytes(shape, scale.dtype)
+                        result["memory_ratio"] = (result["peak_bytes"] + 4 * unit) / (8 * unit)
+                run.add("shapes", **row, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
+        del problem
+
+
+def _shape(record: Record) -> Shape:
+    return Shape(*(record[x] for x in "BTHD"))
+
+
+def table(records: list[Record], found_errors: list[Record]) -> Table:
+    """Ours with the part of the floor it reaches, and each peer's time with how many times slower it is."""
+    short = {FORWARD: "f", BACKWARD: "b", BOTH: "f+b"}
+    mine = {(_shape(r), r["pass"]): r for r in records if is_ours(r["implementation"]) and "ms" in r}
+
+    def cells(r: Record) -> dict[str, str]:
+        ours_, name = is_ours(r["implementation"]), r["implementation"]
+        if "pass" not in r:
+            return {f"worst error\n{'ours' if ours_ else name}": _worst(r)}
+        head = f"{'ours' if ours_ else r['label']}\n{short[r['pass']]}"
+        if "ms" not in r:
+            return {head: "failed"}
+        if not ours_:
+            own = mine.get((_shape(r), r["pass"]), {}).get("ms", float("nan"))
+            return {head: f"{r['ms']:.3f} ({r['ms'] / own:.1f}×)"}
+        found = {head: f"{r['ms']:.3f} ({r['floor_fraction']:.2f})"}
+        return found | ({"memory": f"{r['memory_ratio']:.3f}"} if r["pass"] == BOTH else {})
+
+    by_peer = sorted(records, key=lambda r: list(labels(records)).index(r["implementation"]))
+    title = "ms (part of the memory floor; peers: times slower than ours)"
+    return pivot(title, ["B, T, H, D"], [*by_peer, *found_errors], lambda r: (str(_shape(r)),), cells)
+
+
+def _worst(found: Record) -> str:
+    values = [found[x] for x in COMPARED if x in found]
+    if not values:
+        return "failed"
+    return next((x for x in values if isinstance(x, str)), None) or f"{max(values):.1e}"
+
+
+def by_length(records: list[Record]) -> list[Record]:
+    """What one figure can show: H and D of the first shape, and of each T the largest batch."""
+    measured = [r for r in records if "ms" in r]
+    alike = [r for r in measured if (r["H"], r["D"]) == (measured[0]["H"], measured[0]["D"])]
+    largest = {r["T"]: max(x["B"] for x in alike if x["T"] == r["T"]) for r in alike}
+    return [r for r in alike if r["B"] == largest[r["T"]]]
+
+
+def show(report: Report) -> Iterator[Shown]:
+    """The table, and the time per token of the largest batch of each T."""
+    records = report.find("shapes")
+    if records:
+        yield table(records, report.find("errors"))
+    if drawn := by_length(records):
+        yield time_per_token(drawn, report.environment)
+
+
+CASE = Case(measure_shapes, show, SCALES, operations=(ATTENTION,), peers=("sdpa",), backends=True)

@@ -1,0 +1,59 @@
+"""CUDA graphs, the time on the host, and the copy rate that a memory-bound kernel is held against."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lightning_attention.bench.timing import Call, synchronize, time_calls, wall_ms
+from lightning_attention.cuda_graphs import capture
+
+COPY_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    graph: torch.cuda.CUDAGraph
+    captured: Call
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """On a GPU the replay of a CUDA graph of the call, made after a run that warms it up; elsewhere the call itself.
+
+    What is returned keeps the call too: were it dropped, with a pool of states that nobody else has, replays would read
+    and write freed memory.
+    """
+    if device.type != "cuda":
+        return call
+    graph, _ = capture(call, device)
+    return _Replayed(graph, call)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that a device-to-device copy moves, read and written ones counted: the memory's real ceiling."""
+    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES >> 4
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = lambda: target.copy_(source)  # noqa: E731
+    wall_ms(copy, device)
+    return 2 * size / (time_calls({"copy": copy}, device, seconds=0.3)["copy"].ms * 1e-3)
+
+
+def host_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
+    """Microseconds that the calling thread spends in a call, device work not waited for (median).
+
+    Use it with a shape so small that the device is done before the next call is made. The queue is drained every
+    20 calls, so that a full one never makes the host wait.
+    """
+    samples = []
+    for i in range(repeats):
+        if i % 20 == 0:
+            synchronize(device)
+        start = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - start) / 1e3)
+    return statistics.median(samples)

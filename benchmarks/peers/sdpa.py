@@ -1,0 +1,5 @@
+"""PyTorch's softmax attention."""
+
+from lightning_attention.bench.peers import SDPA
+
+PEERS = SDPA

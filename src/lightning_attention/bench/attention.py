@@ -1,0 +1,93 @@
+"""Time and memory of one shape: forward, backward, and both."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attention import decay
+from lightning_attention.bench.peers import Peer
+from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_ms
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """[B, T, H, D], with E = D."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"{self.B}, {self.T}, {self.H}, {self.D}"
+
+
+class Problem:
+    """Random normal q, k, v and output gradient of a shape, with ALiBi decays."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        generator = torch.Generator(device).manual_seed(0)
+        size = (shape.B, shape.T, shape.H, shape.D)
+        self.tensors = [torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(4)]
+        self.log_decay = decay.alibi(shape.H).to(device)
+
+    def inputs(self, peer: Peer, *, grad: bool) -> list[Tensor]:
+        """q, k, v and the output's gradient, laid out as the peer wants them; ``grad``: q, k, v require theirs."""
+        *qkv, do = (x.transpose(1, 2).contiguous() if peer.heads_first else x for x in self.tensors)
+        return [*(x.detach().requires_grad_(grad) for x in qkv), do]
+
+    def call(self, peer: Peer, pass_: str) -> Call:
+        """A call that runs one pass on tensors laid out as the implementation wants them."""
+        forward, log_decay = peer.attention(), self.log_decay
+        q, k, v, do = self.inputs(peer, grad=pass_ != FORWARD)
+        if pass_ == FORWARD:
+            return lambda: forward(q, k, v, log_decay)
+        if pass_ == BACKWARD:
+            out = forward(q, k, v, log_decay)
+            return lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+        return lambda: torch.autograd.grad(forward(q, k, v, log_decay), (q, k, v), do)
+
+
+def result_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a measurement gives, or ``{"error": why}``: a peer that is missing, out of memory or broken is a result."""
+    try:
+        return measure()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
+
+
+def measure(peers: list[Peer], problem: Problem, pass_: str, *, seconds: float) -> dict[str, dict[str, Any]]:
+    """One pass of every implementation, timed in turns: a record each, or ``{"error": why}``.
+
+    On a GPU they are timed one by one, because the tensors of all of them do not fit at the large shapes.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    device, tokens = problem.device, problem.shape.B * problem.shape.T
+    calls: dict[str, Call] = {}
+
+    def prepare(peer: Peer) -> dict[str, Any]:
+        call, first = problem.call(peer, pass_), None
+        if device.type == "cuda":  # compiling and autotuning, whose buffers are not the call's
+            first = wall_ms(call, device) * 1e-3
+        result = {"first_call_s": first, "peak_bytes": peak_bytes(call, device)}
+        calls[peer.name] = call
+        return result
+
+    for group in [[p] for p in peers] if device.type == "cuda" else [peers]:
+        found |= {p.name: result_or_error(partial(prepare, p)) for p in group}
+        for name, timing in time_calls(calls, device, seconds=seconds).items():
+            found[name] |= asdict(timing) | {"us_per_token": timing.ms * 1e3 / tokens}
+            found[name]["bytes_per_token"] = found[name]["peak_bytes"] / tokens
+        calls.clear()
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found

@@ -1,0 +1,155 @@
+"""A case: something to measure, and what is shown of its records. One way to run every one of them."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_attention.bench.peers import Peer, is_ours
+from lightning_attention.bench.render import Figure, Table
+from lightning_attention.bench.report import Record, Report, environment, first_process, slug
+
+Shown = Table | Figure | str
+RESULTS = ("ms", "us", "error", "skipped")  # the first of these is what came out
+
+
+class OptionError(ValueError):
+    """An option that cannot be used; ``option`` names it."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+@dataclass
+class Run:
+    """What a case gets: where to measure, how much (``scale``, one of its own), whom to compare with, where to report.
+
+    ``peers`` are other people's implementations, those that have one of the case's operations and were asked for.
+    """
+
+    report: Report
+    device: torch.device
+    scale: Any
+    peers: Sequence[Peer] = ()
+    backend: str | None = None
+    say: Callable[[str], object] = field(default=partial(print, flush=True))
+
+    def add(self, suite: str, **record: Any) -> None:
+        """Put a record into the report, and say what it is of and what came out."""
+        words = []
+        for key, value in self.report.add(suite, **record).items():
+            if key not in ("suite", "label", "first_call_s", "peak_bytes"):
+                words.append(f"{value}" if isinstance(value, str) and key not in RESULTS else f"{key} {value}")
+            if key in RESULTS:
+                break
+        self.say("  ".join(words))
+
+
+@dataclass(frozen=True)
+class Case:
+    """``measure`` adds records to a run's report, and ``show`` makes of them tables, sentences and at most one figure.
+
+    ``scales``: the sizes for ``"cpu"`` and ``"cuda"``, and for ``"cpu quick"`` and ``"cuda quick"`` where ``--quick``
+    means something. ``operations``: what a peer must have to take part. ``peers``: the names of those that take part
+    when none are named. ``backends``: whether ``--backend`` means something. ``needs``: packages beside torch.
+    ``ranks``: it wants several processes, started by torchrun.
+    """
+
+    measure: Callable[[Run], None]
+    show: Callable[[Report], Iterator[Shown]]
+    scales: Mapping[str, Any]
+    operations: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    backends: bool = False
+    needs: tuple[str, ...] = ()
+    ranks: bool = False
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, or a GPU where there is one.
+
+    Raises:
+        OptionError: a GPU is asked for and PyTorch sees none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device", "PyTorch sees no GPU here")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run(
+    case: Case,
+    name: str,
+    device: torch.device,
+    *,
+    known_peers: Mapping[str, Sequence[Peer]],
+    quick: bool = False,
+    peers: str | None = None,
+    backend: str | None = None,
+    out: Path,
+    program: str = "lightning-attention",
+) -> list[Record]:
+    """Measure, write ``out/name-device.json`` as it goes, show it; the records of our own failures.
+
+    ``peers``: names with commas; each stands for the implementations that ``known_peers`` has under it.
+
+    Raises:
+        OptionError: the case cannot be run with these options; nothing has been written then.
+    """
+    missing = [package for package in case.needs if find_spec(package) is None]
+    if missing:
+        raise OptionError("case", f"{name} needs {', '.join(missing)}, which is not installed")
+    if case.ranks and "RANK" not in os.environ:
+        raise OptionError("case", f"{name} wants several processes: torchrun --nproc-per-node 2 -m benchmarks {name}")
+    if backend is not None and not case.backends:
+        raise OptionError("--backend", f"{name} has no such choice")
+    scale = f"{device.type} quick" if quick else device.type
+    if scale not in case.scales:
+        raise OptionError("--quick" if quick else "--device", f"{name} has no such choice")
+    chosen = _choose(case, name, peers, known_peers, device)
+    report = Report(out / f"{name}-{slug(device)}.json", environment(device, chosen, program))
+    at_work = Run(report, device, case.scales[scale], chosen, backend)
+    if not first_process():
+        at_work.say = len
+    case.measure(at_work)
+    if not first_process():
+        return []
+    show(case.show(report), report.path.with_suffix(".png"))
+    print(f"results  {report.path}")
+    failures = [r for r in report.records if "error" in r and is_ours(r["implementation"])]
+    for failure in failures:
+        print(f"our own call failed: {failure['error']} ({failure})")
+    return failures
+
+
+def show(shown: Iterable[Shown], path: Path) -> None:
+    """Print tables and sentences; draw the figure to ``path`` where matplotlib is installed, and say so if not."""
+    for x in shown:
+        if not isinstance(x, Figure):
+            print(f"\n{x}\n" if isinstance(x, Table) else x)
+        elif find_spec("matplotlib") is None:
+            print("figure   not drawn: matplotlib is not installed")
+        else:
+            x.save(path)
+            print(f"figure   {path}")
+
+
+def _choose(
+    case: Case, name: str, peers: str | None, known: Mapping[str, Sequence[Peer]], device: torch.device
+) -> list[Peer]:
+    able = {
+        key: [p for p in group if device.type in p.devices]
+        for key, group in known.items()
+        if any(operation in p.operations for p in group for operation in case.operations)
+    }
+    wanted = list(case.peers) if peers is None else [x.strip() for x in peers.split(",") if x.strip()]
+    for key in wanted:
+        if key not in able:
+            among = f"is not among {', '.join(able)}" if able else f"cannot be compared with: {name} has no peers"
+            raise OptionError("--peers", f"{key!r} {among}")
+    return [p for key in wanted for p in able[key]]

@@ -1,0 +1,40 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import sequence_parallel
+
+ROOT = Path(sequence_parallel.__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_alone_and_together(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "benchmarks", "sequence_parallel", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run([*torchrun, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Sequence parallelism (ms") == 1  # the first rank speaks, and no other
+    records = json.loads((tmp_path / "sequence_parallel-cpu.json").read_text())["records"]
+    tokens = sequence_parallel.SCALES["cpu"].tokens
+    assert [(r["T"], r["pass"], r["ranks"]) for r in records] == [
+        (T, pass_, ranks) for T in tokens for pass_ in ("forward", "forward+backward") for ranks in (1, 2)
+    ]
+    assert all(0 < r["min_ms"] <= r["ms"] <= r["max_ms"] for r in records)
+    (error,) = [r["relative_error"] for r in records if "relative_error" in r]
+    assert 0 < error < 1e-6
+
+
+def test_the_table_has_a_row_for_each_number_of_tokens(report):
+    for T, ms in ((8192, 0.19), (65_536, 0.7)):
+        for ranks in (1, 2):
+            for pass_ in ("forward", "forward+backward"):
+                report.add(sequence_parallel.SUITE, **{"pass": pass_}, T=T, ranks=ranks, ms=ms * ranks)
+    (table,) = sequence_parallel.show(report)
+    assert table.columns == [
+        "T a rank",
+        *(f"{p}\n{n}" for n in ("1 rank", "2 ranks") for p in ("forward", "forward+backward")),
+    ]
+    assert table.rows[0] == ["8,192", "0.19", "0.19", "0.38", "0.38"]

@@ -1,0 +1,3 @@
+from tests.bench.conftest import cpu, report, run
+
+__all__ = ["cpu", "report", "run"]

@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.harness import find
+from lightning_attention.bench.case import Case
+from lightning_attention.bench.render import Figure
+from lightning_attention.bench.report import Report
+
+RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
+CASES = ["constancy", "host", "lengths", "minimax", "packed", "sequence_parallel", "serve", "serving", "shapes"]
+
+
+def test_a_case_is_a_file():
+    assert find.case_names() == CASES
+    for name in CASES:
+        found = find.case(name)
+        assert isinstance(found, Case)
+        assert {"cpu", "cuda"} <= set(found.scales)  # what is measured on a GPU is tried on a CPU, small
+        assert set(found.peers) <= {key for key, group in find.peers().items()
+                                    if any(o in p.operations for p in group for o in found.operations)}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_results_that_stand_are_shown(path, tmp_path, capsys):
+    suites = Counter(r["suite"] for r in Report.read(path).records)
+    assert main(["--render", str(path), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
+            "minimax layer": 18, "minimax model": 4}  # fmt: skip
+    shown = [r for name in suites if name in rows for r in [rows[name]]]
+    tables = [line for line in out.splitlines() if line and set(line) == {"─"}]
+    assert len(tables) == sum(2 if name in ("lengths", "constancy") else 1 for name in suites if name in rows)
+    assert sum(bool(line) for line in out.splitlines()) >= sum(shown)
+    drawn = {"lengths", "constancy", "shapes", "serve", "serving"} & set(suites)
+    assert [p.name for p in tmp_path.iterdir()] == [f"{path.stem}.png"] * bool(drawn)
+    if drawn:
+        assert matplotlib.image.imread(tmp_path / f"{path.stem}.png").shape[1] > 1500
+
+
+def test_the_results_have_a_figure_each_at_most():
+    for path in RESULTS:
+        report = Report.read(path)
+        figures = [x for name in CASES for x in find.case(name).show(report) if isinstance(x, Figure)]
+        assert len(figures) <= 1
+
+
+def test_cases_are_measured_one_after_the_other(tmp_path, monkeypatch, capsys):
+    packed = find.case("packed")
+    monkeypatch.setitem(packed.scales, "cpu", type(packed.scales["cpu"])(64, (1,), 8, packed.scales["cpu"].dtype, 0.0))
+    assert main(["packed", "host", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["host-cpu.json", "packed-cpu.json"]
+    command = Report.read(tmp_path / "host-cpu.json").environment["command"]
+    assert command.startswith("python -m benchmarks ")
+    assert "CPU time of an eager call" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("op",), "invalid choice: 'op'"),
+        (("serving", "--peers", "sdpa"), "'sdpa' is not among fla, seg_la, vllm"),
+        (("serve", "--peers", "fla"), "'fla' cannot be compared with: serve has no peers"),
+        (("shapes", "--peers", "seg_la"), "'seg_la' is not among fla, lightning_attn, sdpa"),
+        (("serving", "--backend", "tiled"), "--backend: serving has no such choice"),
+        (("shapes", "--quick"), "--quick: shapes has no such choice"),
+        (("sequence_parallel",), "torchrun --nproc-per-node 2 -m benchmarks sequence_parallel"),
+    ],
+)
+def test_bad_arguments_say_what_is_wanted(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_case_all_are_listed(capsys):
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in CASES)
+
+
+def test_torch_alone_is_enough(tmp_path):
+    """Where a GPU is lent there may be no typer, rich, matplotlib or transformers."""
+    missing = ["typer", "rich", "matplotlib", "transformers", "numpy"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+from benchmarks.__main__ import main
+main(["--render", {str(RESULTS[0])!r}, "--out", {str(tmp_path)!r}])
+main(["host", "--device", "cpu", "--threads", "1", "--out", {str(tmp_path)!r}])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(find.__file__).parents[2],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "figure   not drawn: matplotlib is not installed" in done.stdout
+    assert "softmax attention" in done.stdout
