@@ -36,30 +36,36 @@ def narrower(widest: int, N: int, H: int, state_dtype: torch.dtype) -> int:
     return min(widest, 16 if N * H < 256 and state_dtype == torch.float32 else 32)
 
 
-def aligned(state: Tensor) -> bool:
+def aligned(state: Tensor, strides: tuple[int, ...]) -> bool:
     """Whether every row of every state can be read 16 bytes at a time."""
-    slot, head, row, column = state.stride()
+    slot, head, row, column = strides
     return column == 1 and not ((slot | head | row) * state.itemsize | state.data_ptr()) & 15
 
 
+@cache
+def _constants(D: int, E: int, columns: int, aligned: bool) -> tuple[StateTile]:
+    return (StateTile(D, E, tiling.padded(D), columns, aligned),)
+
+
 def over_states(
-    kernel: Any, N: int, vectors: tuple[Any, ...], state: Tensor, others: tuple[Any, ...], TILE: int, widest: int = 0
+    kernel: Any,
+    sizes: tuple[int, ...],
+    args: tuple[Any, ...],
+    state: Tensor,
+    strides: tuple[int, ...],
+    TILE: int,
+    widest: int = 0,
 ) -> None:
-    """Launch a kernel of ``recurrent.py`` for N sequences, a program for TILE columns; another time up to ``widest``.
+    """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
-    ``vectors`` and ``others``: its arguments before and after those that say where states are.
+    ``sizes``: sequences, H, D and E; ``strides``: the state's, which takes 0.4 µs to ask again.
     """
-    _, H, D, E = state.shape
-    tile = StateTile(D, E, tiling.padded(D), TILE, aligned(state))
+    N, H, D, E = sizes
+    is_aligned = aligned(state, strides)
     dispatch.run(
-        kernel, (N * H * -(-E // TILE), 1, 1), (*vectors, state, *state.stride(), *others), (tile,), 4,
-        state.get_device(), lambda: [(tile._replace(columns=x),) for x in (16, 32, 64) if x <= widest],
+        kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, TILE, is_aligned), 4, state.get_device(),
+        lambda: [_constants(D, E, columns, is_aligned) for columns in (16, 32, 64) if columns <= widest],
     )  # fmt: skip
-
-
-def vectors(*tensors: Tensor) -> tuple[Any, ...]:
-    """Tensors [T, H, *] as the kernels take them."""
-    return tuple([x for t in tensors for x in (t, *t.stride()[:2])])
 
 
 @dispatch.on_its_device
@@ -67,11 +73,16 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
     N, H, D = q.shape
-    widest = columns(D, v.shape[2], q.dtype)
+    E = v.shape[2]
+    widest = columns(D, E, q.dtype)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
         return out
-    others = dispatch.dense(slots), dispatch.dense(log_decay), H, scale
+    strides = state.stride()
+    args = (
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
+        dispatch.dense(log_decay), H, scale,
+    )  # fmt: skip
     TILE = narrower(widest, N, H, state.dtype)
-    over_states(decode_kernel, N, (*vectors(q, k, v), out), state, others, TILE, widest)
+    over_states(decode_kernel, (N, H, D, E), args, state, strides, TILE, widest)
     return out

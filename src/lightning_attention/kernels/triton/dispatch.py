@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from inspect import getclosurevars, isbuiltin, signature
+from itertools import repeat
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -112,33 +113,32 @@ def _is_constant(annotation: Any) -> bool:
     return annotation is triton.language.constexpr or annotation == "tl.constexpr"
 
 
-class _Signature:
-    """What a kernel is compiled for, of the arguments of a call: their types, and the alignment of some."""
+def signature_of(kernel: Any, args: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What the kernel is compiled for, of calls with arguments like these: their types, and the alignment of some."""
+    # A number never takes a tensor's place. None may, and the first call need not tell: it counts as a tensor.
+    numbers = [i for i, x in enumerate(args) if isinstance(x, int | float)]
+    tensors = [i for i in range(len(args)) if i not in numbers]
+    parameters = getattr(kernel, "params", ())  # Triton's interpreter has none
+    aligned = [i for i, x in enumerate(parameters[: len(args)]) if not x.do_not_specialize]
+    tensors_of = itemgetter(*tensors)
+    aligned_tensors = [i for i in tensors if i in aligned and isinstance(args[i], Tensor)]
+    aligned_numbers = [i for i in numbers if i in aligned and isinstance(args[i], int)]
 
-    def __init__(self, kernel: Any, args: Sequence[Any]) -> None:
-        # A number never takes a tensor's place. None may, and the first call need not tell: it counts as a tensor.
-        numbers = [i for i, x in enumerate(args) if isinstance(x, int | float)]
-        tensors = [i for i in range(len(args)) if i not in numbers]
-        parameters = getattr(kernel, "params", ())  # Triton's interpreter has none
-        aligned = [i for i, x in enumerate(parameters) if not x.do_not_specialize]
-        self._tensors = _getter(tensors)
-        self._aligned_tensors = _getter([i for i in tensors if i in aligned and isinstance(args[i], Tensor)])
-        self._aligned_numbers = _getter([i for i in numbers if i in aligned and isinstance(args[i], int)])
+    def types(args: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(map(getattr, tensors_of(args), _DTYPE, _ABSENT))  # a comprehension takes three times as long
 
-    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        key = [None if x is None else x.dtype for x in self._tensors(args)]  # a generator takes twice as long
-        key += [x & 15 and 1 + (x == 1) for x in self._aligned_numbers(args)]
-        key += [x.data_ptr() & 15 == 0 for x in self._aligned_tensors(args)]
-        return tuple(key)
+    def types_and_alignment(args: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            *types(args),
+            *[args[i].data_ptr() & 15 == 0 for i in aligned_tensors],
+            *[args[i] & 15 and 1 + (args[i] == 1) for i in aligned_numbers],  # Triton takes 1 for a constant
+        )
 
-
-def _getter(positions: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda args: tuple([args[i] for i in positions])
+    return types_and_alignment if aligned_tensors or aligned_numbers else types
 
 
-_signatures: dict[int, _Signature] = {}
+_DTYPE, _ABSENT = repeat("dtype"), repeat(None)
+_signatures: dict[int, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
 _launches: dict[tuple[Any, ...], Callable[[tuple[int, int, int], int, Sequence[Any]], None]] = {}
 
 
@@ -162,7 +162,7 @@ def run(
     name = id(kernel)  # a kernel's own hash is that of its source
     found = _signatures.get(name)
     if found is None:
-        found = _signatures[name] = _Signature(kernel, args)
+        found = _signatures[name] = signature_of(kernel, args)
     key = found(args)
     launch = _launches.get((name, device, constants, key))
     if launch is not None:

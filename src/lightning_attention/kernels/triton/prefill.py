@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.attention import sweep_forward
-from lightning_attention.kernels.triton.decode import columns, over_states, vectors
+from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan_packed
 from lightning_attention.kernels.triton.recurrent import short_kernel
@@ -42,7 +42,8 @@ def prefill(
 ) -> Tensor:
     T, H, D = k.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
-    if state.stride()[2:] != (E, 1):
+    strides = state.stride()
+    if strides[2:] != (E, 1):
         raise ValueError(
             f"state has strides {list(state.stride())}; backend 'triton' wants each [D, E] contiguous, the last two "
             f"[{E}, 1], to prefill"
@@ -77,8 +78,11 @@ def prefill(
         sweep_forward(
             plan, chosen, *batch, log_decay, scale, state, state, boundary_states, slots, fresh, SEGMENTS_IN_FLIGHT
         )  # fmt: skip
-    others = slots, log_decay, cu_seqlens, fresh, H, SHORT, scale
-    over_states(short_kernel, N, (*vectors(q, k, v), out), state, others, columns(D, E, q.dtype))
+    args = (
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, slots, log_decay,
+        cu_seqlens, fresh, H, SHORT, scale,
+    )  # fmt: skip
+    over_states(short_kernel, (N, H, D, E), args, state, strides, columns(D, E, q.dtype))
     clear_padding(cu_seqlens, T, out, slots=slots)
     return out
 

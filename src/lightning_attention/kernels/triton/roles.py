@@ -101,8 +101,8 @@ def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr):
             state = tl.load(where, mask=exists & (not begin.is_whole_sequence), other=0.0)
     if begin.initial is not None:
         if begin.from_initial:
-            where, exists = state_pointers(begin.initial, b, c, shape, TRANSPOSED)
-            state = tl.load(where, mask=exists, other=0.0).to(tl.float32)
+            start, inside = state_pointers(begin.initial, b, c, shape, TRANSPOSED)
+            state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     return state
 
 

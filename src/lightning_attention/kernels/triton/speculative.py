@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
-from lightning_attention.kernels.triton.decode import columns, over_states, vectors
+from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_kernel
 
 
@@ -30,8 +30,12 @@ def verify(
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
         return out
-    others = *map(dispatch.dense, (slots, log_decay, cu_seqlens, parents)), N, T, H, scale
-    over_states(verify_kernel, N, (*vectors(q, k, v), out), state, others, TILE)
+    strides = state.stride()
+    args = (
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
+        dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), N, T, H, scale,
+    )  # fmt: skip
+    over_states(verify_kernel, (N, H, D, E), args, state, strides, TILE)
     return out
 
 
@@ -50,5 +54,9 @@ def commit(
     TILE = columns(D, E, k.dtype)
     if T == 0:
         return
-    others = *map(dispatch.dense, (slots, log_decay, cu_seqlens, accepted)), H
-    over_states(commit_kernel, N, vectors(k, v), state, others, TILE)
+    strides = state.stride()
+    args = (
+        k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots),
+        dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), H,
+    )  # fmt: skip
+    over_states(commit_kernel, (N, H, D, E), args, state, strides, TILE)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from lightning_attention.kernels.triton import dispatch
-from lightning_attention.kernels.triton.decode import vectors
 from lightning_attention.kernels.triton.recurrent import StateTile, decode_kernel
 
 
@@ -22,7 +21,7 @@ def _decode(**changes: Any) -> tuple[Any, ...]:
     }  # fmt: skip
     state = given["state"]
     return (
-        *vectors(*given["qkv"]), given["out"], state, *state.stride(), given["slots"], given["log_decay"], given["H"],
+        *(x for t in given["qkv"] for x in (t, *t.stride()[:2])), given["out"], state, *state.stride(), given["slots"], given["log_decay"], given["H"],
         given["scale"],
     )  # fmt: skip
 
@@ -41,12 +40,12 @@ COMPILED_APART = {
 @pytest.mark.parametrize("name", COMPILED_APART)
 def test_no_type_is_forgotten(name: str):
     """Each argument's type tells kernels apart, whether or not somebody thought of it."""
-    signature = dispatch._Signature(decode_kernel, _decode())
+    signature = dispatch.signature_of(decode_kernel, _decode())
     assert signature(_decode(**COMPILED_APART[name])) != signature(_decode())
 
 
 def test_numbers_do_not_compile():
-    signature = dispatch._Signature(decode_kernel, _decode())
+    signature = dispatch.signature_of(decode_kernel, _decode())
     other = torch.empty(40, 5, 16, dtype=torch.bfloat16)
     assert signature(_decode(qkv=(other,) * 3, state=torch.empty(1, 5, 16, 16), H=5, scale=0.5)) == signature(_decode())
 
@@ -58,7 +57,7 @@ def _specialized(x, y, stride, other, BLOCK: tl.constexpr):
 
 def test_alignment_counts_where_it_is_compiled_for():
     x = torch.empty(64)
-    signature = dispatch._Signature(_specialized, (x, x, 16, 16))
+    signature = dispatch.signature_of(_specialized, (x, x, 16, 16))
     first = signature((x, x, 16, 16))
     assert signature((x, x[1:], 32, 48)) == first
     for others in ((x[1:], x, 16, 16), (x, x, 17, 16), (x, x, 16, 1)):
@@ -67,7 +66,7 @@ def test_alignment_counts_where_it_is_compiled_for():
 
 
 def test_an_absent_argument_may_come_later():
-    signature = dispatch._Signature(decode_kernel, _decode(slots=None, log_decay=None))
+    signature = dispatch.signature_of(decode_kernel, _decode(slots=None, log_decay=None))
     assert signature(_decode()) != signature(_decode(slots=None))
     assert signature(_decode(slots=torch.zeros(4, dtype=torch.int64))) != signature(_decode())
 

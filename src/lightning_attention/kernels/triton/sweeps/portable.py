@@ -135,9 +135,9 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
     if end.final is not None:
         if end.is_stored:
-            where, exists = state_pointers(end.final, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+            left, exists = state_pointers(end.final, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
             state *= tl.exp2(rate * elapsed + unit)
-            tl.store(where, state.to(end.final.dtype.element_ty), mask=exists)
+            tl.store(left, state.to(end.final.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["state_slot_stride", "state_head_stride", "segments_per_sequence", "segment_rows",
