@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
 
 
 def fill(folder, content="x"):

@@ -2,7 +2,8 @@ from dataclasses import fields
 
 import pytest
 
-from lightning_attention.training.config import InputError, TrainConfig, make_config, read_toml, resumed_config
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import TrainConfig, make_config, read_toml, resumed_config
 
 
 @pytest.mark.parametrize(

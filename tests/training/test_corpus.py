@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import corpus as corpus_module
-from lightning_attention.training.config import InputError, make_config
+from lightning_attention.training.config import make_config
 from lightning_attention.training.corpus import SpooledCorpus, spool
 from lightning_attention.training.sources import Tally
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_attention.training.config import InputError, make_config
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import make_config
 from lightning_attention.training.data import Windows, prepare_data, validation_batches
 from lightning_attention.training.tokenizer import END_ID
 from tests.training.tiny import write_text

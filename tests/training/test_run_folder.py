@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.run_folder import LOCK, MARKER, RunFolder
 from lightning_attention.training.trainer import Trainer

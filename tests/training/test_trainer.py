@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_attention.errors import DivergedError, InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.tokenizer import END_ID
-from lightning_attention.training.trainer import DivergedError, Trainer
+from lightning_attention.training.trainer import Trainer
 from tests.training.tiny import tiny_settings, train
 
 

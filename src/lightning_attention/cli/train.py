@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lightning_attention.cli.streams import LastingStream
-from lightning_attention.training.config import InputError, TrainConfig, make_config, read_toml
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import TrainConfig, make_config, read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,9 +107,8 @@ def train(
     make_config(settings)  # what is wrong is said before PyTorch's models are loaded
     from rich.console import Console
 
-    from lightning_attention.training.disk import DiskError
-    from lightning_attention.training.interrupt import StoppedAtOnce
-    from lightning_attention.training.trainer import DivergedError, Trainer
+    from lightning_attention.errors import DiskError, DivergedError, StoppedAtOnce
+    from lightning_attention.training.trainer import Trainer
 
     console = Console(file=cast("IO[str]", LastingStream(sys.stderr)), highlight=False, soft_wrap=True, markup=False)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 
 STATE_FILE = "trainer_state.pt"
 FILES = "files.json"  # the names of what a run wrote into a folder: nothing else is deleted

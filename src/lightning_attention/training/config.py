@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_attention.errors import InputError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -30,10 +32,6 @@ PRECISIONS = ("auto", "bf16", "float32")
 CHANGEABLE_ON_RESUME = frozenset({"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"})
 DEFAULT_STEPS = 1000
 DEFAULT_VAL_FRACTION = 0.1
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that says what, and what is wanted instead."""
 
 
 def _setting(default: Any, group: str, help: str) -> Any:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from lightning_attention.training.config import InputError, TrainConfig
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.encoding import PIECE_BYTES, NotTextError, decoded, find_encoding
 from lightning_attention.training.sources import Finder, Tally, shown
 

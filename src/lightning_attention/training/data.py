@@ -14,8 +14,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import atomic_folder
-from lightning_attention.training.config import DEFAULT_VAL_FRACTION, InputError, TrainConfig
+from lightning_attention.training.config import DEFAULT_VAL_FRACTION, TrainConfig
 from lightning_attention.training.corpus import Span, SpooledCorpus, spool, spool_validation
 from lightning_attention.training.disk import writing
 from lightning_attention.training.sources import Tally

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import atomic_text
-from lightning_attention.training.config import InputError
 from lightning_attention.training.disk import writing
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from lightning_attention.errors import InputError
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
-from lightning_attention.training.config import InputError, TrainConfig
+from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
 from lightning_attention.training.disk import writing
 
 MARKER = "lightning_attention_run.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 
 
 @dataclass(frozen=True)

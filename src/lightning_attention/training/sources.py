@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 from lightning_attention.training.run_folder import is_run
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_attention.errors import DivergedError, InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import DEFAULT_STEPS, InputError, make_config, resumed_config
+from lightning_attention.training.config import DEFAULT_STEPS, make_config, resumed_config
 from lightning_attention.training.data import Windows, open_data, prepare_data, validation_batches
 from lightning_attention.training.disk import writing
 from lightning_attention.training.interrupt import StopRequest
@@ -28,10 +29,6 @@ from lightning_attention.training.run_folder import RunFolder
 from lightning_attention.training.runtime import Runtime
 from lightning_attention.training.schedule import learning_rate, steps_in_budget
 from lightning_attention.training.tokenizer import as_pretrained
-
-
-class DivergedError(Exception):
-    """The loss or its gradient is not a finite number any more."""
 
 
 class Trainer:
