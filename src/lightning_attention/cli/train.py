@@ -104,7 +104,7 @@ def train(
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them")
     _refuse_several_processes()
     settings = {**(read_toml(config) if config is not None else {}), **settings}
-    make_config(settings)  # what is wrong is said before PyTorch's models are loaded
+    asked = make_config(settings)  # what is wrong is said before transformers is loaded
     from rich.console import Console
 
     from lightning_attention.errors import DiskError, DivergedError, StoppedAtOnce
@@ -114,7 +114,7 @@ def train(
     try:
         with console.status("reading the text"):
             trainer = Trainer(
-                settings, resume="auto" if auto_resume else resume, overwrite=overwrite, report=console.print
+                asked, resume="auto" if auto_resume else resume, overwrite=overwrite, report=console.print
             )
     except DiskError as error:
         print(f"error: {error}; what was in the folder is as it was", file=sys.stderr)
@@ -130,12 +130,12 @@ def train(
         with show(console, trainer) as report:
             outcome = trainer.fit(report, _acknowledger(console, trainer))
     except (DivergedError, DiskError) as error:
-        console.print(f"error: {error}; {trainer.kept()}")
+        console.print(f"error: {error}; {trainer.folder.kept()}")
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
         raise _memory_error(error) from error
     except StoppedAtOnce as stop:
-        console.print(f"stopped by {stop.signal_name} at once: {trainer.kept()}")
+        console.print(f"stopped by {stop.signal_name} at once: {trainer.folder.kept()}")
         raise typer.Exit(_status(stop.signal_name)) from stop
     _conclude(outcome, partial(print, file=LastingStream(sys.stdout)))
     if outcome.stopped_by:
@@ -166,10 +166,10 @@ def _status(signal_name: str) -> int:
 def _introduction(trainer: Trainer) -> str:
     config, data = trainer.config, trainer.data
     weights = sum(p.numel() for p in trainer.model.parameters())
-    precision = "bf16" if trainer.runtime.bf16 else "float32"
+    precision = "bf16" if trainer.learner.runtime.bf16 else "float32"
     start = f"going on from {trainer.resumed_from}" if trainer.resumed_from else "starting"
     return (
-        f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.runtime.device}; "
+        f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.learner.runtime.device}; "
         f"{len(data.train):,} tokens to train on, {len(data.val):,} held out, {config.tokens_per_step:,} in a step"
     )
 
@@ -177,7 +177,7 @@ def _introduction(trainer: Trainer) -> str:
 def _acknowledger(console: Console, trainer: Trainer) -> Callable[[str, bool], None]:
     def acknowledge(name: str, again: bool) -> None:
         if again:
-            console.print(f"{name} again: stopping now; {trainer.kept()}")
+            console.print(f"{name} again: stopping now; {trainer.folder.kept()}")
         else:
             console.print(
                 f"{name}: finishing step {trainer.step + 1}, then saving it; a second signal stops at once, without it"

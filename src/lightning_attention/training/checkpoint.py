@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lightning_attention.errors import InputError
+from lightning_attention.training.disk import writing
 
 STATE_FILE = "trainer_state.pt"
 FILES = "files.json"  # the names of what a run wrote into a folder: nothing else is deleted
@@ -49,6 +50,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def written_folder(target: Path) -> Iterator[Path]:
+    """`atomic_folder`, with a DiskError for whatever is raised where the disk has no room for the files."""
+    # The inner one tells how much room there was before what is unfinished is deleted.
+    with writing(target), atomic_folder(target) as folder, writing(target):
+        yield folder
+
+
 def rename(path: Path, target: Path) -> None:
     """Give a file or folder another name, on disk."""
     os.rename(path, target)
@@ -56,12 +65,13 @@ def rename(path: Path, target: Path) -> None:
 
 
 def atomic_text(target: Path, text: str) -> None:
-    """Replace a small file's content, all at once and on disk."""
+    """Replace a small file's content, all at once and on disk. Raises DiskError when it cannot be written."""
     unfinished = unfinished_name(target)
-    unfinished.write_text(text, encoding="utf-8")
-    _sync(unfinished)
-    os.replace(unfinished, target)
-    _sync(target.parent)
+    with writing(target):
+        unfinished.write_text(text, encoding="utf-8")
+        _sync(unfinished)
+        os.replace(unfinished, target)
+        _sync(target.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -211,6 +211,8 @@ class Reader:
             self._tally.skipped[REPEATED if not is_new else "without text"].add(name)
             return
         self._tally.read[encoding.name].add(name)
+        if encoding.guessed_from:
+            self._tally.guessed.setdefault(encoding.name, (name, encoding.guessed_from))
         if encoding.damaged:
             self._tally.damaged[name] = encoding.damaged
 
