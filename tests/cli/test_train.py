@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lightning_attention.cli.app import main
-from lightning_attention.cli.train import _ShowBar
+from lightning_attention.cli.train import _show_bar
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.progress import HeldOutLoss, Outcome, Progress
@@ -167,7 +167,7 @@ def test_a_narrow_terminal_costs_numbers_and_not_the_step(tmp_path, columns, sho
     trainer = SimpleNamespace(planned_steps=1000, step=0)
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=columns, color_system=None)
-    with _ShowBar(console, trainer) as report:
+    with _show_bar(console, trainer) as report:
         report(Progress(200, 1000, True, 2.946, 43_219.0, HeldOutLoss(3.253, 200)))
     last = next(line for line in reversed(out.getvalue().splitlines()) if "left" in line or "…" in line)
     assert "200/1000" in last

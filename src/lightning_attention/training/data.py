@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import written_folder
 from lightning_attention.training.config import DEFAULT_VAL_FRACTION, TrainConfig
-from lightning_attention.training.corpus import Span, SpooledCorpus, spool, spool_validation
+from lightning_attention.training.corpus import Span, SpooledCorpus, spool
 from lightning_attention.training.encoding import PIECE_BYTES
 from lightning_attention.training.sources import Tally
 from lightning_attention.training.tokenizer import END_ID, token_bytes, train_tokenizer
@@ -60,7 +60,7 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
                 train, val = corpus.split(config.val_fraction or DEFAULT_VAL_FRACTION)
             else:
                 held_out = SpooledCorpus(held_out_file)
-                spool_validation(config, held_out, tally, target)
+                spool(config, held_out, tally, target, [config.validation])
                 corpus = SpooledCorpus(file, apart_from=held_out)
                 spool(config, corpus, tally, target)
                 train, val = [(0, corpus.total_bytes)], [(0, held_out.total_bytes)]

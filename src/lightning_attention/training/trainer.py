@@ -82,6 +82,7 @@ class Trainer:
         config = resumed_config(state["config"], asked)
         runtime = Runtime.choose(config.device, config.precision)
         data = open_data(config, self.folder.tokens, state["data_fingerprint"])
+        torch.manual_seed(config.seed)  # for a GPU that the run did not have before; the rest is restored below
         self._assemble(config, data, Learner(config, runtime, load_model(folder)))
         self.step = state["step"]
         self.record.restore(state["record"])
