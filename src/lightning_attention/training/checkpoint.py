@@ -31,31 +31,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to fill; on leaving it gets the name `target`, all at once and on disk.
 
     When the block raises, or the process dies at any point, `target` does not exist. Raises FileExistsError when it
-    exists already.
+    exists already, and DiskError for whatever the block or this raises where the disk has no room.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_name(target)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
     try:
-        yield unfinished
-        names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
-        (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
-        _sync_tree(unfinished)
-        rename(unfinished, target)
+        with writing(target):  # which tells how much room there was before what is unfinished is deleted
+            yield unfinished
+            names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
+            (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
+            _sync_tree(unfinished)
+            rename(unfinished, target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-@contextmanager
-def written_folder(target: Path) -> Iterator[Path]:
-    """`atomic_folder`, with a DiskError for whatever is raised where the disk has no room for the files."""
-    # The inner one tells how much room there was before what is unfinished is deleted.
-    with writing(target), atomic_folder(target) as folder, writing(target):
-        yield folder
 
 
 def rename(path: Path, target: Path) -> None:

@@ -142,17 +142,16 @@ class TrainConfig:
         """Check every value, then those that depend on each other."""
         for name in _SETTINGS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
-        self._require("width", self.width % self.heads == 0, f"a multiple of heads ({self.heads})")
-        self._require("batch_size", self.tokens_per_step < 1 << 31, "smaller: a step would read 2^31 tokens or more")
-        if self.validation is not None:
-            self._require("val_fraction", self.val_fraction is None, "left out when validation is given")
-        if self.max_minutes is not None:
-            self._require("steps", self.steps is None, "left out when max_minutes is given")
-            self._require("warmup_steps", self.warmup_steps >= 5, "at least 5 when max_minutes is given, to time them")
-
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise _refusal(name, getattr(self, name), wanted)
+        timed = self.max_minutes is not None
+        for name, refused, wanted in (
+            ("width", self.width % self.heads, f"a multiple of heads ({self.heads})"),
+            ("batch_size", self.tokens_per_step >= 1 << 31, "smaller: a step would read 2^31 tokens or more"),
+            ("val_fraction", self.validation and self.val_fraction, "left out when validation is given"),
+            ("steps", timed and self.steps, "left out when max_minutes is given"),
+            ("warmup_steps", timed and self.warmup_steps < 5, "at least 5 when max_minutes is given, to time them"),
+        ):
+            if refused:
+                raise _refusal(name, getattr(self, name), wanted)
 
     @property
     def windows_per_step(self) -> int:

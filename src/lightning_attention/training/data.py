@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lightning_attention.errors import InputError
-from lightning_attention.training.checkpoint import written_folder
+from lightning_attention.training.checkpoint import atomic_folder
 from lightning_attention.training.config import DEFAULT_VAL_FRACTION, TrainConfig
 from lightning_attention.training.corpus import Span, SpooledCorpus, spool
 from lightning_attention.training.encoding import PIECE_BYTES
@@ -51,7 +51,7 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
     Raises InputError when the text cannot be read or is too short for `config.seq_len`, DiskError when it has no room.
     """
     tally = Tally()
-    with written_folder(folder) as target:
+    with atomic_folder(folder) as target:
         # The text lies beside the tokens until they are made: the folder for temporary files is often the smallest.
         with (target / "text").open("w+b") as file, (target / "held_out_text").open("w+b") as held_out_file:
             if config.validation is None:

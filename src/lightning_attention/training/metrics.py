@@ -6,11 +6,10 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_attention.errors import InputError
@@ -18,14 +17,15 @@ from lightning_attention.training.checkpoint import atomic_text
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.disk import writing
 from lightning_attention.training.progress import HeldOutLoss
+from lightning_attention.training.schedule import Schedule
 
 
 class Record:
     """What a run has measured: how long it took, its losses, and the lines about them in metrics.jsonl."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, schedule: Schedule) -> None:
         """Nothing is measured yet, and the clock stands."""
-        self._config = config
+        self._config, self._schedule = config, schedule
         self.seconds = 0.0  # spent on this run by all the processes that worked on it, before this one
         self.eval_seconds = 0.0  # of the latest validation
         self.held_out: HeldOutLoss | None = None
@@ -43,64 +43,58 @@ class Record:
         """Seconds spent on this run so far."""
         return time.perf_counter() - self._started
 
-    def log_training(self, step: int, planned_steps: int | None, **values: float) -> None:
-        """A line about the steps since the last one; `values` are the latest step's, and `tokens_per_second`."""
+    def log_training(self, step: int, **latest: float) -> None:
+        """A line about the steps since the last one, with values of the latest."""
         nats, self.bits_per_byte = self.mean_loss.take()
-        self.tokens_per_second = values["tokens_per_second"]
-        self._write(step, planned_steps, loss=nats, bits_per_byte=self.bits_per_byte, **values)
+        self.tokens_per_second = self._schedule.tokens_per_second()
+        speed = self.tokens_per_second
+        self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed)
 
-    def log_validation(self, step: int, planned_steps: int | None, loss: tuple[float, float], seconds: float) -> None:
+    def log_validation(self, step: int, loss: tuple[float, float], seconds: float) -> None:
         """A line about a validation: its loss in nats per token and bits per byte, and how long it took."""
         self.held_out, self.eval_seconds = HeldOutLoss(loss[1], step), seconds
-        self._write(step, planned_steps, val_loss=loss[0], val_bits_per_byte=loss[1])
+        self._write(step, val_loss=loss[0], val_bits_per_byte=loss[1])
 
-    def _write(self, step: int, planned_steps: int | None, **values: float) -> None:
+    def _write(self, step: int, **values: float) -> None:
         counts = {"step": step, "tokens": step * self._config.tokens_per_step, "seconds": round(self.spent(), 3)}
-        plan = {"planned_steps": planned_steps} if self._config.max_minutes else {}
+        plan = {"planned_steps": self._schedule.planned_steps} if self._config.max_minutes else {}
         self._log.write({**counts, **plan, **values})
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        held_out = self.held_out and asdict(self.held_out)
-        loss = self.mean_loss.state()
-        return {"seconds": self.spent(), "eval_seconds": self.eval_seconds, "held_out": held_out, "mean_loss": loss}
+        return {
+            "seconds": self.spent(),
+            "eval_seconds": self.eval_seconds,
+            "held_out": self.held_out and asdict(self.held_out),
+            "mean_loss": {**vars(self.mean_loss), "nats": float(self.mean_loss.nats)},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.seconds, self.eval_seconds = state["seconds"], state["eval_seconds"]
         self.held_out = HeldOutLoss(**state["held_out"]) if state["held_out"] else None
-        self.mean_loss.restore(state["mean_loss"])
+        self.mean_loss = MeanLoss(**state["mean_loss"])
 
 
+@dataclass
 class MeanLoss:
     """The mean loss over the tokens since it was last asked for, without waiting for the device at every step."""
 
-    def __init__(self) -> None:
-        """No tokens yet."""
-        self._nats = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._tokens, self._bytes = 0, 0
+    nats: Tensor | float = 0.0  # a float64 scalar on the device of the losses
+    tokens: int = 0
+    text_bytes: int = 0
 
     def add(self, loss: Tensor, tokens: int, text_bytes: int) -> None:
         """Take in a batch: its loss in nats per token, how many tokens it has and how many bytes they stand for."""
-        self._nats = self._nats.to(loss.device) + loss.double() * tokens
-        self._tokens += tokens
-        self._bytes += text_bytes
+        self.nats = self.nats + loss.double() * tokens
+        self.tokens += tokens
+        self.text_bytes += text_bytes
 
     def take(self) -> tuple[float, float]:
         """The mean in nats per token and in bits per byte. It starts anew."""
-        nats = float(self._nats)
-        means = (nats / self._tokens, nats / math.log(2) / max(1, self._bytes))
-        self.restore(MeanLoss().state())
-        return means
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint between two logged steps."""
-        return {"nats": float(self._nats), "tokens": self._tokens, "bytes": self._bytes}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self._nats = torch.tensor(state["nats"], dtype=torch.float64, device="cpu")
-        self._tokens, self._bytes = state["tokens"], state["bytes"]
+        nats, tokens, text_bytes = float(self.nats), self.tokens, self.text_bytes
+        self.nats, self.tokens, self.text_bytes = 0.0, 0, 0
+        return nats / tokens, nats / math.log(2) / max(1, text_bytes)
 
 
 class MetricsLog:

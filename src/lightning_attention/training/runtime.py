@@ -41,11 +41,6 @@ class Runtime:
         """The context that forward passes run in."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def synchronize(self) -> None:
-        """Wait until the device is done, before a clock is read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def rng_state(self) -> dict[str, torch.Tensor]:
         """The random state of the CPU and of the device."""
         state = {"cpu": torch.get_rng_state()}

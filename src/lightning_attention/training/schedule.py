@@ -1,4 +1,4 @@
-"""How many steps a run takes, and how large each of them is."""
+"""How many steps a run takes, and the learning rate of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_attention.training.config import DEFAULT_STEPS, TrainConfig
 
 
 class Schedule:
-    """Which step is the last one, and the learning rate of each.
+    """Which step is the last one.
 
     The number of steps is given, or fitted to a time budget: after the warm-up, then at every logged step, because
     what else the machine does may change, and a plan from the first seconds alone has missed the budget by half.
@@ -25,7 +25,7 @@ class Schedule:
         self._config = config
         epochs = math.inf if config.max_epochs is None else config.max_epochs
         self._most_steps = epochs * windows_per_epoch / config.windows_per_step
-        self._step_seconds: deque[float] = deque(maxlen=50)  # of the latest steps
+        self.step_seconds: deque[float] = deque(maxlen=50)  # of the latest steps
         self.planned_steps: int | None = None
         if config.max_minutes is None:
             self._plan(config.steps or DEFAULT_STEPS)
@@ -38,17 +38,9 @@ class Schedule:
         """Whether `step` is the last step or a multiple of `every`; with 0 there is only the last."""
         return self.is_complete(step) or (every > 0 and step % every == 0)
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        return learning_rate(self._config, step, self.planned_steps)
-
-    def add_step(self, seconds: float) -> None:
-        """Take in how long a step took."""
-        self._step_seconds.append(seconds)
-
     def tokens_per_second(self) -> float:
         """The mean speed since the last logged step, over at most 50 steps."""
-        recent = list(self._step_seconds)[-self._config.log_every :]
+        recent = list(self.step_seconds)[-self._config.log_every :]
         return self._config.tokens_per_step * len(recent) / sum(recent)
 
     def fit_to_budget(self, step: int, spent: float, eval_seconds: float) -> None:
@@ -67,7 +59,7 @@ class Schedule:
         if step < self._config.warmup_steps and spent < budget:
             return
         if self.planned_steps is None or self.is_due(self._config.log_every, step):
-            per_step = statistics.median(self._step_seconds)
+            per_step = statistics.median(self.step_seconds)
             self._plan(steps_in_budget(budget, spent, step, per_step, eval_seconds, self._config.eval_every), step)
 
     def _plan(self, steps: int, taken: int = 0) -> None:

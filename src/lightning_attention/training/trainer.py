@@ -22,7 +22,7 @@ from lightning_attention.training.plot import plot_loss
 from lightning_attention.training.progress import Outcome, Progress
 from lightning_attention.training.run_folder import RunFolder
 from lightning_attention.training.runtime import Runtime
-from lightning_attention.training.schedule import Schedule
+from lightning_attention.training.schedule import Schedule, learning_rate
 from lightning_attention.training.tokenizer import as_pretrained
 
 
@@ -30,7 +30,7 @@ class Trainer:
     """One training run in the folder `config.out`.
 
     `folder` owns the run's files, `data` its text, `learner` the model and the optimizer, `schedule` the number of
-    steps and their learning rates, `record` what has been measured. The trainer says what comes next.
+    steps, `record` what has been measured. The trainer says what comes next.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Trainer:
         self._tokenizer = as_pretrained(data.tokenizer)
         self._windows = Windows(data.train, config.seq_len, config.windows_per_step, config.seed)
         self.schedule = Schedule(config, self._windows.per_epoch)
-        self.record = Record(config)
+        self.record = Record(config, self.schedule)
         self.step = 0
 
     def fit(
@@ -142,7 +142,9 @@ class Trainer:
                 if schedule.is_due(config.save_every, self.step):
                     self._save()
                 if report:
-                    report(self._progress())
+                    logged = schedule.is_due(config.log_every, self.step)
+                    shown = (record.bits_per_byte, record.tokens_per_second, record.held_out)
+                    report(Progress(self.step, self.planned_steps, logged, *shown))
             self._save()
             self._plot()
         return Outcome(
@@ -164,19 +166,16 @@ class Trainer:
         """One update of the weights, and a line in the record when it is time for one."""
         began = time.perf_counter()
         windows = self._windows.step(self.step)
-        rate = self.schedule.learning_rate(self.step)
+        rate = learning_rate(self.config, self.step, self.planned_steps)
         loss, norm = self.learner.step(windows, rate)
         self.step += 1
         self.record.mean_loss.add(loss, windows.numel(), self.data.count_bytes(windows))
         logged = self.schedule.is_due(self.config.log_every, self.step)
         if logged or self.planned_steps is None:
             self.learner.check_step(self.step)  # waits for the device, so that the clock below has seen all of the work
-        self.schedule.add_step(time.perf_counter() - began)
+        self.schedule.step_seconds.append(time.perf_counter() - began)
         if logged:
-            speed = self.schedule.tokens_per_second()
-            self.record.log_training(
-                self.step, self.planned_steps, lr=rate, grad_norm=float(norm), tokens_per_second=speed
-            )
+            self.record.log_training(self.step, lr=rate, grad_norm=float(norm))
 
     def _validate(self) -> None:
         """Measure the loss on the held-out text."""
@@ -185,14 +184,7 @@ class Trainer:
         batches = validation_batches(self.data.val, config.seq_len, config.batch_size, config.eval_tokens)
         loss = self.learner.evaluate(batches, self.data.count_bytes)
         self.learner.require_finite("held-out loss", loss[0], self.step)
-        self.record.log_validation(self.step, self.planned_steps, loss, time.perf_counter() - began)
-
-    def _progress(self) -> Progress:
-        logged = self.schedule.is_due(self.config.log_every, self.step)
-        record = self.record
-        return Progress(
-            self.step, self.planned_steps, logged, record.bits_per_byte, record.tokens_per_second, record.held_out
-        )
+        self.record.log_validation(self.step, loss, time.perf_counter() - began)
 
     def _plot(self) -> None:
         with writing(self.folder.plot):
@@ -212,7 +204,7 @@ class Trainer:
                 "record": self.record.state(),
                 "learner": self.learner.state(),
             }
-            with checkpoint.written_folder(target) as folder:
+            with checkpoint.atomic_folder(target) as folder:
                 save_model(self.model, folder)
                 self._tokenizer.save_pretrained(folder)
                 checkpoint.save_state(folder, state)
