@@ -1,5 +1,6 @@
 import contextlib
 import io
+import math
 import re
 from dataclasses import fields
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lightning_attention.cli.app import main
-from lightning_attention.cli.train import _ShowBar
+from lightning_attention.cli.train import _show_bar
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.progress import HeldOutLoss, Outcome, Progress
+from tests.training.test_trainer import spoil_a_weight
 from tests.training.tiny import tiny_settings, write_text
 
 
@@ -125,6 +127,15 @@ def test_divergence_has_another_status(run, tmp_path):
     assert "try a lower lr" in err.splitlines()[-1]
 
 
+def test_a_last_step_that_makes_nan_is_no_success(run, tmp_path, monkeypatch):
+    spoil_a_weight(monkeypatch, 1, math.nan)
+    status, _, err = run("train", *flags(tiny_settings(tmp_path, steps=1)))
+    assert status == 1
+    assert err.splitlines()[-1] == (
+        "error: the held-out loss is nan at step 1; try a lower lr than 0.01; no checkpoint had been written yet"
+    )
+
+
 def test_without_a_terminal_every_logged_step_is_a_line(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")  # nothing is cut to fit a width
     status, _, err = run("train", *flags(tiny_settings(tmp_path, log_every=2, eval_every=4)))
@@ -156,7 +167,7 @@ def test_a_narrow_terminal_costs_numbers_and_not_the_step(tmp_path, columns, sho
     trainer = SimpleNamespace(planned_steps=1000, step=0)
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=columns, color_system=None)
-    with _ShowBar(console, trainer) as report:
+    with _show_bar(console, trainer) as report:
         report(Progress(200, 1000, True, 2.946, 43_219.0, HeldOutLoss(3.253, 200)))
     last = next(line for line in reversed(out.getvalue().splitlines()) if "left" in line or "…" in line)
     assert "200/1000" in last
@@ -221,7 +232,7 @@ def test_no_value_of_any_option_ends_in_a_traceback(command, tmp_path, monkeypat
     monkeypatch.setattr(torch, "compile", lambda module: module)  # what it loads warns of itself
 
     def fit(self, *_):
-        self._folder.release()
+        self.folder.release()
         return Outcome(1, 1, None, None, tmp_path, tmp_path, tmp_path)
 
     monkeypatch.setattr("lightning_attention.training.trainer.Trainer.fit", fit)

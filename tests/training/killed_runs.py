@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lightning_attention.training import checkpoint, trainer
+from lightning_attention.training.config import make_config
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.model import load_model
 from lightning_attention.training.trainer import Trainer
@@ -48,7 +49,7 @@ def died(pid: int) -> bool:
 
 def train(root: Path, out: Path) -> None:
     trainer.plot_loss = lambda records, path: None  # would be most of the time, and no part of what is resumed
-    Trainer(tiny_settings(root, out=str(out), **SETTINGS), resume="auto").fit()
+    Trainer(make_config(tiny_settings(root, out=str(out), **SETTINGS)), resume="auto").fit()
 
 
 def count_events(action: Callable[[int], None]) -> None:
@@ -94,8 +95,8 @@ def assert_same(out: Path, reference: Path) -> None:
     assert folder.name == wanted.name
     assert (folder / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
     ours, theirs = checkpoint.load_state(folder), checkpoint.load_state(wanted)
-    torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=0, atol=0)
-    assert torch.equal(ours["rng"]["cpu"], theirs["rng"]["cpu"])
+    torch.testing.assert_close(ours["learner"]["optimizer"], theirs["learner"]["optimizer"], rtol=0, atol=0)
+    assert torch.equal(ours["learner"]["rng"]["cpu"], theirs["learner"]["rng"]["cpu"])
     leftovers = list(out.rglob("*" + checkpoint.UNFINISHED))
     assert not leftovers, leftovers
 

@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
+from lightning_attention.errors import DiskError, InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
 
 
 def fill(folder, content="x"):
@@ -28,7 +28,7 @@ def test_nothing_appears_when_the_block_raises(tmp_path):
             fill(unfinished)
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DiskError, match=rf"cannot write {tmp_path}/folder: disk full \([\d,.]+ MB free there\)"):
         fail()
     assert os.listdir(tmp_path) == []
 

@@ -2,7 +2,8 @@ from dataclasses import fields
 
 import pytest
 
-from lightning_attention.training.config import InputError, TrainConfig, make_config, read_toml, resumed_config
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import TrainConfig, make_config, read_toml, resumed_config
 
 
 @pytest.mark.parametrize(
@@ -105,9 +106,9 @@ def test_missing_toml():
 
 def test_resume_keeps_what_is_computed_and_changes_the_rest():
     stored = make_config({"lr": 0.5, "keep": 3}).as_dict()
-    assert resumed_config(stored, {}) == make_config(stored)
-    assert resumed_config(stored, {"lr": 0.5, "keep": 1, "steps": 9}).keep == 1
+    assert resumed_config(stored, make_config({})) == make_config(stored)
+    assert resumed_config(stored, make_config({"lr": 0.5, "keep": 1, "steps": 9})).keep == 1
     with pytest.raises(InputError, match=r"lr is 0.5 in the checkpoint and 0.1 now"):
-        resumed_config(stored, {"lr": 0.1})
+        resumed_config(stored, make_config({"lr": 0.1}))
     with pytest.raises(InputError, match="steps cannot be set"):
-        resumed_config(make_config({"max_minutes": 1}).as_dict(), {"steps": 9})
+        resumed_config(make_config({"max_minutes": 1}).as_dict(), make_config({"steps": 9}))

@@ -2,14 +2,16 @@ import io
 import itertools
 import json
 import os
+import re
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import corpus as corpus_module
-from lightning_attention.training.config import InputError, make_config
+from lightning_attention.training.config import make_config
 from lightning_attention.training.corpus import SpooledCorpus, spool
 from lightning_attention.training.sources import Tally
 
@@ -137,11 +139,37 @@ def test_says_what_was_read_and_what_was_not(tmp_path):
     (tmp_path / "y.pdf").write_bytes(b"%PDF-1.7 text")
     assert spooled(inputs=[str(tmp_path)])[2].lines() == [
         f"read 2 files: 1 utf-8, 1 cp1251 ({tmp_path}/b.txt)",
+        f'cp1251 is a guess: {tmp_path}/b.txt reads "Где же вы теперь," in it; '
+        "if that is wrong, name the encoding with --encoding",
         f"left out 1, the same text as one before: {tmp_path}/c.txt",
         f"left out 1, without text: {tmp_path}/empty.txt",
         f"left out 1, no text: zero bytes: {tmp_path}/x.png",
         f"left out 1, no text: {tmp_path}/y.pdf",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "codec"),
+    [
+        ("Şu köşe yaz köşesi, şu köşe kış köşesi.\n", "cp1254"),
+        ("Zażółć gęślą jaźń.\n", "iso8859-2"),
+    ],
+)
+def test_a_guess_is_said_with_what_it_makes_of_the_text(tmp_path, text, codec):
+    """A line of Turkish or Polish is too little to be sure; whoever wrote it sees at once whether it is right."""
+    (tmp_path / "plain.txt").write_text("English and nothing else\n")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes((name + " " + text).encode(codec))
+    _, found, tally = spooled(inputs=[str(tmp_path)])
+    (line,) = (line for line in tally.lines() if "is a guess" in line)
+    encoding, shown = re.fullmatch(
+        rf'(\S+) is a guess: {tmp_path}/a.txt reads "(.+)" in it; if that is wrong, name the encoding with --encoding',
+        line,
+    ).groups()
+    assert tally.read[encoding].count == 2
+    assert shown.split()[0] in found  # it is what is trained on
+    assert shown.split()[0].encode(encoding) in text.encode(codec)
+    assert not any("is a guess" in line for line in spooled(inputs=[str(tmp_path)], encoding=codec)[2].lines())
 
 
 def test_the_same_text_counts_once_whatever_it_is_called_and_however_it_is_encoded(tmp_path):

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from lightning_attention.training.interrupt import StoppedAtOnce, StopRequest
+from lightning_attention.errors import StoppedAtOnce
+from lightning_attention.training.interrupt import StopRequest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 from lightning_attention.training.metrics import MetricsLog, read_metrics
 from lightning_attention.training.plot import plot_loss
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
+from lightning_attention.training.config import make_config
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.run_folder import LOCK, MARKER, RunFolder
 from lightning_attention.training.trainer import Trainer
@@ -40,16 +41,16 @@ def test_a_second_run_is_refused_and_told_who_holds_the_folder(tmp_path):
         before = snapshot(tmp_path / "run")
         for how in ({}, {"resume": True}, {"resume": "auto"}, {"overwrite": True}):
             with pytest.raises(InputError, match=rf"run is in use: process {other.pid} on .*, since 2.* trains in it"):
-                Trainer(settings, **how)
+                Trainer(make_config(settings), **how)
         assert snapshot(tmp_path / "run") == before
         other.kill()  # a lock dies with its process
-    assert Trainer(settings, resume=True).step == 6
+    assert Trainer(make_config(settings), resume=True).step == 6
 
 
 def test_two_trainers_of_one_process_too(tmp_path):
-    first = Trainer(tiny_settings(tmp_path))
+    first = Trainer(make_config(tiny_settings(tmp_path)))
     with pytest.raises(InputError, match="is in use: process"):
-        Trainer(tiny_settings(tmp_path))
+        Trainer(make_config(tiny_settings(tmp_path)))
     assert first.fit().step == 6
     train(tiny_settings(tmp_path), resume=True)
 
@@ -57,7 +58,7 @@ def test_two_trainers_of_one_process_too(tmp_path):
 def test_a_failed_start_lets_go_of_the_folder(tmp_path):
     for _ in range(2):
         with pytest.raises(InputError, match="no such file or folder"):
-            Trainer(tiny_settings(tmp_path, inputs=["missing.txt"]))
+            Trainer(make_config(tiny_settings(tmp_path, inputs=["missing.txt"])))
     train(tiny_settings(tmp_path))
 
 
@@ -73,7 +74,7 @@ def test_files_of_somebody_else_are_not_touched(tmp_path):
             InputError,
             match=r"run holds files that no run wrote \(config.toml, metrics.jsonl, thesis.unfinished\); choose",
         ):
-            Trainer(settings, **how)
+            Trainer(make_config(settings), **how)
     assert snapshot(mine) == before
 
 
@@ -104,7 +105,7 @@ def test_what_is_put_into_a_run_stays_when_it_is_overwritten(tmp_path):
     notes.write_text("years of work")
     before = snapshot(tmp_path / "run")
     with pytest.raises(InputError, match=r"step_00000006 holds files that no run wrote \(notes.txt\)"):
-        Trainer(settings, overwrite=True)
+        Trainer(make_config(settings), overwrite=True)
     after = snapshot(tmp_path / "run")
     assert {name: after[name] for name in before if name != MARKER} == {n: b for n, b in before.items() if n != MARKER}
 
@@ -114,7 +115,7 @@ def test_overwrite_deletes_nothing_before_the_new_text_has_been_read(tmp_path):
     _, outcome = train(settings)
     for wrong in ({"inputs": ["missing.txt"]}, {"device": "cuda:99"}, {"seq_len": 100_000}):
         with pytest.raises(InputError):
-            Trainer({**settings, **wrong}, overwrite=True)
+            Trainer(make_config({**settings, **wrong}), overwrite=True)
         assert outcome.checkpoint.is_dir()
         assert len(read_metrics(outcome.metrics)) > 5
     resumed, _ = train(settings, resume=True)

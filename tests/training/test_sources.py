@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 from lightning_attention.training.run_folder import MARKER
 from lightning_attention.training.sources import Finder, Tally
 from tests.training.test_corpus import left_out, read

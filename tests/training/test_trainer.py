@@ -12,16 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_attention.errors import DivergedError, InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
+from lightning_attention.training.config import make_config
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.tokenizer import END_ID
-from lightning_attention.training.trainer import DivergedError, Trainer
+from lightning_attention.training.trainer import Trainer
 from tests.training.tiny import tiny_settings, train
 
 
 def losses(trainer: Trainer) -> list[tuple[int, float]]:
-    return [(r["step"], r.get("loss", r.get("val_loss"))) for r in read_metrics(trainer.out / "metrics.jsonl")]
+    return [(r["step"], r.get("loss", r.get("val_loss"))) for r in read_metrics(trainer.folder.root / "metrics.jsonl")]
 
 
 def test_learns(tmp_path):
@@ -94,7 +95,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, name):
             os.kill(os.getpid(), getattr(signal, name))
 
     settings = tiny_settings(tmp_path)
-    outcome = Trainer(settings).fit(interrupt)
+    outcome = Trainer(make_config(settings)).fit(interrupt)
     assert (outcome.step, outcome.stopped_by) == (3, name)
     assert outcome.checkpoint.is_dir()
     assert signal.getsignal(signal.SIGINT) is before
@@ -108,7 +109,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, name):
 
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
     settings = tiny_settings(tmp_path)
-    trainer = Trainer(settings)
+    trainer = Trainer(make_config(settings))
     validate = trainer._validate
     monkeypatch.setattr(trainer, "_validate", lambda: (os.kill(os.getpid(), signal.SIGTERM), validate()))
     assert trainer.fit().step == 0
@@ -129,7 +130,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 def test_resume_without_a_checkpoint_is_an_error_unless_it_is_auto(tmp_path):
     with pytest.raises(InputError, match=r"there is no checkpoint in .*; --auto-resume starts where none is"):
-        Trainer(tiny_settings(tmp_path), resume=True)
+        Trainer(make_config(tiny_settings(tmp_path)), resume=True)
     assert not (tmp_path / "run").exists()
     trainer, outcome = train(tiny_settings(tmp_path), resume="auto")
     assert trainer.resumed_from is None
@@ -141,8 +142,8 @@ def test_resume_without_a_checkpoint_is_an_error_unless_it_is_auto(tmp_path):
 def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_line(tmp_path):
     every, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "every")))
     some, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "some"), log_every=4))
-    by_step = {r["step"]: r["loss"] for r in read_metrics(every.out / "metrics.jsonl") if "loss" in r}
-    lines = {record["step"]: record for record in read_metrics(some.out / "metrics.jsonl") if "loss" in record}
+    by_step = {r["step"]: r["loss"] for r in read_metrics(every.folder.root / "metrics.jsonl") if "loss" in r}
+    lines = {record["step"]: record for record in read_metrics(some.folder.root / "metrics.jsonl") if "loss" in record}
     assert lines[4]["loss"] == pytest.approx(sum(by_step[step] for step in (1, 2, 3, 4)) / 4, rel=1e-6)
     assert lines[6]["loss"] == pytest.approx(sum(by_step[step] for step in (5, 6)) / 2, rel=1e-6)
     # The bits are those of all of the bytes that the steps read.
@@ -154,7 +155,7 @@ def test_the_logged_loss_is_the_mean_over_the_steps_since_the_last_line(tmp_path
 def test_the_mean_goes_on_over_a_resume(tmp_path):
     settings = tiny_settings(tmp_path, log_every=4)
     whole, _ = train({**settings, "out": str(tmp_path / "whole")})
-    Trainer(settings).fit(lambda progress: progress.step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    Trainer(make_config(settings)).fit(lambda progress: progress.step == 2 and os.kill(os.getpid(), signal.SIGTERM))
     resumed, _ = train(settings, resume=True)
     assert losses(resumed) == losses(whole)
 
@@ -168,22 +169,22 @@ def test_the_held_out_loss_says_when_it_was_measured(tmp_path):
         if progress.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    outcome = Trainer(settings).fit(stop_at_five)
+    outcome = Trainer(make_config(settings)).fit(stop_at_five)
     assert seen == [(1, 0, True), (2, 0, True), (3, 3, True), (4, 3, True), (5, 3, True)]
     assert (outcome.step, outcome.held_out.step) == (5, 3)
-    assert Trainer(settings, resume=True).held_out == outcome.held_out
+    assert Trainer(make_config(settings), resume=True).record.held_out == outcome.held_out
 
 
 def test_a_folder_with_a_run_needs_a_word(tmp_path):
     settings = tiny_settings(tmp_path)
     train(settings)
     with pytest.raises(InputError, match="holds checkpoints; add --resume to go on or --overwrite"):
-        Trainer(settings)
+        Trainer(make_config(settings))
     with pytest.raises(InputError, match="seq_len is 24 in the checkpoint and 20 now"):
-        Trainer({**settings, "seq_len": 20}, resume=True)
+        Trainer(make_config({**settings, "seq_len": 20}), resume=True)
     trainer, _ = train({**settings, "seq_len": 20}, overwrite=True)
     assert trainer.resumed_from is None
-    assert [path.name for path in checkpoint.checkpoints(trainer.out / "checkpoints")] == [
+    assert [path.name for path in checkpoint.checkpoints(trainer.folder.root / "checkpoints")] == [
         "step_00000004",
         "step_00000006",
     ]
@@ -199,7 +200,7 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("lightning_attention.training.trainer.new_model", too_large)
         with pytest.raises(MemoryError):
-            Trainer(settings, overwrite=True)
+            Trainer(make_config(settings), overwrite=True)
     _, again = train(settings, resume=True)
     assert again == outcome
 
@@ -214,17 +215,30 @@ def test_a_run_can_be_made_longer(tmp_path):
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     settings = tiny_settings(tmp_path)
     trainer, outcome = train(settings)
-    manifest = trainer.out / "tokens" / "token_files.json"
+    manifest = trainer.folder.root / "tokens" / "token_files.json"
     original = manifest.read_text()
     manifest.write_text(json.dumps({"fingerprint": "other"}))
     with pytest.raises(InputError, match=r"are not those that .* was trained on"):
-        Trainer(settings, resume=True)
+        Trainer(make_config(settings), resume=True)
     manifest.write_text(original)
     weights = outcome.checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot load the model in ") as caught:
-        Trainer(settings, resume=True)
+        Trainer(make_config(settings), resume=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])
+def test_token_files_that_were_altered_are_noticed(tmp_path, name):
+    settings = tiny_settings(tmp_path)
+    trainer, _ = train(settings)
+    file = trainer.folder.tokens / name
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b"\n") if name == "tokenizer.json" else len(raw) // 2
+    raw[at] ^= ord("\n") ^ ord(" ")  # white space in the JSON, or another token: no file becomes longer
+    file.write_bytes(raw)
+    with pytest.raises(InputError, match=r"the token files in .*tokens have been altered since the run began"):
+        Trainer(make_config(settings), resume=True)
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
@@ -238,7 +252,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 def test_bf16_is_close_and_not_the_same(tmp_path):
     full, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "full"), precision="auto"))
     half, _ = train(tiny_settings(tmp_path, out=str(tmp_path / "half"), precision="bf16"))
-    assert not full.runtime.bf16
+    assert not full.learner.runtime.bf16
     assert losses(half) != losses(full)
     assert [loss for _, loss in losses(half)] == pytest.approx([loss for _, loss in losses(full)], rel=0.02)
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
@@ -267,18 +281,18 @@ def test_time_budget_makes_a_plan_after_the_warm_up_and_keeps_it_in_the_checkpoi
         if progress.step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    outcome = Trainer(settings).fit(stop_at_seven)
+    outcome = Trainer(make_config(settings)).fit(stop_at_seven)
     assert seen[:4] == [None] * 4
     assert outcome.planned_steps == seen[-1] > 20  # a minute is long for these steps
-    resumed = Trainer({**settings, "device": "cpu"}, resume=True)
+    resumed = Trainer(make_config({**settings, "device": "cpu"}), resume=True)
     assert resumed.planned_steps == outcome.planned_steps
-    assert resumed.seconds > 0
+    assert resumed.record.seconds > 0
 
 
 def test_time_budget_follows_what_steps_take(tmp_path, monkeypatch):
     settings = tiny_settings(tmp_path, steps=None, max_minutes=1.0, warmup_steps=5, log_every=2)
     plans = iter([20, 30, 9, 10])  # after steps 5, 6, 8 and 9, of which 9 is no logged one
-    monkeypatch.setattr("lightning_attention.training.trainer.steps_in_budget", lambda *_, **__: next(plans))
+    monkeypatch.setattr("lightning_attention.training.schedule.steps_in_budget", lambda *_, **__: next(plans))
     _, outcome = train(settings)
     assert outcome.step == 9
     assert next(plans) == 10
@@ -314,12 +328,45 @@ def test_a_budget_or_a_number_of_steps_ends_with_the_epochs(tmp_path):
 
 def test_divergence_stops_and_leaves_the_last_good_checkpoint(tmp_path):
     # Nothing is logged before the run has diverged: what is saved is looked at all the same.
-    trainer = Trainer(tiny_settings(tmp_path, lr=1e30, steps=20, save_every=1, log_every=100, clip=0.0))
+    trainer = Trainer(make_config(tiny_settings(tmp_path, lr=1e30, steps=20, save_every=1, log_every=100, clip=0.0)))
     with pytest.raises(DivergedError, match=r"the (loss|gradient norm) is (nan|inf) at step \d+; try a lower lr than"):
         trainer.fit()
-    found = checkpoint.checkpoints(trainer.out / "checkpoints")
+    found = checkpoint.checkpoints(trainer.folder.root / "checkpoints")
     assert int(found[-1].name[5:]) == trainer.step - 1
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(found[-1]).parameters())
+
+
+def spoil_a_weight(monkeypatch, step: int, value: float) -> None:
+    """Let the optimizer make a weight `value` in that step of its, whose loss and gradient are in order."""
+    step_once = torch.optim.AdamW.step
+
+    def spoil(self, *_):
+        step_once(self)
+        weights = self.param_groups[0]["params"][0]
+        if self.state[weights]["step"] == step:
+            weights.data.view(-1)[7] = value
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+
+
+def test_a_last_step_that_makes_nan_is_not_saved(tmp_path, monkeypatch):
+    spoil_a_weight(monkeypatch, 3, math.nan)
+    trainer = Trainer(make_config(tiny_settings(tmp_path, steps=3)))
+    with pytest.raises(DivergedError, match=r"the held-out loss is nan at step 3; try a lower lr than 0\.01"):
+        trainer.fit()
+    assert [path.name for path in checkpoint.checkpoints(trainer.folder.checkpoints)] == ["step_00000002"]
+    assert losses(trainer)[-1][0] == 3
+    assert all(math.isfinite(loss) for _, loss in losses(trainer))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_no_number_is_not_saved(tmp_path, monkeypatch, value):
+    spoil_a_weight(monkeypatch, 3, value)
+    trainer = Trainer(make_config(tiny_settings(tmp_path, save_every=1, eval_every=0, log_every=100)))
+    with pytest.raises(DivergedError, match=rf"the largest weight is {value} at step 3; try a lower lr"):
+        trainer.fit()
+    found = checkpoint.checkpoints(trainer.folder.checkpoints)
+    assert [path.name for path in found] == ["step_00000001", "step_00000002"]
 
 
 def test_a_checkpoint_is_a_hugging_face_folder(tmp_path):
@@ -341,4 +388,4 @@ def test_who_may_read_a_checkpoint_may_read_its_weights(tmp_path):
 def test_refuses_devices_that_are_not_there(tmp_path):
     for device, message in (("cuda:99", "device cuda:99 is not there"), ("tpu", "device must be auto, cpu, cuda")):
         with pytest.raises(InputError, match=message):
-            Trainer(tiny_settings(tmp_path, device=device))
+            Trainer(make_config(tiny_settings(tmp_path, device=device)))

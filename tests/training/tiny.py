@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from lightning_attention.training.config import make_config
 from lightning_attention.training.trainer import Outcome, Trainer
 
 
@@ -42,5 +43,5 @@ def tiny_settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def train(settings: dict[str, Any], **how: Any) -> tuple[Trainer, Outcome]:
     """Run to the end."""
-    trainer = Trainer(settings, **how)
+    trainer = Trainer(make_config(settings), **how)
     return trainer, trainer.fit()

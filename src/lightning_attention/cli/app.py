@@ -13,7 +13,7 @@ from lightning_attention.cli.check import check
 from lightning_attention.cli.generate import generate
 from lightning_attention.cli.streams import show_every_character
 from lightning_attention.cli.train import train
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 
 app = typer.Typer(
     help="Linear attention that trains and serves at constant speed per token.",

@@ -6,16 +6,18 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from datetime import timedelta
 from functools import partial
-from typing import IO, TYPE_CHECKING, Annotated, Any, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
 from lightning_attention.cli.streams import LastingStream
-from lightning_attention.training.config import InputError, TrainConfig, make_config, read_toml
+from lightning_attention.errors import DiskError, DivergedError, InputError, StoppedAtOnce
+from lightning_attention.training.config import TrainConfig, make_config, read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,41 +25,34 @@ if TYPE_CHECKING:
     from lightning_attention.training.progress import Outcome, Progress
     from lightning_attention.training.trainer import Trainer
 
-_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
-
-def _parameter(setting: Field[Any]) -> inspect.Parameter:
+def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
     """A setting as an option that is None unless it is given, so that the configuration file can speak first."""
-    annotation: Any
+    text = setting.metadata["help"]
     if setting.name == "inputs":
-        about = typer.Argument(metavar="INPUT", help=setting.metadata["help"], show_default=False)
-        annotation = Annotated[list[str] | None, about]
+        kind, about = list[str], typer.Argument(metavar="INPUT", help=text, show_default=False)
     else:
-        flag = "--" + setting.name.replace("_", "-")
-        kind = _TYPES[str(setting.type).removesuffix(" | None")]
+        flag, default = setting.name.replace("_", "-"), setting.default
+        if kind is bool:
+            default = "yes" if default else "no"
         about = typer.Option(
-            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-            help=_help(setting),
+            f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+            help=text if default is None else f"{text} [default: {default}]",
             show_default=False,
             rich_help_panel=setting.metadata["group"],
         )
-        annotation = Annotated[kind | None, about]
+    annotation = Annotated[kind | None, about]
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _help(setting: Field[Any]) -> str:
-    """The option's own default is None; what the reader wants to know is the setting's."""
-    default = ("no", "yes")[setting.default] if isinstance(setting.default, bool) else setting.default
-    return setting.metadata["help"] + ("" if default is None else f" [default: {default}]")
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each setting of TrainConfig, in place of its `settings`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
-    parameters = [*map(_parameter, fields(TrainConfig)), *own]
+    kinds = get_type_hints(TrainConfig)
+    parameters = [*(_parameter(setting, kinds[setting.name]) for setting in fields(TrainConfig)), *own]
 
     def wrapped(**values: Any) -> None:
-        given = {p.name: values.pop(p.name) for p in parameters if p not in own}
+        given = {setting.name: values.pop(setting.name) for setting in fields(TrainConfig)}
         command(settings={name: value for name, value in given.items() if value is not None}, **values)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
@@ -66,30 +61,26 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _own(flag: str, text: str, metavar: str | None = None) -> Any:
+    """An option that is no setting."""
+    return typer.Option(flag, help=text, metavar=metavar, rich_help_panel="Run")
+
+
 @_with_settings
 def train(
     *,
     settings: dict[str, Any],
     config: Annotated[
         str | None,
-        typer.Option(
+        _own(
+            "--config",
+            "Read settings from this file: the names below with _ for -. Options on the command line win.",
             metavar="FILE.toml",
-            help="Read settings from this file: the names below with _ for -. Options on the command line win.",
-            rich_help_panel="Run",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.", rich_help_panel="Run")
-    ] = False,
-    auto_resume: Annotated[
-        bool,
-        typer.Option(
-            "--auto-resume", help="Go on from the newest checkpoint in --out, or start.", rich_help_panel="Run"
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again where --out holds a run.", rich_help_panel="Run")
-    ] = False,
+    resume: Annotated[bool, _own("--resume", "Go on from the newest checkpoint in --out.")] = False,
+    auto_resume: Annotated[bool, _own("--auto-resume", "Go on from the newest checkpoint in --out, or start.")] = False,
+    overwrite: Annotated[bool, _own("--overwrite", "Start again where --out holds a run.")] = False,
 ) -> None:
     """Train a small TransNormer on text, on a CPU or a GPU.
 
@@ -102,20 +93,17 @@ def train(
     if (resume or auto_resume) and overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them")
     _refuse_several_processes()
-    settings = {**(read_toml(config) if config is not None else {}), **settings}
-    make_config(settings)  # what is wrong is said before PyTorch's models are loaded
+    # What is wrong is said before transformers is loaded.
+    asked = make_config({**(read_toml(config) if config is not None else {}), **settings})
     from rich.console import Console
 
-    from lightning_attention.training.disk import DiskError
-    from lightning_attention.training.interrupt import StoppedAtOnce
-    from lightning_attention.training.trainer import DivergedError, Trainer
+    from lightning_attention.training.trainer import Trainer
 
     console = Console(file=cast("IO[str]", LastingStream(sys.stderr)), highlight=False, soft_wrap=True, markup=False)
     try:
         with console.status("reading the text"):
-            trainer = Trainer(
-                settings, resume="auto" if auto_resume else resume, overwrite=overwrite, report=console.print
-            )
+            how: bool | Literal["auto"] = "auto" if auto_resume else resume
+            trainer = Trainer(asked, resume=how, overwrite=overwrite, report=console.print)
     except DiskError as error:
         print(f"error: {error}; what was in the folder is as it was", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -125,17 +113,17 @@ def train(
         print("stopped before the first step; what was in the folder is as it was", file=sys.stderr)
         raise typer.Exit(130) from error
     console.print(_introduction(trainer))
-    show = _ShowBar if console.is_interactive else _ShowLines
+    show = _show_bar if console.is_interactive else _show_lines
     try:
         with show(console, trainer) as report:
             outcome = trainer.fit(report, _acknowledger(console, trainer))
     except (DivergedError, DiskError) as error:
-        console.print(f"error: {error}; {trainer.kept()}")
+        console.print(f"error: {error}; {trainer.folder.kept()}")
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
         raise _memory_error(error) from error
     except StoppedAtOnce as stop:
-        console.print(f"stopped by {stop.signal_name} at once: {trainer.kept()}")
+        console.print(f"stopped by {stop.signal_name} at once: {trainer.folder.kept()}")
         raise typer.Exit(_status(stop.signal_name)) from stop
     _conclude(outcome, partial(print, file=LastingStream(sys.stdout)))
     if outcome.stopped_by:
@@ -166,10 +154,10 @@ def _status(signal_name: str) -> int:
 def _introduction(trainer: Trainer) -> str:
     config, data = trainer.config, trainer.data
     weights = sum(p.numel() for p in trainer.model.parameters())
-    precision = "bf16" if trainer.runtime.bf16 else "float32"
+    precision = "bf16" if trainer.learner.runtime.bf16 else "float32"
     start = f"going on from {trainer.resumed_from}" if trainer.resumed_from else "starting"
     return (
-        f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.runtime.device}; "
+        f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.learner.runtime.device}; "
         f"{len(data.train):,} tokens to train on, {len(data.val):,} held out, {config.tokens_per_step:,} in a step"
     )
 
@@ -177,7 +165,7 @@ def _introduction(trainer: Trainer) -> str:
 def _acknowledger(console: Console, trainer: Trainer) -> Callable[[str, bool], None]:
     def acknowledge(name: str, again: bool) -> None:
         if again:
-            console.print(f"{name} again: stopping now; {trainer.kept()}")
+            console.print(f"{name} again: stopping now; {trainer.folder.kept()}")
         else:
             console.print(
                 f"{name}: finishing step {trainer.step + 1}, then saving it; a second signal stops at once, without it"
@@ -202,60 +190,45 @@ def _as_fits(progress: Progress, width: int) -> str:
     return next((numbers for numbers in choices if len(numbers) <= width), "")
 
 
-class _ShowBar:
+@contextmanager
+def _show_bar(console: Console, trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
     """A bar on the terminal's last line."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
 
-    def __init__(self, console: Console, trainer: Trainer) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-        from rich.table import Column
+    # What may not wrap is not cut either, as long as the bar can give way.
+    steps, left = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, TimeRemainingColumn))
+    numbers = TextColumn("{task.fields[numbers]}")
+    columns = (steps, BarColumn(bar_width=None), numbers, left, TextColumn("left"))
+    with Bar(*columns, console=console, expand=True) as bar:
+        task = bar.add_task("", total=trainer.planned_steps, completed=trainer.step, numbers="")
 
-        # What may not wrap is not cut either, as long as the bar can give way.
-        steps, left = (kind(table_column=Column(no_wrap=True)) for kind in (MofNCompleteColumn, TimeRemainingColumn))
-        numbers = TextColumn("{task.fields[numbers]}")
-        self._bar = Bar(
-            steps, BarColumn(bar_width=None), numbers, left, TextColumn("left"), console=console, expand=True
-        )
-        self._task = self._bar.add_task("", total=trainer.planned_steps, completed=trainer.step, numbers="")
-        self._console = console
+        def report(progress: Progress) -> None:
+            planned = f"{progress.planned_steps}/{progress.planned_steps}"
+            shown = _as_fits(progress, console.width - len(f"{planned} ----  0:00:00 left"))
+            bar.update(task, completed=progress.step, total=progress.planned_steps, numbers=shown)
 
-    def __enter__(self) -> Callable[[Progress], None]:
-        self._bar.start()
-        return self._report
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def _report(self, progress: Progress) -> None:
-        steps = f"{progress.planned_steps}/{progress.planned_steps}"
-        numbers = _as_fits(progress, self._console.width - len(f"{steps} ----  0:00:00 left"))
-        self._bar.update(self._task, completed=progress.step, total=progress.planned_steps, numbers=numbers)
+        yield report
 
 
-class _ShowLines:
+@contextmanager
+def _show_lines(console: Console, trainer: Trainer) -> Iterator[Callable[[Progress], None]]:
     """A line for every logged step, for a file or a pipe."""
 
-    def __init__(self, console: Console, trainer: Trainer) -> None:
-        self._print = console.print
-        self._tokens_per_step = trainer.config.tokens_per_step
-
-    def __enter__(self) -> Callable[[Progress], None]:
-        return self._report
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def _report(self, progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         if not progress.logged:
             return
         loss, speed = _numbers(progress)
-        planned, left = "", ""
+        step, left = f"step {progress.step}", ""
         if progress.planned_steps is not None:
-            planned = f"/{progress.planned_steps}"
+            step += f"/{progress.planned_steps}"
             if progress.tokens_per_second:
-                steps = progress.planned_steps - progress.step
-                left = f"{timedelta(seconds=round(steps * self._tokens_per_step / progress.tokens_per_second))} left"
-        self._print("  ".join(part for part in (f"step {progress.step}{planned}", loss, speed, left) if part))
+                tokens = (progress.planned_steps - progress.step) * trainer.config.tokens_per_step
+                left = f"{timedelta(seconds=round(tokens / progress.tokens_per_second))} left"
+        console.print("  ".join(part for part in (step, loss, speed, left) if part))
+
+    yield report
 
 
 def _conclude(outcome: Outcome, say: Callable[[str], None]) -> None:

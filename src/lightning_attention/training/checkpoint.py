@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
+from lightning_attention.training.disk import writing
 
 STATE_FILE = "trainer_state.pt"
 FILES = "files.json"  # the names of what a run wrote into a folder: nothing else is deleted
@@ -30,20 +31,22 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to fill; on leaving it gets the name `target`, all at once and on disk.
 
     When the block raises, or the process dies at any point, `target` does not exist. Raises FileExistsError when it
-    exists already.
+    exists already, and DiskError for whatever the block or this raises where the disk has no room.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_name(target)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
     try:
-        yield unfinished
-        names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
-        (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
-        _sync_tree(unfinished)
-        rename(unfinished, target)
+        with writing(target):  # which tells how much room there was before what is unfinished is deleted
+            yield unfinished
+            names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
+            (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
+            _sync_tree(unfinished)
+            rename(unfinished, target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -56,12 +59,13 @@ def rename(path: Path, target: Path) -> None:
 
 
 def atomic_text(target: Path, text: str) -> None:
-    """Replace a small file's content, all at once and on disk."""
+    """Replace a small file's content, all at once and on disk. Raises DiskError when it cannot be written."""
     unfinished = unfinished_name(target)
-    unfinished.write_text(text, encoding="utf-8")
-    _sync(unfinished)
-    os.replace(unfinished, target)
-    _sync(target.parent)
+    with writing(target):
+        unfinished.write_text(text, encoding="utf-8")
+        _sync(unfinished)
+        os.replace(unfinished, target)
+        _sync(target.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from lightning_attention.training.config import InputError, TrainConfig
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.encoding import PIECE_BYTES, NotTextError, decoded, find_encoding
 from lightning_attention.training.sources import Finder, Tally, shown
 
@@ -129,20 +130,23 @@ def _last_break(raw: bytes) -> int:
     return cut or len(raw.decode("utf-8", errors="ignore").encode())  # only an unfinished last character is ignored
 
 
-def spool(config: TrainConfig, corpus: SpooledCorpus, tally: Tally, scratch: Path | None = None) -> None:
-    """Read all that the configuration names to train on. Raises InputError when something is missing or empty.
+def spool(
+    config: TrainConfig,
+    corpus: SpooledCorpus,
+    tally: Tally,
+    scratch: Path | None = None,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Read files, folders and globs, by default those to train on or else the built-in text.
 
-    Standard input is copied into a file in `scratch` first, for its encoding to be found.
+    Standard input is copied into a file in `scratch` first, for its encoding to be found. Raises InputError when
+    something is missing or there is no text in any of it.
     """
-    if not config.inputs:
-        BUILT_IN[config.corpus](corpus, tally)
+    names = config.inputs if names is None else names
+    if names:
+        Reader(corpus, tally, config, scratch).read(names)
     else:
-        Reader(corpus, tally, config, scratch).read(config.inputs)
-
-
-def spool_validation(config: TrainConfig, corpus: SpooledCorpus, tally: Tally, scratch: Path | None = None) -> None:
-    """Read what the configuration names to validate on. Raises InputError when it is missing or empty."""
-    Reader(corpus, tally, config, scratch).read([config.validation or ""])
+        BUILT_IN[config.corpus](corpus, tally)
 
 
 class Reader:
@@ -210,6 +214,8 @@ class Reader:
             self._tally.skipped[REPEATED if not is_new else "without text"].add(name)
             return
         self._tally.read[encoding.name].add(name)
+        if encoding.guessed_from:
+            self._tally.guessed.setdefault(encoding.name, (name, encoding.guessed_from))
         if encoding.damaged:
             self._tally.damaged[name] = encoding.damaged
 

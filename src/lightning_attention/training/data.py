@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import atomic_folder
-from lightning_attention.training.config import DEFAULT_VAL_FRACTION, InputError, TrainConfig
-from lightning_attention.training.corpus import Span, SpooledCorpus, spool, spool_validation
-from lightning_attention.training.disk import writing
+from lightning_attention.training.config import DEFAULT_VAL_FRACTION, TrainConfig
+from lightning_attention.training.corpus import Span, SpooledCorpus, spool
+from lightning_attention.training.encoding import PIECE_BYTES
 from lightning_attention.training.sources import Tally
 from lightning_attention.training.tokenizer import END_ID, token_bytes, train_tokenizer
 
@@ -39,10 +39,6 @@ class TokenData:
         """Number of tokens in the vocabulary."""
         return len(self.bytes_per_token)
 
-    def bits_per_byte(self, nats: float, tokens: Tensor) -> float:
-        """The negative log-likelihood of `tokens` (any shape), spread over the bytes of text they stand for."""
-        return nats / math.log(2) / max(1, self.count_bytes(tokens))
-
     def count_bytes(self, tokens: Tensor) -> int:
         """Bytes of text that `tokens` (any shape) stand for."""
         return int(self.bytes_per_token[tokens.numpy()].sum())
@@ -55,7 +51,7 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
     Raises InputError when the text cannot be read or is too short for `config.seq_len`, DiskError when it has no room.
     """
     tally = Tally()
-    with writing(folder), atomic_folder(folder) as target, writing(folder):
+    with atomic_folder(folder) as target:
         # The text lies beside the tokens until they are made: the folder for temporary files is often the smallest.
         with (target / "text").open("w+b") as file, (target / "held_out_text").open("w+b") as held_out_file:
             if config.validation is None:
@@ -64,7 +60,7 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
                 train, val = corpus.split(config.val_fraction or DEFAULT_VAL_FRACTION)
             else:
                 held_out = SpooledCorpus(held_out_file)
-                spool_validation(config, held_out, tally, target)
+                spool(config, held_out, tally, target, [config.validation])
                 corpus = SpooledCorpus(file, apart_from=held_out)
                 spool(config, corpus, tally, target)
                 train, val = [(0, corpus.total_bytes)], [(0, held_out.total_bytes)]
@@ -73,20 +69,22 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
                     report(line)
             tokenizer = train_tokenizer((text for text, _ in corpus.pieces(train)), config.vocab_size)
             tokenizer.save(str(target / "tokenizer.json"))
-            digests = [
-                _write_tokens(target / "train.bin", tokenizer, corpus, train),
-                _write_tokens(target / "val.bin", tokenizer, held_out, val),
-            ]
+            _write_tokens(target / "train.bin", tokenizer, corpus, train)
+            _write_tokens(target / "val.bin", tokenizer, held_out, val)
         for name in ("text", "held_out_text"):
             (target / name).unlink()
-        fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-        (target / MANIFEST).write_text(json.dumps({"fingerprint": fingerprint, "sources": tally.lines()}, indent=1))
+        about = {"fingerprint": _fingerprint(target), "sources": tally.lines()}
+        (target / MANIFEST).write_text(json.dumps(about, indent=1))
         open_data(config, target)  # raises now where the text is too short
     return open_data(config, folder)
 
 
-def open_data(config: TrainConfig, folder: Path) -> TokenData:
-    """Open the token files in `folder`. Raises InputError when they are missing or too short for `config.seq_len`."""
+def open_data(config: TrainConfig, folder: Path, trained_on: str | None = None) -> TokenData:
+    """Open the token files in `folder`.
+
+    Raises InputError when they are missing or too short for `config.seq_len`; with the fingerprint that a run was
+    `trained_on` also when they are others, or one of them has been altered.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
@@ -95,6 +93,10 @@ def open_data(config: TrainConfig, folder: Path) -> TokenData:
         fingerprint = json.loads((folder / MANIFEST).read_text())["fingerprint"]
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"cannot open the token files in {folder}: {error}") from error
+    if trained_on and trained_on != fingerprint:
+        raise InputError(f"the token files in {folder} are not those that the checkpoint was trained on")
+    if trained_on and trained_on != _fingerprint(folder):
+        raise InputError(f"the token files in {folder} have been altered since the run began")
     if len(train) < config.seq_len:
         raise InputError(f"seq_len is {config.seq_len}, but the training text has only {len(train)} tokens")
     if len(val) == 0:
@@ -112,14 +114,20 @@ def _map(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def _write_tokens(path: Path, tokenizer: Tokenizer, corpus: SpooledCorpus, spans: Iterable[Span]) -> str:
-    digest = hashlib.sha256()
+def _write_tokens(path: Path, tokenizer: Tokenizer, corpus: SpooledCorpus, spans: Iterable[Span]) -> None:
     with path.open("wb") as file:
         for text, ends in corpus.pieces(spans):
             ids = tokenizer.encode(text).ids
-            raw = np.array([*ids, END_ID] if ends else ids, _dtype(tokenizer)).tobytes()
-            digest.update(raw)
-            file.write(raw)
+            np.array([*ids, END_ID] if ends else ids, _dtype(tokenizer)).tofile(file)
+
+
+def _fingerprint(folder: Path) -> str:
+    """What tells these token files from others: a digest of what is in them. A gigabyte takes about a second."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "train.bin", "val.bin"):
+        with (folder / name).open("rb") as file:
+            while raw := file.read(PIECE_BYTES):
+                digest.update(raw)
     return digest.hexdigest()
 
 

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_attention.training.config import InputError
-
-
-class DiskError(Exception):
-    """A file of the run cannot be written. The message is one line."""
+from lightning_attention.errors import DiskError, InputError
 
 
 @contextmanager

@@ -25,10 +25,17 @@ class NotTextError(Exception):
 
 @dataclass(frozen=True)
 class Encoding:
-    """A codec's name, and how many bytes of the file are no text in it."""
+    """How a file is to be read.
+
+    Args:
+        name: of a codec.
+        damaged: how many sequences of bytes are no text in it.
+        guessed_from: where it is a guess from the letters, the first words with such letters as they read in it.
+    """
 
     name: str
     damaged: int = 0
+    guessed_from: str = ""
 
 
 def find_encoding(file: BinaryIO, asked: str) -> Encoding:
@@ -53,7 +60,9 @@ def find_encoding(file: BinaryIO, asked: str) -> Encoding:
     # A page of UTF-8 with a broken character here and there is UTF-8. Text in another encoding has hardly a character
     # beyond ASCII that is right by chance.
     if damaged and damaged * 20 > characters:
-        return Encoding(_guess(sample))
+        name = _guess(sample)
+        words = [word for word in sample.decode(name, "replace").split() if not word.isascii()]
+        return Encoding(name, guessed_from=" ".join(words[:4])[:60])
     return Encoding("utf-8", damaged)
 
 

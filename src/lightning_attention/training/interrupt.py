@@ -9,16 +9,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from lightning_attention.errors import StoppedAtOnce
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-
-
-class StoppedAtOnce(KeyboardInterrupt):
-    """A second signal came before the first had been answered. `signal_name` is its name."""
-
-    def __init__(self, signal_name: str) -> None:
-        """Take the signal's name."""
-        super().__init__(signal_name)
-        self.signal_name = signal_name
 
 
 class StopRequest:

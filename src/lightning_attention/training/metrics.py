@@ -3,13 +3,98 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import atomic_text
-from lightning_attention.training.config import InputError
+from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.disk import writing
+from lightning_attention.training.progress import HeldOutLoss
+from lightning_attention.training.schedule import Schedule
+
+
+class Record:
+    """What a run has measured: how long it took, its losses, and the lines about them in metrics.jsonl."""
+
+    def __init__(self, config: TrainConfig, schedule: Schedule) -> None:
+        """Nothing is measured yet, and the clock stands."""
+        self._config, self._schedule = config, schedule
+        self.seconds = 0.0  # spent on this run by all the processes that worked on it, before this one
+        self.eval_seconds = 0.0  # of the latest validation
+        self.held_out: HeldOutLoss | None = None
+        self.bits_per_byte: float | None = None  # of the steps up to the last logged one, as is the speed
+        self.tokens_per_second: float | None = None
+        self.mean_loss = MeanLoss()
+
+    def open(self, path: Path, resume_step: int | None) -> MetricsLog:
+        """Start the clock and the file, whose lines after `resume_step` go."""
+        self._started = time.perf_counter() - self.seconds
+        self._log = MetricsLog(path, resume_step)
+        return self._log
+
+    def spent(self) -> float:
+        """Seconds spent on this run so far."""
+        return time.perf_counter() - self._started
+
+    def log_training(self, step: int, **latest: float) -> None:
+        """A line about the steps since the last one, with values of the latest."""
+        nats, self.bits_per_byte = self.mean_loss.take()
+        self.tokens_per_second = self._schedule.tokens_per_second()
+        speed = self.tokens_per_second
+        self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed)
+
+    def log_validation(self, step: int, loss: tuple[float, float], seconds: float) -> None:
+        """A line about a validation: its loss in nats per token and bits per byte, and how long it took."""
+        self.held_out, self.eval_seconds = HeldOutLoss(loss[1], step), seconds
+        self._write(step, val_loss=loss[0], val_bits_per_byte=loss[1])
+
+    def _write(self, step: int, **values: float) -> None:
+        counts = {"step": step, "tokens": step * self._config.tokens_per_step, "seconds": round(self.spent(), 3)}
+        plan = {"planned_steps": self._schedule.planned_steps} if self._config.max_minutes else {}
+        self._log.write({**counts, **plan, **values})
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "seconds": self.spent(),
+            "eval_seconds": self.eval_seconds,
+            "held_out": self.held_out and asdict(self.held_out),
+            "mean_loss": {**vars(self.mean_loss), "nats": float(self.mean_loss.nats)},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.seconds, self.eval_seconds = state["seconds"], state["eval_seconds"]
+        self.held_out = HeldOutLoss(**state["held_out"]) if state["held_out"] else None
+        self.mean_loss = MeanLoss(**state["mean_loss"])
+
+
+@dataclass
+class MeanLoss:
+    """The mean loss over the tokens since it was last asked for, without waiting for the device at every step."""
+
+    nats: Tensor | float = 0.0  # a float64 scalar on the device of the losses
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def add(self, loss: Tensor, tokens: int, text_bytes: int) -> None:
+        """Take in a batch: its loss in nats per token, how many tokens it has and how many bytes they stand for."""
+        self.nats = self.nats + loss.double() * tokens
+        self.tokens += tokens
+        self.text_bytes += text_bytes
+
+    def take(self) -> tuple[float, float]:
+        """The mean in nats per token and in bits per byte. It starts anew."""
+        nats, tokens, text_bytes = float(self.nats), self.tokens, self.text_bytes
+        self.nats, self.tokens, self.text_bytes = 0.0, 0, 0
+        return nats / tokens, nats / math.log(2) / max(1, text_bytes)
 
 
 class MetricsLog:
@@ -19,8 +104,8 @@ class MetricsLog:
         """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there."""
         kept = [] if resume_step is None else [line for line in read_metrics(path) if line["step"] <= resume_step]
         self._path = path
+        atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         with writing(path):
-            atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             # Without a buffer, in which a full disk would leave what cannot be written.
             self._file = path.open("ab", buffering=0)
 

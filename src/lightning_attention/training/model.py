@@ -1,4 +1,4 @@
-"""The model and the optimizer that a configuration asks for."""
+"""The model that a configuration asks for, and how it is read and written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from lightning_attention.errors import InputError
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
-from lightning_attention.training.config import InputError, TrainConfig
+from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
 
 
@@ -75,12 +75,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def new_optimizer(config: TrainConfig, model: TransnormerForCausalLM) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone: decaying LRPE's frequencies would move what positions mean."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)

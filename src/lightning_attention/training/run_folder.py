@@ -10,9 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lightning_attention.errors import InputError
 from lightning_attention.training import checkpoint
-from lightning_attention.training.config import InputError
-from lightning_attention.training.disk import writing
 
 MARKER = "lightning_attention_run.json"
 LOCK = "lightning_attention_run.lock"
@@ -65,8 +64,7 @@ class RunFolder:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         try:
-            with writing(self._marker):
-                checkpoint.atomic_text(self._marker, json.dumps(about, indent=1) + "\n")
+            checkpoint.atomic_text(self._marker, json.dumps(about, indent=1) + "\n")
         except BaseException:
             self.release()
             raise
@@ -74,6 +72,40 @@ class RunFolder:
     def release(self) -> None:
         """Let other processes have the folder."""
         self._lock.release()
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after so many steps."""
+        return checkpoint.checkpoint_path(self.checkpoints, step)
+
+    def require_checkpoint(self) -> None:
+        """Raise InputError when there is nothing to go on from."""
+        if not checkpoint.checkpoints(self.checkpoints):
+            raise InputError(f"there is no checkpoint in {self.root} to go on from; --auto-resume starts where none is")
+
+    def find_start(self, resume: bool, overwrite: bool) -> Path | None:
+        """The checkpoint to go on from, or None for a new run; what a killed process left unfinished is deleted.
+
+        Raises InputError when a run is there that is neither to go on nor to be replaced, or cannot be replaced.
+        """
+        found = checkpoint.checkpoints(self.checkpoints)
+        if found and not resume and not overwrite:
+            raise InputError(f"{self.root} holds checkpoints; add --resume to go on or --overwrite to start again")
+        self.clear_leftovers()
+        if resume and found:
+            return found[-1]
+        for folder in self._earlier_run():
+            checkpoint.refuse_foreign_files(folder)
+        return None
+
+    def replace_earlier_run(self) -> None:
+        """Delete what there is of an earlier run, now that the text of the new one lies in `fresh_tokens`."""
+        for folder in self._earlier_run():
+            checkpoint.remove_folder(folder)
+        checkpoint.rename(self.fresh_tokens, self.tokens)
+
+    def _earlier_run(self) -> list[Path]:
+        # Token files without a checkpoint may be of another text, and are cheap to make again.
+        return [*checkpoint.checkpoints(self.checkpoints), *([self.tokens] if self.tokens.exists() else [])]
 
     def clear_leftovers(self) -> None:
         """Delete what a killed process left unfinished."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that forward passes run in."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-
-    def synchronize(self) -> None:
-        """Wait until the device is done, before a clock is read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def rng_state(self) -> dict[str, torch.Tensor]:
         """The random state of the CPU and of the device."""

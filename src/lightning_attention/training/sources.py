@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 from lightning_attention.training.run_folder import is_run
 
 
@@ -38,6 +38,7 @@ class Tally:
     def __init__(self) -> None:
         """Nothing yet."""
         self.read: dict[str, Names] = defaultdict(Names)
+        self.guessed: dict[str, tuple[str, str]] = {}  # by encoding: the first file, and words from it
         self.skipped: dict[str, Names] = defaultdict(Names)
         self.damaged: dict[str, int] = {}
 
@@ -48,6 +49,10 @@ class Tally:
         ]
         files = sum(names.count for names in self.read.values())
         found = [f"read {files:,} {'file' if files == 1 else 'files'}: {', '.join(by_encoding)}"] if files else []
+        found += [
+            f'{name} is a guess: {path} reads "{words}" in it; if that is wrong, name the encoding with --encoding'
+            for name, (path, words) in self.guessed.items()
+        ]
         found += [f"left out {names.count:,}, {reason}: {names}" for reason, names in self.skipped.items()]
         found += [
             f"{path} is damaged: {count:,} sequences of bytes that are no UTF-8 became U+FFFD"
