@@ -167,38 +167,39 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     role = pid % roles
     head = pid // roles % shape.H
     segment = find_segment(plan, pid // roles // shape.H, shape.T)
-    if segment.sequence >= 0:
-        PACKED: tl.constexpr = plan.segment_table is not None
-        SPLIT: tl.constexpr = states_before is not None
-        is_whole = is_whole_sequence(segment, plan, SPLIT)
-        rate = log2_decay(log_decay, head)
-        of_sequence = (segment.sequence.to(tl.int64) * shape.H + head) * shape.D * shape.E
-        of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
-        if initial is not None:
-            initial += of_sequence
-        if dfinal is not None:
-            dfinal += of_sequence
-        if dinitial is not None:
-            dinitial += of_sequence
-        if states_before is not None:
-            states_before += of_segment
-            grads_after += of_segment
-        start = segment.start
-        stop = segment.stop
-        forward_from = Begin(initial, is_whole, states_before, is_whole)
-        reverse_from = Begin(dfinal, is_whole, grads_after, is_whole)
-        if role < e_tiles:
-            SWEEP(whole.k, whole.q, tile.dout, dv, Rows(segment.batch, head, start, stop, role * TILES.TE),
-                  reverse_from, End(dinitial, segment.is_first), shape, rate, scale, TILES, PACKED, False,
-                  True)  # fmt: skip
-        elif role < e_tiles + d_tiles:
-            column = (role - e_tiles) * TILES.TD
-            SWEEP(whole.dout, whole.v, tile.k, dq, Rows(segment.batch, head, start, stop, column), forward_from,
-                  End(None, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
-        else:
-            column = (role - e_tiles - d_tiles) * TILES.TD
-            SWEEP(whole.v, whole.dout, tile.q, dk, Rows(segment.batch, head, start, stop, column), reverse_from,
-                  End(None, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
+    if segment.sequence < 0:
+        return
+    PACKED: tl.constexpr = plan.segment_table is not None
+    SPLIT: tl.constexpr = states_before is not None
+    is_whole = is_whole_sequence(segment, plan, SPLIT)
+    rate = log2_decay(log_decay, head)
+    of_sequence = (segment.sequence.to(tl.int64) * shape.H + head) * shape.D * shape.E
+    of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
+    if initial is not None:
+        initial += of_sequence
+    if dfinal is not None:
+        dfinal += of_sequence
+    if dinitial is not None:
+        dinitial += of_sequence
+    if states_before is not None:
+        states_before += of_segment
+        grads_after += of_segment
+    start = segment.start
+    stop = segment.stop
+    forward_from = Begin(initial, is_whole, states_before, is_whole)
+    reverse_from = Begin(dfinal, is_whole, grads_after, is_whole)
+    if role < e_tiles:
+        SWEEP(whole.k, whole.q, tile.dout, dv, Rows(segment.batch, head, start, stop, role * TILES.TE),
+              reverse_from, End(dinitial, segment.is_first), shape, rate, scale, TILES, PACKED, False,
+              True)  # fmt: skip
+    elif role < e_tiles + d_tiles:
+        column = (role - e_tiles) * TILES.TD
+        SWEEP(whole.dout, whole.v, tile.k, dq, Rows(segment.batch, head, start, stop, column), forward_from,
+              End(None, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
+    else:
+        column = (role - e_tiles - d_tiles) * TILES.TD
+        SWEEP(whole.v, whole.dout, tile.q, dk, Rows(segment.batch, head, start, stop, column), reverse_from,
+              End(None, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
 @triton.jit

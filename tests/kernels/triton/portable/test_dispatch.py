@@ -21,7 +21,8 @@ def _decode(**changes: Any) -> tuple[Any, ...]:
     }  # fmt: skip
     state = given["state"]
     return (
-        *(x for t in given["qkv"] for x in (t, *t.stride()[:2])), given["out"], state, *state.stride(), given["slots"], given["log_decay"], given["H"],
+        *(x for t in given["qkv"] for x in (t, *t.stride()[:2])), given["out"], state, *state.stride(), given["slots"],
+        given["log_decay"], given["H"],
         given["scale"],
     )  # fmt: skip
 
