@@ -41,19 +41,8 @@ def _slice_state(
     """Σ_t λ^{n-1-t} k_tᵀ v_t over t = 0 … n-1 of each slice, [N, H, D, E]; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
     validation.check_cu_seqlens_values(cu_seqlens, k.shape[1])
     validation.check_log_decay_values(log_decay)
-    if reverse and cu_seqlens is None:
-        k, v = k.flip(1), v.flip(1)
-    elif reverse and cu_seqlens is not None:
-        # Sequences change places too; the padding past the last one stays last.
-        token = (cu_seqlens[-1] - 1 - torch.arange(k.shape[1], device=k.device)).clamp(min=0)
-        k, v = k.index_select(1, token), v.index_select(1, token)
-        cu_seqlens = cu_seqlens[-1] - cu_seqlens.flip(0)
-    # q None computes the states alone; the reference has no such shortcut.
-    q = k if backend == "reference" else None
-    run = backends.module(backend, "attention").attention
     with torch.autocast(k.device.type, enabled=False):  # it would round decays and states
-        _, state = run(q, k, v, log_decay, None, cu_seqlens, 1.0, True, batch_invariant)
-    return state.flip(0) if reverse and cu_seqlens is not None else state
+        return backends.get(backend).states(k, v, log_decay, cu_seqlens, reverse, batch_invariant)
 
 
 def _slice_state_fake(k: Tensor, v: Tensor, log_decay: Any, cu_seqlens: Tensor | None, *others: Any) -> Tensor:  # noqa: ARG001

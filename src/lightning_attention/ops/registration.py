@@ -70,7 +70,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[1])
     validation.check_log_decay_values(log_decay)
-    run = backends.module(backend, "attention").attention
+    run = backends.get(backend).attention
     return run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant)
 
 
@@ -107,11 +107,12 @@ def _attention_backward(
     need_dlog_decay: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    run = backends.module(backend, "attention").attention_backward
+    run = backends.get(backend).attention_backward
     dq, dk, dv, dlog_decay, dinitial = run(
         dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
     )
-    dlog_decay = None if not need_dlog_decay or log_decay is None else dlog_decay.to(log_decay.dtype)
+    if dlog_decay is not None:
+        dlog_decay = None if log_decay is None or not need_dlog_decay else dlog_decay.to(log_decay.dtype)
     return dq, dk, dv, dlog_decay, dinitial
 
 
@@ -345,7 +346,7 @@ def _decode(
 ) -> Tensor:
     validation.check_slot_values(slots, state.shape[0])
     validation.check_log_decay_values(log_decay)
-    return backends.module(backend, "decode").decode(q, k, v, log_decay, state, slots, scale)
+    return backends.get(backend).decode(q, k, v, log_decay, state, slots, scale)
 
 
 def _prefill(
@@ -365,7 +366,7 @@ def _prefill(
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     validation.check_log_decay_values(log_decay)
-    run = backends.module(backend, "prefill").prefill
+    run = backends.get(backend).prefill
     return run(q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots)
 
 
@@ -385,7 +386,7 @@ def _verify(
     validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
     validation.check_log_decay_values(log_decay)
-    run = backends.module(backend, "speculative").verify
+    run = backends.get(backend).verify
     return run(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
 
 
@@ -405,7 +406,7 @@ def _commit(
     validation.check_parents_values(parents, cu_seqlens)
     validation.check_accepted_values(accepted, parents, cu_seqlens, slots)
     validation.check_log_decay_values(log_decay)
-    backends.module(backend, "speculative").commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
+    backends.get(backend).commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
 
 
 def _outputs_fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:  # noqa: ARG001

@@ -32,7 +32,7 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
 class Decay:
     """What of M, Λ and Γ does not depend on where a sequence ends, for all heads or some."""
 
-    def __init__(self, rate: Tensor, scale: float, block: int) -> None:
+    def __init__(self, rate: Tensor, scale: float, block: int, first: int = 1) -> None:
         self.rate, self.scale, self.block = rate, scale, block
         row = torch.arange(block, device=rate.device)
         distance = row[:, None] - row
@@ -41,8 +41,8 @@ class Decay:
         self.distance = distance.clamp(min=0).to(rate.dtype)
         #: scale · M [H, C, C]
         self.mask = torch.where(distance >= 0, self.power(self.distance), 0).mul_(scale)
-        #: scale · Λ [H, C, 1]: a block's start to each row, λ^1 … λ^C
-        self.start = self.power(self.rows).mul_(scale).unsqueeze(-1)
+        #: scale · Λ [H, C, 1]: a block's start to each row, λ^first …
+        self.start = self.power(row + first).mul_(scale).unsqueeze(-1)
 
     def power(self, exponent: Tensor) -> Tensor:
         """λ^exponent, [H, *exponent.shape], for exponents ≥ 0."""
@@ -95,3 +95,9 @@ class Crossing:
     def _from_edge(self, tokens: Tensor) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         keep, rest = parts(self._over(tokens))
         return self._over(tokens).exp().unsqueeze(1), keep.unbind(0), rest.unbind(0)
+
+
+def carried(rate: Tensor, tokens: Tensor | int, before: Tensor, new: Tensor) -> Tensor:
+    """λ^tokens · before + new, states [N, H, D, E]; rate [H], tokens [N, 1] or one number. ``new`` is written to."""
+    keep, rest = parts((rate * tokens)[..., None, None])
+    return new.addcmul_(rest, before).addcmul_(keep, before)

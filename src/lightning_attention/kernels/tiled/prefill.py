@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.tiled import pool
+from lightning_attention.kernels import pool
 from lightning_attention.kernels.tiled.attention import attention
-from lightning_attention.kernels.tiled.decays import parts, rate_of
+from lightning_attention.kernels.tiled.decays import carried, rate_of
+from lightning_attention.kernels.tiled.states import states
 
 
 def prefill(
@@ -50,13 +51,10 @@ def _snapshots(
     first = cu_seqlens[:-1, None]
     cuts = torch.cat([first, first + at], 1).flatten()
     cuts = torch.cat([cuts, cu_seqlens[-1:]])  # cut P of a sequence, from its last snapshot to its end, is not needed
-    _, own = attention(None, k[None], v[None], log_decay, None, cuts, 1.0, True, False)
-    assert own is not None
-    own = own.view(N, P + 1, *own.shape[1:])
+    own = states(k[None], v[None], log_decay, cuts, False, False).unflatten(0, (N, P + 1))
     rate = rate_of(log_decay, k.shape[1], start.dtype, start.device)
     steps = torch.cat([at[:, :1], at.diff(dim=1)], 1)
     rows = start
     for p in range(P):
-        keep, rest = parts((rate * steps[:, p, None])[..., None, None])
-        rows = torch.addcmul(own[:, p], rest, rows).addcmul_(keep, rows)
+        rows = carried(rate, steps[:, p, None], rows, own[:, p])
         pool.write(state, slots[:, p], rows)
