@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation
-from lightning_attention.ops.attention import cast_for_autocast
+from lightning_attention.ops import backends, validation
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
 
 
 def lightning_attention_prefill(
@@ -61,7 +61,22 @@ def lightning_attention_prefill(
     if fresh is not None:
         validation.check_mask("fresh", fresh, (N,), "[N]", q)
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
-    return registration.serve(
-        "prefill", q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots,
+    return prefill(
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots,
         backends.choose(None, q.device),
     )  # fmt: skip
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
+    validation.check_slot_values(slots, state.shape[0], snapshot_slots)
+    validation.check_log_decay_values(log_decay)
+    return backends.get(backend).prefill(
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots
+    )
+
+
+prefill = Operation(_prefill, like_v, writes=["state"])

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation
-from lightning_attention.ops.attention import cast_for_autocast
+from lightning_attention.ops import backends, validation
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
 
 
 def lightning_attention_verify(
@@ -54,10 +54,22 @@ def lightning_attention_verify(
     validation.check_scale(scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
-    return registration.serve(
-        "verify", q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0,
-        backends.choose(None, q.device),
-    )  # fmt: skip
+    backend = backends.choose(None, q.device)
+    return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, backend)
+
+
+def _verify(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    parents: Tensor | None, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
+    validation.check_parents_values(parents, cu_seqlens)
+    validation.check_log_decay_values(log_decay)
+    return backends.get(backend).verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
+
+
+verify = Operation(_verify, like_v)
 
 
 def lightning_attention_commit(
@@ -104,4 +116,19 @@ def lightning_attention_commit(
     if parents is not None:
         validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
     backend = backends.choose(None, k.device)
-    registration.serve("commit", k, v, log_decay, state, cu_seqlens, accepted, slots, parents, backend)
+    commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, backend)
+
+
+def _commit(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
+    slots: Tensor | None, parents: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, k.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
+    validation.check_parents_values(parents, cu_seqlens)
+    validation.check_accepted_values(accepted, parents, cu_seqlens, slots)
+    validation.check_log_decay_values(log_decay)
+    backends.get(backend).commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
+
+
+commit = Operation(_commit, lambda *inputs: None, writes=["state"])  # noqa: ARG005
