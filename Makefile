@@ -52,10 +52,11 @@ test-newest:  ## the same with the newest versions allowed, looked up at every r
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(STAMP)  ## style and types
+lint: $(STAMP)  ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)  ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .
