@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    # Of the public collectives, the one that torch 2.10 to 2.13 all have without a warning and torch.compile can trace.
+    # The one public collective that every torch from 2.10 on has without a warning and that torch.compile can trace.
     gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, x, group=group)
     return gathered

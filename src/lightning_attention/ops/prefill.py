@@ -1,5 +1,6 @@
 """A packed batch of prompts, continued chunks and single tokens, their states in one pool."""
 
+import torch
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
@@ -52,19 +53,14 @@ def lightning_attention_prefill(
             the numbers in cu_seqlens and the slots.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_inputs(q, k, v, log_decay, "T")
-    validation.check_cu_seqlens(cu_seqlens, q)
-    N = cu_seqlens.shape[0] - 1
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_pool(state, q, v, slots, N)
-    validation.check_scale(scale)
+    N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if fresh is not None:
-        validation.check_mask("fresh", fresh, (N,), "[N]", q)
+        validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
+    backend = backends.choose(None, q.device)
     return prefill(
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots,
-        backends.choose(None, q.device),
-    )  # fmt: skip
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, backend
+    )
 
 
 def _prefill(

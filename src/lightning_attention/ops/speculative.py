@@ -1,5 +1,6 @@
 """Speculative decoding: look at drafts without touching the state, then fold in what was accepted."""
 
+import torch
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
@@ -46,12 +47,7 @@ def lightning_attention_verify(
             the numbers in the index tensors.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_inputs(q, k, v, log_decay, "T")
-    validation.check_cu_seqlens(cu_seqlens, q)
-    N = cu_seqlens.shape[0] - 1
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_pool(state, q, v, slots, N)
-    validation.check_scale(scale)
+    validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
     backend = backends.choose(None, q.device)
@@ -112,7 +108,7 @@ def lightning_attention_commit(
     validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
     validation.check_log_decay(log_decay, k)
     validation.check_pool(state, k, v, slots, N)
-    validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
+    validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
     if parents is not None:
         validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
     backend = backends.choose(None, k.device)

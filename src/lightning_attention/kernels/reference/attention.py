@@ -68,14 +68,9 @@ def _stacked(rows: list[Tensor], like: Tensor) -> Tensor:
 
 
 def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, E] and final states [N, H, D, E] in float64; autograd can follow it."""
     q, k, v, decay, start, sequences = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)
     final, outputs = start, []
@@ -86,16 +81,9 @@ def recurrence(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    batch_invariant: bool,  # noqa: ARG001 - every sequence is computed by itself here
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, output_final_state: bool, batch_invariant: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs in the inputs' dtype, and final states in float32 (float64)."""
     out, final = recurrence(q, k, v, log_decay, initial_state, cu_seqlens, scale)
     if not output_final_state:
@@ -104,13 +92,8 @@ def attention(
 
 
 def states(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    batch_invariant: bool,  # noqa: ARG001
-) -> Tensor:
+    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
     """[N, H, D, E]: Σ_t λ^(n−1−t) k_tᵀ v_t for each sequence of n tokens; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
     dtype = pool.accumulator(v)
     _, k, v, decay, start, sequences = _prepare(k, k, v, log_decay, None, cu_seqlens)
@@ -128,18 +111,9 @@ def _own(state: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    batch_invariant: bool,  # noqa: ARG001
-    need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool, need_dlog_decay: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, log_decay [H] and initial_state [N, H, D, E].
 
     With G_t the gradient of S_t: dq_t = scale · do_t S_tᵀ, and, backwards in time, G_t = λ G_{t+1} + scale · q_tᵀ do_t,

@@ -5,12 +5,6 @@ from lightning_attention.kernels.reference.attention import attention, attention
 from lightning_attention.kernels.reference.serving import commit, decode, prefill, verify
 
 BACKEND = Backend(
-    name="reference",
-    attention=attention,
-    attention_backward=attention_backward,
-    states=states,
-    decode=decode,
-    prefill=prefill,
-    verify=verify,
-    commit=commit,
-)
+    name="reference", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
+    prefill=prefill, verify=verify, commit=commit,
+)  # fmt: skip

@@ -17,18 +17,9 @@ def decode(
 
 
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    fresh: Tensor | None,
-    scale: float,
-    snapshot_at: Tensor | None,
-    snapshot_slots: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
+) -> Tensor:  # fmt: skip
     start, sequence = pool.read(state, slots, torch.float64, fresh), pool.sequence_of(cu_seqlens, k.shape[0])
     out, final = recurrence(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale)
     pool.write(state, slots, final)
@@ -44,16 +35,9 @@ def prefill(
 
 
 def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    parents: Tensor | None,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    parents: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     start, sequence = pool.read(state, slots, torch.float64), pool.sequence_of(cu_seqlens, k.shape[0])
     first = cu_seqlens[sequence]
     parent = torch.arange(k.shape[0], device=k.device) - first - 1 if parents is None else parents
@@ -71,14 +55,9 @@ def verify(
 
 
 def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    accepted: Tensor,
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
     slots: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     start = pool.read(state, slots, torch.float64)
     pool.write(state, slots, _after(accepted, k, v, log_decay, start, cu_seqlens))
 

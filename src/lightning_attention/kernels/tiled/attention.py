@@ -9,16 +9,9 @@ from lightning_attention.kernels.tiled.sweep import Drift, sweep
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    batch_invariant: bool,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, output_final_state: bool, batch_invariant: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs [B, T, H, E] and final states [N, H, D, E]."""
     D, E = k.shape[3], v.shape[3]
     if batch_invariant and (D % LINE or E % LINE):
@@ -41,18 +34,9 @@ def attention(
 
 
 def attention_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    batch_invariant: bool,
-    need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool, need_dlog_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, log_decay [H] and initial_state [N, H, D, E] (None where there is none)."""
     D, E = k.shape[3], v.shape[3]
     if batch_invariant and (D % LINE or E % LINE):

@@ -8,12 +8,6 @@ from lightning_attention.kernels.tiled.speculative import commit, verify
 from lightning_attention.kernels.tiled.states import states
 
 BACKEND = Backend(
-    name="tiled",
-    attention=attention,
-    attention_backward=attention_backward,
-    states=states,
-    decode=decode,
-    prefill=prefill,
-    verify=verify,
-    commit=commit,
-)
+    name="tiled", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
+    prefill=prefill, verify=verify, commit=commit,
+)  # fmt: skip

@@ -10,18 +10,9 @@ from lightning_attention.kernels.tiled.states import states
 
 
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    fresh: Tensor | None,
-    scale: float,
-    snapshot_at: Tensor | None,
-    snapshot_slots: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
+) -> Tensor:  # fmt: skip
     start = pool.read(state, slots, pool.accumulator(v), fresh)
     out, final = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, True, False)
     assert final is not None
@@ -33,15 +24,9 @@ def prefill(
 
 
 def _snapshots(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    start: Tensor,
-    cu_seqlens: Tensor,
-    at: Tensor,
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, start: Tensor, cu_seqlens: Tensor, at: Tensor,
     slots: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Cut every sequence at its P snapshots, take the state of each cut by itself, and join them in order."""
     lengths = cu_seqlens.diff()
     slots = torch.where((at >= 0) & (at <= lengths[:, None]), slots, -1)

@@ -9,16 +9,9 @@ from lightning_attention.kernels.tiled.states import states
 
 
 def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    parents: Tensor | None,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    parents: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     """Walk every draft up to its root at once, one ancestor a step.
 
     Not as ``attention`` computes a chain, by a masked product: a NaN in one draft would reach the good ones before it.
@@ -56,14 +49,9 @@ def _rows(start: Tensor, sequence: Tensor, head: int) -> Tensor:
 
 
 def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    accepted: Tensor,
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
     slots: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     order, packed = pool.packed_together(accepted, cu_seqlens)
     new = states(k[None, order], v[None, order], log_decay, packed, False, False)
     rate = rate_of(log_decay, k.shape[1], new.dtype, new.device)

@@ -16,13 +16,6 @@ def missing(device: torch.device) -> str | None:
 
 
 BACKEND = Backend(
-    name="triton",
-    attention=attention,
-    attention_backward=attention_backward,
-    states=states,
-    decode=decode,
-    prefill=prefill,
-    verify=verify,
-    commit=commit,
-    missing=missing,
-)
+    name="triton", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
+    prefill=prefill, verify=verify, commit=commit, missing=missing,
+)  # fmt: skip
