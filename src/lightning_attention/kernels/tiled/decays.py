@@ -12,7 +12,7 @@ NO_MEMORY = -1e4
 
 
 def rate_of(log_decay: Tensor | None, H: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The log λ [H] in the accumulator's type; −inf and finfo.min, no memory, as a number to calculate with."""
+    """[H] in the accumulator's type; −inf and finfo.min, which mean no memory, become a number to compute with."""
     if log_decay is None:
         return torch.zeros(H, dtype=dtype, device=device)
     return log_decay.to(dtype).clamp(min=NO_MEMORY)
@@ -21,7 +21,7 @@ def rate_of(log_decay: Tensor | None, H: int, dtype: torch.dtype, device: torch.
 def parts(x: Tensor) -> tuple[Tensor, Tensor]:
     """exp(x) as keep + rest: 1 and expm1(x) for weak decays, exp(x) and 0 for strong ones.
 
-    What is new is added to S · rest first and to S · keep then, which rounds to the size of S but once.
+    What is new is added to S · rest first and to S · keep second, so that only one rounding is as large as S's.
     exp(x) alone, near 1, is off by up to 3e-8, always in one direction, which adds up over a long sequence:
     transnormer's last layer, multiplied block by block, was off by 1.6e-5 after 65,536 tokens.
     """
@@ -30,7 +30,14 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decay:
-    """What of M, Λ and Γ does not depend on where a sequence ends, for all heads or some."""
+    """The parts of M, Λ and Γ that do not depend on where a sequence ends, for some heads or all.
+
+    Args:
+        rate: [H], log λ.
+        scale: factor on M and Λ.
+        block: C.
+        first: the power of λ by which the first row of a block is weighed from, or to, the block's start.
+    """
 
     def __init__(self, rate: Tensor, scale: float, block: int, first: int = 1) -> None:
         self.rate, self.scale, self.block = rate, scale, block
@@ -56,7 +63,7 @@ class Decay:
 
 
 class Crossing:
-    """Decays over the n blocks of a piece, [n, 1, H, ·, ·] or n of [H, ·, ·], for all heads or some."""
+    """The decays over the n blocks of a piece, [n, 1, H, ·, ·] or n times [H, ·, ·], for some heads or all."""
 
     def __init__(self, decay: Decay, length: Tensor) -> None:
         self._rate, self._length = decay.rate[:, None, None], length

@@ -26,7 +26,7 @@ LINE = 16  # numbers: 64 bytes of float32
 
 
 class Share:
-    """Some heads of some rows of the batch; views of them."""
+    """Some heads of some rows of the batch, as views."""
 
     def __init__(self, run: Run, rows: slice, heads: slice, packed: bool) -> None:
         self.run, self._rows, self._heads, self._packed = run, rows, heads, packed
@@ -47,7 +47,7 @@ class Share:
 class Plan:
     """How a call is divided: the sequences into pieces, and the rows and heads of the batch into shares.
 
-    ``first``: how often the first row of a block decays on its way from or to the block's start.
+    ``first`` is for ``Decay``.
     """
 
     def __init__(
@@ -128,5 +128,5 @@ def left(given: Tensor | None, like: Tensor, cu_seqlens: Tensor | None, D: int, 
 
 
 def empty(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """For results; those of the tokens past the last packed sequence are zero."""
+    """Room for a result that is shaped like a tensor; zero for the tokens past the last packed sequence."""
     return like.new_empty(like.shape) if cu_seqlens is None else like.new_zeros(like.shape)

@@ -20,7 +20,7 @@ _LINE = 64  # bytes
 
 
 class Run:
-    """What the sweeps of a call over some heads of some sequences have in common."""
+    """What all sweeps of a call over the same heads and sequences share."""
 
     def __init__(self, blocks: Blocks, decay: Decay, pieces: Sequence[Piece], invariant: bool) -> None:
         self.blocks, self.decay, self.pieces = blocks, decay, pieces
@@ -29,7 +29,7 @@ class Run:
         self._whole: dict[int, Crossing] = {}
 
     def crossing(self, piece: Piece) -> Crossing:
-        """The decays over the piece's blocks; those of whole blocks are kept, for there is a piece like it."""
+        """The decays over the piece's blocks; those of whole blocks are kept, since other pieces have the same."""
         if not piece.whole:
             return Crossing(self.decay, piece.length)
         if piece.size not in self._whole:
@@ -56,7 +56,7 @@ def _whole_lines(count: int, itemsize: int) -> int:
 
 
 def space_for(n: int, units: int, block: int, Y: int, Z: int, *, drift: bool) -> int:
-    """Numbers that a sweep over n blocks of so many heads takes: a and b have Y channels, c has Z."""
+    """How many numbers a sweep over n blocks and so many heads needs to work in: a and b have Y channels, c has Z."""
     rows, states = n * units * block, (n + 1) * units * Y * Z
     sizes = [states, rows * max(Y, Z), rows * Z, rows * Y, rows * block]
     if drift:
