@@ -83,7 +83,7 @@ def test_no_memory_is_one_token(reverse: bool, backend: Backend):
     assert relative_error(got, problem.k[:, t, :, :, None].double() * problem.v[:, t, :, None, :].double()) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", [TILED, REFERENCE], ids=lambda backend: backend.name)
+@BACKENDS
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_sequence_does_not_poison_another(bad: float, reverse: bool, backend: Backend):
