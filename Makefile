@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # What another version of a library can break.
-VERSIONED := tests/models tests/nn tests/integrations tests/ops/test_registration.py \
+VERSIONED := tests/models tests/nn tests/integrations tests/ops/test_operation.py \
              tests/kernels/triton/portable/test_compile.py tests/kernels/triton/portable/test_dispatch.py \
              tests/benchmarks/cases/test_minimax.py
 
@@ -54,10 +54,11 @@ test-newest:  ## the same with the newest versions allowed, looked up at every r
 test-gpu: $(STAMP)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(STAMP)  ## style and types
+lint: $(STAMP)  ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)  ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from inspect import isfunction, signature
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_attention import decay
+from lightning_attention import decay, lightning_attention, lightning_attention_decode
+from lightning_attention.nn import LightningAttention
 
 # ALiBi slopes from the paper's rule, as numbers: H = 8 halves from 1/2; H = 12 adds every other slope of 16 heads.
 ALIBI = {
@@ -79,28 +81,73 @@ def test_retnet():
     assert decay.retnet(64)[-1].item() == pytest.approx(-(2.0**-68), rel=1e-6)  # 1 − 2^−68 is 1 in float64
 
 
+# By what decay.py defines, so that a new schedule is one function there.
+SCHEDULES = {
+    name: schedule
+    for name, schedule in vars(decay).items()
+    if isfunction(schedule) and schedule.__module__ == decay.__name__ and not name.startswith("_")
+}
+OF_LAYERS = [schedule for schedule in SCHEDULES.values() if "layer" in signature(schedule).parameters]
+
+
+def on_every_layer(schedule: Callable[..., Tensor], H: int) -> list[Tensor]:
+    return [schedule(H, layer, 6) for layer in range(6)] if schedule in OF_LAYERS else [schedule(H)]
+
+
+def test_the_schedules_are_found():
+    assert SCHEDULES.keys() >= {"alibi", "transnormer", "minimax", "bailing", "retnet"}
+    assert {schedule.__name__ for schedule in OF_LAYERS} >= {"transnormer", "minimax", "bailing"}
+
+
 @pytest.mark.parametrize("H", [1, 8, 20, 64])
-def test_every_head_of_every_layer_forgets(H: int):
-    schedules = [decay.alibi(H), decay.retnet(H)]
-    for layer in range(6):
-        schedules += [s(H, layer, 6) for s in (decay.transnormer, decay.minimax, decay.bailing)]
-    for log_decay in schedules:
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_head_of_every_layer_forgets(name: str, H: int):
+    for log_decay in on_every_layer(SCHEDULES[name], H):
+        assert log_decay.shape == (H,)
+        assert log_decay.dtype == torch.float32
         assert (log_decay < 0).all()
 
 
 @pytest.mark.parametrize("H", [0, -1])
-def test_no_heads(H: int):
-    calls = [lambda: decay.alibi(H), lambda: decay.retnet(H), lambda: decay.transnormer(H, 0, 2)]
-    calls += [lambda: decay.minimax(H, 0, 2), lambda: decay.bailing(H, 0, 2)]
-    for call in calls:
-        with pytest.raises(ValueError, match=f"num_heads is {H}; it must be at least 1"):
-            call()
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_heads(name: str, H: int):
+    with pytest.raises(ValueError, match=f"num_heads is {H}; it must be at least 1"):
+        on_every_layer(SCHEDULES[name], H)
 
 
-@pytest.mark.parametrize("schedule", [decay.transnormer, decay.minimax, decay.bailing])
+@pytest.mark.parametrize("schedule", OF_LAYERS)
 def test_layers_that_are_not_there(schedule: Callable[[int, int, int], Tensor]):
     for layer in (-1, 2):
         with pytest.raises(ValueError, match=rf"layer is {layer}; it must be in \[0, 2\)"):
             schedule(8, layer, 2)
     with pytest.raises(ValueError, match="num_layers is 0; it must be at least 1"):
         schedule(8, 0, 0)
+
+
+def halving(num_heads: int) -> Tensor:
+    """A toy: head h has a half-life of 2^h tokens."""
+    return -math.log(2) * 2.0 ** -torch.arange(num_heads)
+
+
+@torch.no_grad()
+def test_a_toy_schedule_is_one_function():
+    """Everything that has decays takes it: the operations, a layer, its steps."""
+    log_decay = halving(4)
+    k, v = torch.randn(2, 1, 1, 4, 8)
+    start = torch.randn(1, 4, 8, 8)
+    zeros = torch.zeros(1, 8, 4, 8)
+    final = lightning_attention(
+        zeros, zeros, zeros, log_decay, initial_state=start, output_final_state=True
+    ).final_state
+    left = torch.tensor([2.0**-8, 2.0**-4, 2.0**-2, 2.0**-1])  # of a state after eight tokens
+    torch.testing.assert_close(final, start * left[:, None, None])
+    pool = start.clone()
+    lightning_attention_decode(k[0] * 0, k[0] * 0, v[0] * 0, log_decay, pool)
+    torch.testing.assert_close(pool[:, 0], start[:, 0] / 2)
+    layer = LightningAttention(32, 4, log_decay, head_dim=8)
+    x = torch.randn(1, 5, 32)
+    whole, state = layer(x, output_state=True)
+    pool = torch.zeros_like(state)
+    steps = torch.stack([layer.step(x[:, t], pool) for t in range(5)], 1)
+    torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pool, state, rtol=1e-4, atol=1e-5)

@@ -1,1 +1,1 @@
-"""How each operation is computed: one package a backend, with the same functions in each."""
+"""How each operation is computed: a package for each backend, whose ``BACKEND`` has the same seven functions."""

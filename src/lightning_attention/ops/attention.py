@@ -1,11 +1,14 @@
 """Attention over whole sequences: training and prefill."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, transforms, validation
+from lightning_attention.ops import backends, transforms, validation
+from lightning_attention.ops.operation import Differentiable, absent, cast_for_autocast
+from lightning_attention.ops.states import new_states
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -16,24 +19,6 @@ class LightningOutput(NamedTuple):
 
     output: Tensor
     final_state: Tensor | None
-
-
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in autocast's dtype where it is on, as for scaled_dot_product_attention; float64 stays.
-
-    Before any check: under autocast q, k and v may come in several dtypes.
-    """
-    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor) or tensors[0].is_meta:
-        return tensors
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if _is_cast(x) else x for x in tensors)
-
-
-def _is_cast(x: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def lightning_attention(
@@ -109,23 +94,167 @@ def lightning_attention(
     chosen = backends.choose(backend, q.device)
     if group is not None:
         transforms.refuse_group()
-        from lightning_attention.distributed.sequence_parallel import SequenceParallel
+        from lightning_attention.ops.sequence_parallel import SequenceParallel
 
         out, final = SequenceParallel.apply(
             q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen, group
         )
     else:
-        out, final = registration.call(
-            "attention",
-            q,
-            k,
-            v,
-            log_decay,
-            initial_state,
-            cu_seqlens,
-            scale,
-            output_final_state,
-            batch_invariant,
-            chosen,
+        out, final = attention(
+            q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen
         )
     return LightningOutput(out, final if output_final_state else None)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, output_final_state: bool, batch_invariant: bool, backend: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[1])
+    validation.check_log_decay_values(log_decay)
+    return backends.get(backend).attention(
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant
+    )
+
+
+def _attention_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, _, _, cu_seqlens, _, output_final_state, *_ = inputs
+    return v.new_empty(v.shape), new_states(k, v, cu_seqlens) if output_final_state else absent(q)
+
+
+def _attention_backward(
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool, need_dlog_decay: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    dq, dk, dv, dlog_decay, dinitial = backends.get(backend).attention_backward(
+        dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
+    )
+    if dlog_decay is not None:
+        dlog_decay = None if log_decay is None or not need_dlog_decay else dlog_decay.to(log_decay.dtype)
+    return dq, dk, dv, dlog_decay, dinitial
+
+
+def _attention_backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    dout, _, q, k, v, log_decay, initial_state, *_, need_dlog_decay, _ = inputs
+    like = q, k, v, log_decay if need_dlog_decay else None, initial_state
+    return tuple(absent(dout) if x is None else x.new_empty(x.shape) for x in like)
+
+
+def _attention_gradients(
+    ctx: Any, dout: Tensor | None, dfinal: Tensor | None, need_dlog_decay: bool
+) -> tuple[Tensor | None, ...]:
+    """What the backward passes of ``attention`` return for its six tensors."""
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    scale, has_final, batch_invariant, backend = ctx.options
+    if not has_final:
+        dfinal = None  # the absent tensor's
+    if dout is None:
+        if dfinal is None:
+            return (None,) * 6
+        dout = torch.zeros_like(v)
+    inputs = (
+        dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay, backend,
+    )  # fmt: skip
+    # A batch of gradients (``is_grads_batched``) is one to PyTorch's dispatcher alone, which takes them one by one.
+    run = attention_backward.dispatch if transforms.are_batched(dout, dfinal) else attention_backward
+    dq, dk, dv, dlog_decay, dinitial = run(*inputs)
+    return (
+        dq, dk, dv, dlog_decay if need_dlog_decay else None, None if initial_state is None else dinitial, None,
+    )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return run(*tensors, *options)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *_attention_gradients(ctx, dout, dfinal, ctx.needs_input_grad[5])
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """The same in the form that transforms can take apart: 50 µs more a call, so only they get it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Callable[..., Any], *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        return run(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:  # noqa: ARG004
+        tensors, ctx.options = inputs[1:7], inputs[7:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_attention_gradients(ctx, dout, dfinal, ctx.needs_input_grad[4]), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _run: None, *directions: Any) -> tuple[Tensor, Tensor | None]:
+        return transforms.tangents(attention, ctx.saved_tensors, ctx.options, directions[:6])
+
+
+_NO_SECOND = "lightning_attention has no second derivative; call backward without create_graph=True"
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ARG004
+        run: Callable[..., Any],
+        options: tuple[Any, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        return run(*tensors, *options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(_NO_SECOND)
+
+
+class _TransformedAttentionBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Callable[..., Any], *inputs: Any) -> tuple[Tensor | None, ...]:
+        return run(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(_NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Any) -> None:
+        raise NotImplementedError(_NO_SECOND)
+
+
+# Axes of: q, k, v, log_decay, initial_state, cu_seqlens; out, final
+attention = Differentiable(
+    _attention,
+    _attention_fake,
+    _Attention,
+    _TransformedAttention,
+    transforms.Heads((2, 2, 2, 0, 1, None), (2, 1)),
+)
+# dout, dfinal, and then as above; dq, dk, dv, dlog_decay, dinitial
+attention_backward = Differentiable(
+    _attention_backward,
+    _attention_backward_fake,
+    _AttentionBackward,
+    _TransformedAttentionBackward,
+    transforms.Heads((2, 1, 2, 2, 2, 0, 1, None), (2, 2, 2, 0, 1)),
+)

@@ -1,14 +1,38 @@
 """Which backend a call gets. Nothing falls back: a backend that cannot serve the call is an error."""
 
+from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 
-BACKENDS = ("triton", "tiled", "reference")
+from lightning_attention.kernels.backend import Backend
+from lightning_attention.kernels.reference.backend import BACKEND as REFERENCE
+from lightning_attention.kernels.tiled.backend import BACKEND as TILED
+
 _HAS_TRITON = find_spec("triton") is not None
+
+
+def _triton() -> Backend:
+    if not _HAS_TRITON:
+        raise ValueError("backend is 'triton', but Triton is not installed")
+    from lightning_attention.kernels.triton.backend import BACKEND  # not without need: it takes half a second
+
+    return BACKEND
+
+
+#: How to get at each backend by its name, in the order in which they are listed to users.
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "triton": _triton,
+    "tiled": lambda: TILED,
+    "reference": lambda: REFERENCE,
+}
+
+
+def register(backend: Backend) -> None:
+    """Make a backend one that calls can name, in place of any other of its name."""
+    BACKENDS[backend.name] = lambda: backend
+    get.cache_clear()
 
 
 def choose(backend: str | None, device: torch.device) -> str:
@@ -21,14 +45,13 @@ def choose(backend: str | None, device: torch.device) -> str:
         return "triton" if device.type == "cuda" else "tiled"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))} or None")
-    if backend == "triton":
-        if not _HAS_TRITON:
-            raise ValueError("backend is 'triton', but Triton is not installed")
-        if device.type != "cuda":
-            raise ValueError(f"backend is 'triton', but q is on {device}; it needs a CUDA or ROCm device")
+    missing = BACKENDS[backend]().missing(device)
+    if missing is not None:
+        raise ValueError(f"backend is {backend!r}, but q is on {device}; {missing}")
     return backend
 
 
 @cache
-def module(backend: str, operation: str) -> ModuleType:
-    return import_module(f"lightning_attention.kernels.{backend}.{operation}")
+def get(name: str) -> Backend:
+    """The backend that ``choose`` named."""
+    return BACKENDS[name]()

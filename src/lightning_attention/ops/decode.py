@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation
-from lightning_attention.ops.attention import cast_for_autocast
+from lightning_attention.ops import backends, validation
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
 
 
 def lightning_attention_decode(
@@ -48,4 +48,16 @@ def lightning_attention_decode(
         validation.check_pool(state, q, v, slots, q.shape[0])
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)
-    return registration.serve("decode", q, k, v, log_decay, state, slots, scale * 1.0, backend)
+    return decode(q, k, v, log_decay, state, slots, scale * 1.0, backend)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    validation.check_slot_values(slots, state.shape[0])
+    validation.check_log_decay_values(log_decay)
+    return backends.get(backend).decode(q, k, v, log_decay, state, slots, scale)
+
+
+decode = Operation(_decode, like_v, writes=["state"])

@@ -1,9 +1,10 @@
 """A packed batch of prompts, continued chunks and single tokens, their states in one pool."""
 
+import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation
-from lightning_attention.ops.attention import cast_for_autocast
+from lightning_attention.ops import backends, validation
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
 
 
 def lightning_attention_prefill(
@@ -52,16 +53,26 @@ def lightning_attention_prefill(
             the numbers in cu_seqlens and the slots.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_inputs(q, k, v, log_decay, "T")
-    validation.check_cu_seqlens(cu_seqlens, q)
-    N = cu_seqlens.shape[0] - 1
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_pool(state, q, v, slots, N)
-    validation.check_scale(scale)
+    N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if fresh is not None:
-        validation.check_mask("fresh", fresh, (N,), "[N]", q)
+        validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
-    return registration.serve(
-        "prefill", q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots,
-        backends.choose(None, q.device),
-    )  # fmt: skip
+    backend = backends.choose(None, q.device)
+    return prefill(
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, backend
+    )
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
+    validation.check_slot_values(slots, state.shape[0], snapshot_slots)
+    validation.check_log_decay_values(log_decay)
+    return backends.get(backend).prefill(
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots
+    )
+
+
+prefill = Operation(_prefill, like_v, writes=["state"])

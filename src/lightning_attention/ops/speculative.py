@@ -1,9 +1,10 @@
 """Speculative decoding: look at drafts without touching the state, then fold in what was accepted."""
 
+import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends, registration, validation
-from lightning_attention.ops.attention import cast_for_autocast
+from lightning_attention.ops import backends, validation
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
 
 
 def lightning_attention_verify(
@@ -46,18 +47,25 @@ def lightning_attention_verify(
             the numbers in the index tensors.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_inputs(q, k, v, log_decay, "T")
-    validation.check_cu_seqlens(cu_seqlens, q)
-    N = cu_seqlens.shape[0] - 1
-    validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_pool(state, q, v, slots, N)
-    validation.check_scale(scale)
+    validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
-    return registration.serve(
-        "verify", q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0,
-        backends.choose(None, q.device),
-    )  # fmt: skip
+    backend = backends.choose(None, q.device)
+    return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, backend)
+
+
+def _verify(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    parents: Tensor | None, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
+    validation.check_parents_values(parents, cu_seqlens)
+    validation.check_log_decay_values(log_decay)
+    return backends.get(backend).verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
+
+
+verify = Operation(_verify, like_v)
 
 
 def lightning_attention_commit(
@@ -100,8 +108,23 @@ def lightning_attention_commit(
     validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
     validation.check_log_decay(log_decay, k)
     validation.check_pool(state, k, v, slots, N)
-    validation.check_mask("accepted", accepted, (k.shape[0],), "[T]", k)
+    validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
     if parents is not None:
         validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
     backend = backends.choose(None, k.device)
-    registration.serve("commit", k, v, log_decay, state, cu_seqlens, accepted, slots, parents, backend)
+    commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, backend)
+
+
+def _commit(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
+    slots: Tensor | None, parents: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    validation.check_cu_seqlens_values(cu_seqlens, k.shape[0])
+    validation.check_slot_values(slots, state.shape[0])
+    validation.check_parents_values(parents, cu_seqlens)
+    validation.check_accepted_values(accepted, parents, cu_seqlens, slots)
+    validation.check_log_decay_values(log_decay)
+    backends.get(backend).commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
+
+
+commit = Operation(_commit, lambda *inputs: None, writes=["state"])  # noqa: ARG005

@@ -1,17 +1,21 @@
 """What the transforms of ``torch.func`` and forward-mode differentiation do with the operations."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-#: Which axis of each tensor of the operator has the heads; of the results too.
-_HEADS = {
-    "attention": ((2, 2, 2, 0, 1, None), (2, 1)),  # q, k, v, log_decay, initial_state, cu_seqlens -> out, final
-    "attention_backward": ((2, 1, 2, 2, 2, 0, 1, None), (2, 2, 2, 0, 1)),  # dout, dfinal, q, … -> dq, dk, dv, …
-}
+
+class Heads(NamedTuple):
+    """Which axis has the heads, of each tensor among an operator's arguments, the first ones, and of its results.
+
+    None is for cu_seqlens, which has no heads and is the last of the tensors.
+    """
+
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int, ...]
 
 
 def active() -> bool:
@@ -47,9 +51,9 @@ def refuse_group() -> None:
         )
 
 
-def register_vmap(library: torch.library.Library, name: str) -> None:
+def register_vmap(library: torch.library.Library, name: str, heads: Heads) -> None:
     """The samples of a batch become heads: they share no state, and each has its own log_decay and its gradient."""
-    inputs, outputs = _HEADS[name]
+    inputs, outputs = heads
     operator = getattr(torch.ops.lightning_attention, name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -80,12 +84,11 @@ def _as_heads(x: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
 
 
 def refuse_vmap(library: torch.library.Library, name: str) -> None:
-    """For what updates a pool in place."""
+    """For operations on one pool of states, and others without a rule."""
 
     def rule(*_: Any) -> Any:
         raise NotImplementedError(
-            f"lightning_attention_{name} has no vmap, for it works on one pool of states: call it once, with the "
-            "samples among its sequences"
+            f"lightning_attention_{name} has no vmap: call it once, with the samples among its sequences"
         )
 
     torch.library.register_vmap(f"lightning_attention::{name}", rule, lib=library)

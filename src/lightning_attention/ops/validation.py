@@ -153,7 +153,7 @@ def check_log_decay_values(log_decay: Tensor | None) -> None:
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
-    """Of initial and final states: float32, and float64 for float64 inputs."""
+    """The dtype of initial and final states: float32, and float64 for float64 inputs."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -205,18 +205,28 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
     check_index("slots", slots, (num_sequences,), "[N]", q)
 
 
-def check_index(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor) -> None:
+def check_index(
+    name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor, dtypes: tuple[torch.dtype, ...] = INDICES
+) -> None:
+    """An index tensor or, with ``dtypes`` (torch.bool,), a mask."""
     check_tensor(name, x)
     check_shape(name, x, wanted, meaning)
-    check_dtype(name, x, INDICES)
+    check_dtype(name, x, dtypes)
     check_device(name, x, q)
 
 
-def check_mask(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor) -> None:
-    check_tensor(name, x)
-    check_shape(name, x, wanted, meaning)
-    check_dtype(name, x, (torch.bool,))
-    check_device(name, x, q)
+def check_packed(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    scale: float,
+) -> int:  # fmt: skip
+    """What operations on packed sequences [T, H, *] and a pool have in common; returns N."""
+    check_inputs(q, k, v, log_decay, "T")
+    check_cu_seqlens(cu_seqlens, q)
+    check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
+    N = cu_seqlens.shape[0] - 1
+    check_pool(state, q, v, slots, N)
+    check_scale(scale)
+    return N
 
 
 def check_snapshots(snapshot_at: Tensor | None, snapshot_slots: Tensor | None, num_sequences: int, q: Tensor) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_attention.kernels.reference import attention as reference
 from lightning_attention.kernels.tiled import attention as tiled
-from lightning_attention.kernels.tiled import layout
-from lightning_attention.kernels.tiled.attention import BLOCK, BUFFER
+from lightning_attention.kernels.tiled import blocks, plan
+from lightning_attention.kernels.tiled.plan import BLOCK, BUFFER
 from tests.support import (
     Problem,
     budget,
@@ -35,7 +35,7 @@ SMALL = [BLOCK * BLOCK, 2 * BLOCK * BLOCK, 8 * BLOCK * BLOCK, BUFFER]
 @settings(max_examples=4 * settings().max_examples)
 @given(problems(), st.sampled_from(SMALL))
 def test_any_sizes(problem: Problem, buffer: int):
-    with patch.object(tiled, "BUFFER", buffer):
+    with patch.object(plan, "BUFFER", buffer):
         got = solve_with(problem, "tiled")
     assert not got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
 
@@ -123,7 +123,7 @@ def test_one_sequence_does_not_poison_another(read: bool, buffer: int, packed: b
     else:
         x[own][:, 90] = bad
     # Without reading, as on other devices, what a block starts from is chosen by the tensors themselves.
-    with patch.object(tiled, "BUFFER", buffer), patch.object(layout, "is_read", lambda _: read):
+    with patch.object(plan, "BUFFER", buffer), patch.object(blocks, "is_read", lambda _: read):
         expected = solve_with(clean, "tiled")
         got = solve_with(replace(clean, **{name: x}), "tiled")
     poisoned = 0

@@ -6,8 +6,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lightning_attention.kernels.tiled import attention as tiled
-from lightning_attention.kernels.tiled.layout import layout_of
+from lightning_attention.kernels.tiled import plan
+from lightning_attention.kernels.tiled.blocks import blocks_of
 from tests.support import Problem, Solution, cumulative, make_problem, solve_with
 
 # Odd sizes too: there the bits of a matrix product depend on where in memory its operands begin.
@@ -75,8 +75,8 @@ def test_odd_sizes_are_worked_on_in_whole_cache_lines(option: bool):
 
     def spy(x: torch.Tensor, *arguments: object) -> object:
         sizes.add(x.shape[-1])
-        return layout_of(x, *arguments)
+        return blocks_of(x, *arguments)
 
-    with patch.object(tiled, "layout_of", spy):
+    with patch.object(plan, "blocks_of", spy):
         solve_with(make_problem(T=100, D=5, E=7), batch_invariant=option)
     assert sizes == {16 if option else 5}

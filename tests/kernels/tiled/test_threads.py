@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention import lightning_attention
-from lightning_attention.kernels.tiled import attention as tiled
-from lightning_attention.kernels.tiled import threads
+from lightning_attention.kernels.tiled import plan, threads
 from tests.support import Solution, make_problem, solve_exactly, solve_with
 
 
@@ -37,7 +36,7 @@ def test_results_are_those_of_one_thread(two_threads: None, kw: dict[str, int], 
         return solve_with(problem, "tiled", batch_invariant=invariant)
 
     alone = solve()
-    with patch.object(tiled, "SHARED", 0):
+    with patch.object(plan, "SHARED", 0):
         shared = solve()
     assert not shared.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
     if invariant:
@@ -70,7 +69,7 @@ def test_an_error_in_a_share_is_the_callers(two_threads: None):
 
 def test_inference_mode_and_gradients_reach_every_thread(two_threads: None):
     q = torch.randn(1, 100, 2, 4, requires_grad=True)
-    with patch.object(tiled, "SHARED", 0):
+    with patch.object(plan, "SHARED", 0):
         with torch.inference_mode():
             inferred = lightning_attention(q, q, q, backend="tiled").output
         out = lightning_attention(q, q, q, backend="tiled").output

@@ -5,21 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
-def quadratic(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, scale: float
-) -> Tensor:
-    """The outputs of a dense batch as one masked product, [(Q Kᵀ) ⊙ M] V + Λ Q S_0: a check of the recurrence."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    H, T = q.shape[1:3]
-    rate = q.new_zeros(H) if log_decay is None else log_decay.double().clamp(min=-1e4)  # −inf · 0 is NaN
-    position = torch.arange(T, device=q.device)
-    distance = position[:, None] - position
-    mask = torch.where(distance >= 0, (rate[:, None, None] * distance.clamp(min=0)).exp(), 0.0)
-    out = ((q @ k.mT) * mask) @ v
-    if initial_state is not None:
-        out = out + (rate[:, None, None] * (position[:, None] + 1)).exp() * (q @ initial_state.double())
-    return scale * out.transpose(1, 2)
+from lightning_attention.kernels import pool
 
 
 class _Sequences:
@@ -54,7 +40,7 @@ class _Sequences:
         return torch.where(inside[:, None, None], x, 0.0)
 
 
-def _states(
+def _each_state(
     k: Tensor, v: Tensor, decay: Tensor, start: Tensor, sequences: _Sequences
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each token, the state [B, H, D, E] before it and after it."""
@@ -82,39 +68,41 @@ def _stacked(rows: list[Tensor], like: Tensor) -> Tensor:
 
 
 def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, E] and final states [N, H, D, E] in float64; autograd can follow it."""
     q, k, v, decay, start, sequences = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)
     final, outputs = start, []
-    for t, (_, state) in enumerate(_states(k, v, decay, start, sequences)):
+    for t, (_, state) in enumerate(_each_state(k, v, decay, start, sequences)):
         outputs.append(scale * (q[:, t, :, None, :] @ state).squeeze(-2))
         final = sequences.leave(t, state, final)
     return sequences.mask(_stacked(outputs, v)), final
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    batch_invariant: bool,  # noqa: ARG001 - every sequence is computed by itself here
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, output_final_state: bool, batch_invariant: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs in the inputs' dtype, and final states in float32 (float64)."""
     out, final = recurrence(q, k, v, log_decay, initial_state, cu_seqlens, scale)
     if not output_final_state:
         return out.to(v.dtype), None
-    return out.to(v.dtype), _own(final, torch.promote_types(v.dtype, torch.float32))
+    return out.to(v.dtype), _own(final, pool.accumulator(v))
+
+
+def states(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    """[N, H, D, E]: Σ_t λ^(n−1−t) k_tᵀ v_t for each sequence of n tokens; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
+    dtype = pool.accumulator(v)
+    _, k, v, decay, start, sequences = _prepare(k, k, v, log_decay, None, cu_seqlens)
+    if reverse:
+        k, v, sequences = k.flip(1), v.flip(1), sequences.reversed()
+    final = start
+    for t, (_, state) in enumerate(_each_state(k, v, decay, start, sequences)):
+        final = sequences.leave(t, state, final)
+    return _own(final.flip(0) if reverse and cu_seqlens is not None else final, dtype)
 
 
 def _own(state: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,18 +111,9 @@ def _own(state: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    batch_invariant: bool,  # noqa: ARG001
-    need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool, need_dlog_decay: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, log_decay [H] and initial_state [N, H, D, E].
 
     With G_t the gradient of S_t: dq_t = scale · do_t S_tᵀ, and, backwards in time, G_t = λ G_{t+1} + scale · q_tᵀ do_t,
@@ -148,7 +127,7 @@ def attention_backward(
 
     dqs, drift, last_drift = [], torch.zeros_like(start), torch.zeros_like(start)
     dlog = q.new_zeros(q.shape[2])
-    for t, (before, state) in enumerate(_states(k, v, decay, start, sequences)):
+    for t, (before, state) in enumerate(_each_state(k, v, decay, start, sequences)):
         dqs.append((state @ g[:, t, :, :, None]).squeeze(-1))
         if need_dlog_decay:
             drift = decay * (before + sequences.enter(t, drift, torch.zeros_like(start)))

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lightning_attention.kernels.tiled import pool
-from lightning_attention.kernels.tiled.decays import parts, rate_of
+from lightning_attention.kernels import pool
+from lightning_attention.kernels.tiled.decays import carried, rate_of
 
 
 def decode(
@@ -12,11 +12,7 @@ def decode(
     dtype = pool.accumulator(v)
     rows = pool.read(state, slots, dtype)
     new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
-    if log_decay is None:
-        rows = rows + new
-    else:
-        keep, rest = parts(rate_of(log_decay, k.shape[1], dtype, k.device)[:, None, None])
-        rows = new.addcmul_(rest, rows).addcmul_(keep, rows)
+    rows = carried(rate_of(log_decay, k.shape[1], dtype, k.device), 1, rows, new)
     out = scale * (q.to(dtype)[..., None, :] @ rows).squeeze(-2)
     pool.write(state, slots, rows)
     return pool.mask_padding(out, slots).to(v.dtype)

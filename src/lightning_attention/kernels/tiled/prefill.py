@@ -3,24 +3,16 @@
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.tiled import pool
+from lightning_attention.kernels import pool
 from lightning_attention.kernels.tiled.attention import attention
-from lightning_attention.kernels.tiled.decays import parts, rate_of
+from lightning_attention.kernels.tiled.decays import carried, rate_of
+from lightning_attention.kernels.tiled.states import states
 
 
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    fresh: Tensor | None,
-    scale: float,
-    snapshot_at: Tensor | None,
-    snapshot_slots: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
+) -> Tensor:  # fmt: skip
     start = pool.read(state, slots, pool.accumulator(v), fresh)
     out, final = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, True, False)
     assert final is not None
@@ -32,15 +24,9 @@ def prefill(
 
 
 def _snapshots(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    start: Tensor,
-    cu_seqlens: Tensor,
-    at: Tensor,
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, start: Tensor, cu_seqlens: Tensor, at: Tensor,
     slots: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Cut every sequence at its P snapshots, take the state of each cut by itself, and join them in order."""
     lengths = cu_seqlens.diff()
     slots = torch.where((at >= 0) & (at <= lengths[:, None]), slots, -1)
@@ -50,13 +36,10 @@ def _snapshots(
     first = cu_seqlens[:-1, None]
     cuts = torch.cat([first, first + at], 1).flatten()
     cuts = torch.cat([cuts, cu_seqlens[-1:]])  # cut P of a sequence, from its last snapshot to its end, is not needed
-    _, own = attention(None, k[None], v[None], log_decay, None, cuts, 1.0, True, False)
-    assert own is not None
-    own = own.view(N, P + 1, *own.shape[1:])
+    own = states(k[None], v[None], log_decay, cuts, False, False).unflatten(0, (N, P + 1))
     rate = rate_of(log_decay, k.shape[1], start.dtype, start.device)
     steps = torch.cat([at[:, :1], at.diff(dim=1)], 1)
     rows = start
     for p in range(P):
-        keep, rest = parts((rate * steps[:, p, None])[..., None, None])
-        rows = torch.addcmul(own[:, p], rest, rows).addcmul_(keep, rows)
+        rows = carried(rate, steps[:, p, None], rows, own[:, p])
         pool.write(state, slots[:, p], rows)

@@ -3,30 +3,22 @@
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.tiled import pool
-from lightning_attention.kernels.tiled.attention import attention
-from lightning_attention.kernels.tiled.decays import rate_of
+from lightning_attention.kernels import pool
+from lightning_attention.kernels.tiled.decays import carried, rate_of
+from lightning_attention.kernels.tiled.states import states
 
 
 def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    parents: Tensor | None,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    parents: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     """Walk every draft up to its root at once, one ancestor a step.
 
     Not as ``attention`` computes a chain, by a masked product: a NaN in one draft would reach the good ones before it.
     """
     dtype = pool.accumulator(v)
     start = pool.read(state, slots, dtype)
-    token = torch.arange(k.shape[0], device=k.device)
-    sequence = (torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1).clamp(max=cu_seqlens.numel() - 2)
+    token, sequence = torch.arange(k.shape[0], device=k.device), pool.sequence_of(cu_seqlens, k.shape[0])
     first = cu_seqlens[sequence].long()
     parent = token - first - 1 if parents is None else parents
     up = torch.where(parent < 0, -1, first + parent)  # the parent among all T, or -1
@@ -57,19 +49,10 @@ def _rows(start: Tensor, sequence: Tensor, head: int) -> Tensor:
 
 
 def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    accepted: Tensor,
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
     slots: Tensor | None,
-) -> None:
-    # Move the accepted drafts together, in order: the rest, and tokens past c_N, become padding past the last sequence.
-    order = (~accepted).int().argsort(stable=True)
-    count = torch.cat([accepted.new_zeros(1, dtype=torch.long), accepted.long().cumsum(0)])
-    packed = count[cu_seqlens.long()]
-    start = pool.read(state, slots, pool.accumulator(v))
-    _, final = attention(None, k[None, order], v[None, order], log_decay, start, packed, 1.0, True, False)
-    assert final is not None
-    pool.write(state, slots, final)
+) -> None:  # fmt: skip
+    order, packed = pool.packed_together(accepted, cu_seqlens)
+    new = states(k[None, order], v[None, order], log_decay, packed, False, False)
+    rate = rate_of(log_decay, k.shape[1], new.dtype, new.device)
+    pool.write(state, slots, carried(rate, packed.diff()[:, None], pool.read(state, slots, new.dtype), new))

@@ -13,23 +13,23 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_attention.kernels.tiled.blocks import Blocks, Piece
 from lightning_attention.kernels.tiled.decays import Crossing, Decay
-from lightning_attention.kernels.tiled.layout import Layout, Piece
 
 _LINE = 64  # bytes
 
 
 class Run:
-    """What the sweeps of a call over some heads of some sequences have in common."""
+    """What all sweeps of a call over the same heads and sequences share."""
 
-    def __init__(self, layout: Layout, decay: Decay, pieces: Sequence[Piece], invariant: bool) -> None:
-        self.layout, self.decay, self.pieces = layout, decay, pieces
+    def __init__(self, blocks: Blocks, decay: Decay, pieces: Sequence[Piece], invariant: bool) -> None:
+        self.blocks, self.decay, self.pieces = blocks, decay, pieces
         #: Whether the order of a sequence's sums must not depend on where the edges of pieces are.
         self.invariant = invariant
         self._whole: dict[int, Crossing] = {}
 
     def crossing(self, piece: Piece) -> Crossing:
-        """The decays over the piece's blocks; those of whole blocks are kept, for there is a piece like it."""
+        """The decays over the piece's blocks; those of whole blocks are kept, since other pieces have the same."""
         if not piece.whole:
             return Crossing(self.decay, piece.length)
         if piece.size not in self._whole:
@@ -56,7 +56,7 @@ def _whole_lines(count: int, itemsize: int) -> int:
 
 
 def space_for(n: int, units: int, block: int, Y: int, Z: int, *, drift: bool) -> int:
-    """Numbers that a sweep over n blocks of so many heads takes: a and b have Y channels, c has Z."""
+    """How many numbers a sweep over n blocks and so many heads needs to work in: a and b have Y channels, c has Z."""
     rows, states = n * units * block, (n + 1) * units * Y * Z
     sizes = [states, rows * max(Y, Z), rows * Z, rows * Y, rows * block]
     if drift:
@@ -107,7 +107,7 @@ def sweep(
     """Write out [B, T, H, Z], times scale, of a and b [B, T, H, Y] and c [B, T, H, Z], and the states that are left.
 
     Args:
-        run: decays, pieces and layout.
+        run: decays, pieces and blocks.
         space: at least ``space_for`` numbers of the accumulator's type, to work in.
         a: [B, T, H, Y]; None, as out, for the states alone.
         b: [B, T, H, Y].
@@ -118,11 +118,11 @@ def sweep(
         reverse: time reversed.
         drift: gathers the gradient of log_decay in the sweep for dq.
     """
-    layout, decay, carry = run.layout, run.decay, None
+    blocks, decay, carry = run.blocks, run.decay, None
     B, H, Y, Z, C = b.shape[0], b.shape[2], b.shape[3], c.shape[3], decay.block
     mask = decay.mask.mT if reverse else decay.mask
-    b_blocks, c_blocks = layout.blocks(b), layout.blocks(c)
-    a_blocks, out_blocks = (None if x is None else layout.blocks(x) for x in (a, out))
+    b_views, c_views = blocks.views(b), blocks.views(c)
+    a_views, out_views = (None if x is None else blocks.views(x) for x in (a, out))
     works: dict[int, Work] = {}
     for piece in reversed(run.pieces) if reverse else run.pieces:
         n, crossing = piece.size, run.crossing(piece)
@@ -133,22 +133,22 @@ def sweep(
             work.slots.zero_()
         else:
             work.entry.copy_(carry)
-        layout.load(b_blocks, piece, work.b)
-        layout.load(c_blocks, piece, work.c)
-        if a_blocks is not None:
-            layout.load(a_blocks, piece, work.a)
+        blocks.load(b_views, piece, work.b)
+        blocks.load(c_views, piece, work.c)
+        if a_views is not None:
+            blocks.load(a_views, piece, work.a)
             torch.bmm(work.as_, work.b_t, out=work.all_scores)
             work.scores.mul_(mask)
         work.b.mul_(decay.start if reverse else crossing.end)
         torch.bmm(work.b_t, work.cs, out=work.own)
         _carry_over(work, run, piece, crossing, given, leave, reverse=reverse)
-        if out_blocks is not None:
+        if out_views is not None:
             work.a.mul_(crossing.end if reverse else decay.start)
             if drift is not None:
                 drift.add(run, work, piece, crossing)
             torch.bmm(work.all_scores, work.cs, out=work.ys)
             work.ys.baddbmm_(work.as_, work.before)
-            layout.store(out_blocks, work.y, piece)
+            blocks.store(out_views, work.y, piece)
         carry = work.exit
 
 
@@ -167,7 +167,7 @@ def _carry_over(
     Slot i is the state before block i, and the own of block i comes in slot i + 1; reversed, in slot i, and slot i + 1
     is what is after block i.
     """
-    n, states, layout = piece.size, work.states, run.layout
+    n, states, blocks = piece.size, work.states, run.blocks
     begins, ends = (piece.last, piece.first) if reverse else (piece.first, piece.last)
     order = range(n - 1, -1, -1) if reverse else range(n)
     to, away = (1, 0) if reverse else (0, 1)
@@ -189,14 +189,14 @@ def _carry_over(
             work.slots[inner.start + away : inner.stop + away].addcmul_(whole[inner], work.entry)
         states[last + away].addcmul_(rest[last], work.entry).addcmul_(keep[last], work.entry)
         if leave is not None:
-            layout.leave(leave, states[last + away], piece, last, ends)
+            blocks.leave(leave, states[last + away], piece, last, ends)
     keep, rest = crossing.keep, crossing.rest
     for i in order[entered:]:
         before, after = states[i + to], states[i + away]
-        layout.begin(before, given, piece, i, begins)
+        blocks.begin(before, given, piece, i, begins)
         after.addcmul_(rest[i], before).addcmul_(keep[i], before)
         if leave is not None:
-            layout.leave(leave, after, piece, i, ends)
+            blocks.leave(leave, after, piece, i, ends)
 
 
 class Drift:
@@ -213,10 +213,10 @@ class Drift:
 
     def add(self, run: Run, work: Work, piece: Piece, crossing: Crossing) -> None:
         """A piece's share, with a, b and scores as they are weighted, and the states between blocks, transposed."""
-        buffers, layout = Buffers(work.buffers.space), run.layout
+        buffers, blocks = Buffers(work.buffers.space), run.blocks
         buffers.used = work.buffers.used
         drifts, q = buffers.take(*work.slots.shape), buffers.take(*work.c.shape)
-        layout.load(layout.blocks(self.q), piece, q)
+        blocks.load(blocks.views(self.q), piece, q)
         if self.carry is None:
             drifts.zero_()
         else:
@@ -230,11 +230,11 @@ class Drift:
         work.b.mul_(crossing.left)
         torch.bmm(work.b_t, work.cs, out=matrices(drifts[1:]))
         for i, (before, after) in enumerate(pairwise(drifts.unbind(0))):
-            layout.begin(before, None, piece, i, piece.first)
+            blocks.begin(before, None, piece, i, piece.first)
             after.addcmul_(crossing.slope[i], work.states[i])
             after.addcmul_(crossing.rest[i], before).addcmul_(crossing.keep[i], before)
             if self.dfinal is not None:
-                self.total += layout.weighed(self.dfinal, after, piece, i)
+                self.total += blocks.weighed(self.dfinal, after, piece, i)
         self.carry = drifts[-1].clone()
 
         torch.bmm(work.as_, work.before, out=matrices(weighed))

@@ -2,7 +2,7 @@
 
 PyTorch runs every operation on all threads and waits for the slowest at its end. A piece of attention is twenty small
 operations; where other processes run, one of them is waited for at the end of each, spinning by default. Shares that
-know nothing of each other are waited for once.
+do not depend on each other are waited for once.
 """
 
 import os

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Flags = Sequence[bool | Tensor]
-Blocks = tuple[Tensor, ...]  # views of an argument or a result, as the layout reads and writes it
+Views = tuple[Tensor, ...]  # of an argument or a result, as blocks are read from it and written to it
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Piece:
         return self.stop - self.start
 
 
-class DenseLayout:
+class DenseBlocks:
     """[B, T, H, *]: every sequence of the batch has T tokens, and all their states are one block's."""
 
     def __init__(self, x: Tensor, block: int) -> None:
@@ -58,16 +58,15 @@ class DenseLayout:
         lengths, whole = torch.tensor(length, device=self.device), stop * self.block <= self.T
         return Piece(start, stop, lengths, first, last, [0] * len(index), lengths, whole=whole)
 
-    def blocks(self, x: Tensor) -> Blocks:
+    def views(self, x: Tensor) -> Views:
         """Views of [B, T, H, X]: the whole blocks [n, B, H, C, X], and what is left [B, H, m, X]."""
         whole = self.T // self.block
         middle = whole * self.block
-        blocks = x[:, :middle].unflatten(1, (whole, self.block)).permute(1, 0, 3, 2, 4)
-        return blocks, x[:, middle:].transpose(1, 2)
+        return x[:, :middle].unflatten(1, (whole, self.block)).permute(1, 0, 3, 2, 4), x[:, middle:].transpose(1, 2)
 
-    def load(self, blocks: Blocks, piece: Piece, out: Tensor) -> Tensor:
+    def load(self, views: Views, piece: Piece, out: Tensor) -> Tensor:
         """Copy the piece's rows to out [n, B, H, C, X], zero past the end."""
-        whole, rest = blocks
+        whole, rest = views
         if piece.whole:
             return out.copy_(whole[piece.start : piece.stop])
         out[:-1].copy_(whole[piece.start :])
@@ -75,9 +74,9 @@ class DenseLayout:
         out[-1, :, :, rest.shape[2] :].zero_()
         return out
 
-    def store(self, blocks: Blocks, y: Tensor, piece: Piece) -> None:
+    def store(self, views: Views, y: Tensor, piece: Piece) -> None:
         """Write y [n, B, H, C, X] to the piece's rows."""
-        whole, rest = blocks
+        whole, rest = views
         if piece.whole:
             whole[piece.start : piece.stop].copy_(y)
         else:
@@ -99,7 +98,7 @@ class DenseLayout:
         return (weights * state).sum((0, 2, 3)) if piece.last[i] else 0
 
 
-class PackedLayout:
+class PackedBlocks:
     """[1, T, H, *] holding N sequences, sequence i at tokens cu_seqlens[i] to cu_seqlens[i+1]."""
 
     def __init__(self, x: Tensor, cu_seqlens: Tensor, block: int) -> None:
@@ -135,19 +134,19 @@ class PackedLayout:
         begins, ends = (x.unbind() for x in flags)
         return Piece(start, stop, length, begins, ends, own[:, None].unbind(), token, valid)
 
-    def blocks(self, x: Tensor) -> Blocks:
+    def views(self, x: Tensor) -> Views:
         return (x[0],)
 
-    def load(self, blocks: Blocks, piece: Piece, out: Tensor) -> Tensor:
-        rows = blocks[0].index_select(0, piece.token).unflatten(0, (piece.size, self.block))
+    def load(self, views: Views, piece: Piece, out: Tensor) -> Tensor:
+        rows = views[0].index_select(0, piece.token).unflatten(0, (piece.size, self.block))
         out[:, 0].copy_(rows.transpose(1, 2))
         if piece.valid is not None:
             # Masked, not multiplied: the tokens past the last sequence may hold anything, and 0 · inf is NaN.
             out.masked_fill_(~piece.valid.view(piece.size, 1, 1, self.block, 1), 0)
         return out
 
-    def store(self, blocks: Blocks, y: Tensor, piece: Piece) -> None:
-        (out,) = blocks
+    def store(self, views: Views, y: Tensor, piece: Piece) -> None:
+        (out,) = views
         rows, token = y[:, 0].transpose(1, 2).flatten(0, 1).to(out.dtype), piece.token
         if piece.valid is not None:
             # A row that stands for no token repeats the write of one that does, the same bits to the same place. Where
@@ -191,8 +190,8 @@ def is_read(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-Layout = DenseLayout | PackedLayout
+Blocks = DenseBlocks | PackedBlocks
 
 
-def layout_of(x: Tensor, cu_seqlens: Tensor | None, block: int) -> Layout:
-    return DenseLayout(x, block) if cu_seqlens is None else PackedLayout(x, cu_seqlens, block)
+def blocks_of(x: Tensor, cu_seqlens: Tensor | None, block: int) -> Blocks:
+    return DenseBlocks(x, block) if cu_seqlens is None else PackedBlocks(x, cu_seqlens, block)

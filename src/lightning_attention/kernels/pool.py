@@ -1,4 +1,4 @@
-"""Reading and writing rows of a pool of states through slots, without looking at the slots on the host."""
+"""A pool of states and the tokens of packed sequences, without looking at slots or lengths on the host."""
 
 import torch
 from torch import Tensor
@@ -46,8 +46,16 @@ def mask_padding(out: Tensor, slots: Tensor | None) -> Tensor:
 
 def mask_padding_tokens(out: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     """Zero the outputs [T, …] of the tokens of padding sequences."""
-    if slots is None:
-        return out
-    token = torch.arange(out.shape[0], device=out.device)
-    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
-    return mask_padding(out, slots[sequence.clamp(max=slots.numel() - 1)])
+    return out if slots is None else mask_padding(out, slots[sequence_of(cu_seqlens, out.shape[0])])
+
+
+def sequence_of(cu_seqlens: Tensor, T: int) -> Tensor:
+    """[T]: which sequence each token belongs to; the last one for tokens past it."""
+    token = torch.arange(T, device=cu_seqlens.device)
+    return (torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1).clamp(max=cu_seqlens.numel() - 2)
+
+
+def packed_together(taken: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The order [T] that puts the tokens ``taken`` [T] first, and their cu_seqlens; the others are padding there."""
+    count = torch.cat([taken.new_zeros(1, dtype=torch.long), taken.long().cumsum(0)])
+    return (~taken).int().argsort(stable=True), count[cu_seqlens.long()]

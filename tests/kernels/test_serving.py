@@ -1,4 +1,4 @@
-"""Decode, prefill, verify and commit: float64 pools, decays of no memory, and NaN and inf staying where they are."""
+"""Serving on the CPU's backends: float64 pools, decays of no memory, and NaN and inf staying where they are."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_attention import decay
-from lightning_attention.kernels.tiled.decode import decode
-from lightning_attention.kernels.tiled.prefill import prefill
-from lightning_attention.kernels.tiled.speculative import commit, verify
+from lightning_attention.kernels.backend import Backend
+from lightning_attention.kernels.reference.backend import BACKEND as REFERENCE
+from lightning_attention.kernels.tiled.backend import BACKEND as TILED
 from tests.support import ReferencePool, budget, cumulative, relative_error
 
 LENGTHS, SLOTS, H, D, E = [5, 70, 1, 3], [4, 0, -1, 2], 2, 8, 6
@@ -21,29 +21,30 @@ ACCEPTED = [True, True, False, False, False, *([True] * 60 + [False] * 10), True
 class Calls:
     """Every operation on the same inputs, on fresh copies of a pool: outputs and the pool after it."""
 
-    def __init__(self, dtype: torch.dtype, rate: Tensor | None, seed: int = 0) -> None:
+    def __init__(self, backend: Backend, dtype: torch.dtype, rate: Tensor | None, seed: int = 0) -> None:
         torch.manual_seed(seed)
+        self.backend = backend
         self.q, self.k, self.v = (torch.randn(T + 3, H, n, dtype=dtype) for n in (D, D, E))
         self.pool, self.rate = torch.randn(7, H, D, E, dtype=dtype), rate
         self.cuts, self.slots = cumulative(LENGTHS), torch.tensor(SLOTS)
 
     def decode(self, pool: Tensor) -> Tensor:
-        return decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5)
+        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5)
 
     def prefill(self, pool: Tensor) -> Tensor:
         at, to = torch.tensor([[2, 5], [64, 1], [1, 0], [0, 9]]), torch.tensor([[1, -1], [3, 5], [6, -1], [6, -1]])
-        return prefill(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to)
+        return self.backend.prefill(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to)
 
     def verify(self, pool: Tensor) -> Tensor:
-        return verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5)
+        return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5)
 
     def verify_tree(self, pool: Tensor) -> Tensor:
         parents = torch.cat([PARENTS, PARENTS.new_zeros(3)])
-        return verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5)
+        return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5)
 
     def commit(self, pool: Tensor) -> Tensor:
         accepted = torch.tensor([*ACCEPTED, True, True, True])
-        commit(self.k, self.v, self.rate, pool, self.cuts, accepted, self.slots)
+        self.backend.commit(self.k, self.v, self.rate, pool, self.cuts, accepted, self.slots)
         return torch.zeros(0)
 
     def run(self, name: str) -> tuple[Tensor, Tensor]:
@@ -65,6 +66,7 @@ class Calls:
         return torch.zeros(0) if out is None else out, reference.stacked()
 
 
+BACKENDS = pytest.mark.parametrize("backend", [TILED, REFERENCE], ids=lambda backend: backend.name)
 NAMES = ["decode", "prefill", "verify", "verify_tree", "commit"]
 RATES = {
     "none": None,
@@ -74,12 +76,13 @@ RATES = {
 }
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_against_the_recurrence(dtype: torch.dtype, rate: str, name: str):
+def test_against_the_recurrence(dtype: torch.dtype, rate: str, name: str, backend: Backend):
     """float64 states are computed in float64; −inf and finfo.min are a decay of zero."""
-    calls = Calls(dtype, RATES[rate])
+    calls = Calls(backend, dtype, RATES[rate])
     (out, pool), (want_out, want_pool) = calls.run(name), calls.expected(name)
     assert out.dtype == dtype or name == "commit"
     used = out[: want_out.shape[0]]
@@ -88,11 +91,12 @@ def test_against_the_recurrence(dtype: torch.dtype, rate: str, name: str):
     assert not out[want_out.shape[0] :].any()
 
 
+@BACKENDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["q", "k", "v", "pool"])
 @pytest.mark.parametrize("name", NAMES)
-def test_one_sequence_does_not_poison_another(name: str, which: str, bad: float):
-    clean, spoilt = Calls(torch.float32, decay.alibi(H)), Calls(torch.float32, decay.alibi(H))
+def test_one_sequence_does_not_poison_another(name: str, which: str, bad: float, backend: Backend):
+    clean, spoilt = Calls(backend, torch.float32, decay.alibi(H)), Calls(backend, torch.float32, decay.alibi(H))
     tokens = slice(1, 2) if name == "decode" else slice(5, 75)  # those of the second sequence
     if which == "pool":
         spoilt.pool[SLOTS[1]] = bad
@@ -108,11 +112,12 @@ def test_one_sequence_does_not_poison_another(name: str, which: str, bad: float)
     assert torch.equal(pool, want_pool)
 
 
+@BACKENDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_a_bad_draft_spoils_only_what_follows_it(which: str, tree: bool, bad: float):
-    clean, spoilt = Calls(torch.float32, decay.alibi(H)), Calls(torch.float32, decay.alibi(H))
+def test_a_bad_draft_spoils_only_what_follows_it(which: str, tree: bool, bad: float, backend: Backend):
+    clean, spoilt = Calls(backend, torch.float32, decay.alibi(H)), Calls(backend, torch.float32, decay.alibi(H))
     getattr(spoilt, which)[1] = bad  # draft 1 of the first sequence; in the tree draft 3 is its child
     name = "verify_tree" if tree else "verify"
     (want, _), (got, _) = clean.run(name), spoilt.run(name)
@@ -122,16 +127,18 @@ def test_a_bad_draft_spoils_only_what_follows_it(which: str, tree: bool, bad: fl
     assert torch.equal(got[good], want[good])
 
 
+@BACKENDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_rejected_drafts_and_snapshots_before_a_bad_token(bad: float):
-    clean, spoilt = Calls(torch.float32, decay.alibi(H)), Calls(torch.float32, decay.alibi(H))
+def test_rejected_drafts_and_snapshots_before_a_bad_token(bad: float, backend: Backend):
+    clean, spoilt = Calls(backend, torch.float32, decay.alibi(H)), Calls(backend, torch.float32, decay.alibi(H))
     spoilt.v[2] = bad
     assert torch.equal(clean.run("commit")[1], spoilt.run("commit")[1])  # draft 2 is not accepted
     assert torch.equal(clean.run("prefill")[1][1], spoilt.run("prefill")[1][1])  # the state after two tokens
 
 
-def test_a_chain_is_a_tree_to_the_bit():
-    calls = Calls(torch.float32, decay.alibi(H))
+@BACKENDS
+def test_a_chain_is_a_tree_to_the_bit(backend: Backend):
+    calls = Calls(backend, torch.float32, decay.alibi(H))
     parents = torch.tensor([i - 1 for n in [*LENGTHS, 3] for i in range(n)])
     args = (calls.q, calls.k, calls.v, calls.rate, calls.pool, calls.cuts, calls.slots)
-    assert torch.equal(verify(*args, None, 1.0), verify(*args, parents, 1.0))
+    assert torch.equal(backend.verify(*args, None, 1.0), backend.verify(*args, parents, 1.0))

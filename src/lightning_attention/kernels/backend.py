@@ -1,0 +1,65 @@
+"""What a backend is: a name, a function for each operation, and which devices have it.
+
+A new one is one such object, handed to ``lightning_attention.ops.backends.register``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Optional = Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One way to compute the operations: functions of tensors that were checked, without autograd or autocast.
+
+    The functions take their arguments by position, in the order given here. B, T, H, D, E and N are as in the public
+    functions of the same names; what was not asked for or is not there is None, as an argument and as a result.
+    ``log_decay`` is [H] or None, ``cu_seqlens`` [N+1] or None, ``slots`` [N] or None, ``state`` a pool [S, H, D, E].
+    An initial or final state, and a gradient of one, is [N, H, D, E] in the type that sums are kept in: float32, and
+    float64 for float64 inputs. Results are tensors of their own, contiguous, never views of arguments.
+
+    A function raises TypeError or ValueError, naming the argument, what came and what is wanted, for a dtype or a size
+    that the backend does not take.
+    """
+
+    name: str
+
+    #: (q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant)
+    #: -> output [B, T, H, E], final state
+    attention: Callable[
+        [Tensor, Tensor, Tensor, Optional, Optional, Optional, float, bool, bool], tuple[Tensor, Optional]
+    ]
+
+    #: (dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay)
+    #: -> gradients of q, k, v, log_decay and initial_state
+    attention_backward: Callable[
+        [Tensor, Optional, Tensor, Tensor, Tensor, Optional, Optional, Optional, float, bool, bool],
+        tuple[Tensor, Tensor, Tensor, Optional, Optional],
+    ]
+
+    #: (k [B, T, H, D], v [B, T, H, E], log_decay, cu_seqlens, reverse, batch_invariant) -> [N, H, D, E]: for each
+    #: sequence of n tokens Σ_t λ^(n−1−t) k_tᵀ v_t, t from 0, the state that it leaves from zero; ``reverse``:
+    #: Σ_t λ^t k_tᵀ v_t
+    states: Callable[[Tensor, Tensor, Optional, Optional, bool, bool], Tensor]
+
+    #: (q [N, H, D], k, v, log_decay, state, slots, scale) -> output [N, H, E]; the pool is written to
+    decode: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Optional, float], Tensor]
+
+    #: (q [T, H, D], k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots)
+    #: -> output [T, H, E]; the pool is written to
+    prefill: Callable[
+        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional], Tensor
+    ]
+
+    #: (q [T, H, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale) -> output [T, H, E]
+    verify: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float], Tensor]
+
+    #: (k [T, H, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
+    commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]
+
+    #: What a device lacks for this backend, as "it needs a GPU", or None where it lacks nothing.
+    missing: Callable[[torch.device], str | None] = lambda device: None  # noqa: ARG005

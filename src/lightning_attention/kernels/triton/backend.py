@@ -1,0 +1,21 @@
+"""The Triton kernels as a backend."""
+
+import torch
+
+from lightning_attention.kernels.backend import Backend
+from lightning_attention.kernels.triton.attention import attention, attention_backward
+from lightning_attention.kernels.triton.decode import decode
+from lightning_attention.kernels.triton.prefill import prefill
+from lightning_attention.kernels.triton.speculative import commit, verify
+from lightning_attention.kernels.triton.states import states
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the device cannot run the kernels."""
+    return None if device.type == "cuda" else "it needs a CUDA or ROCm device"
+
+
+BACKEND = Backend(
+    name="triton", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
+    prefill=prefill, verify=verify, commit=commit, missing=missing,
+)  # fmt: skip
