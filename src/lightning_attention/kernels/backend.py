@@ -43,7 +43,7 @@ class Backend:
 
     #: (k [B, T, H, D], v [B, T, H, E], log_decay, cu_seqlens, reverse, batch_invariant) -> [N, H, D, E]: for each
     #: sequence of n tokens Σ_t λ^(n−1−t) k_tᵀ v_t, t from 0, the state that it leaves from zero; ``reverse``:
-    #: Σ_t λ^t k_tᵀ v_t
+    #: Σ_t λ^(t+1) k_tᵀ v_t, the gradient of the state that it starts from where k is q and v is the outputs' gradient
     states: Callable[[Tensor, Tensor, Optional, Optional, bool, bool], Tensor]
 
     #: (q [N, H, D], k, v, log_decay, state, slots, scale) -> output [N, H, E]; the pool is written to

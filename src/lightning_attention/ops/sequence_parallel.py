@@ -40,10 +40,7 @@ class SequenceParallel(torch.autograd.Function):
         q, k, v, log_decay, start, cu_seqlens, powers = ctx.saved_tensors
         scale, has_final, batch_invariant, backend, group = ctx.options
         need_dlog_decay, need_dinitial = ctx.needs_input_grad[3:5]
-        # Reversed, the states' weights are λ^t where the outputs saw λ^(t+1).
         grad = scale * states(q, dout, log_decay, cu_seqlens, True, batch_invariant, backend)
-        if log_decay is not None:
-            grad = grad * log_decay.to(grad.dtype).exp()[:, None, None]
         # dfinal is zeros where this rank's loss left the final state out, but what travels is the same on every rank.
         dend = ranks.gradient_of_end(grad, dfinal if has_final else None, powers, group)
         dq, dk, dv, dlog_decay, dstart = attention_backward(

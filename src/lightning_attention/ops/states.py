@@ -12,7 +12,7 @@ def _states(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    """Σ_t λ^(n−1−t) k_tᵀ v_t over t = 0 … n−1 of each sequence, [N, H, D, E]; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
+    """Σ_t λ^(n−1−t) k_tᵀ v_t over t = 0 … n−1 of each sequence, [N, H, D, E]; ``reverse``: Σ_t λ^(t+1) k_tᵀ v_t."""
     validation.check_cu_seqlens_values(cu_seqlens, k.shape[1])
     validation.check_log_decay_values(log_decay)
     return backends.get(backend).states(k, v, log_decay, cu_seqlens, reverse, batch_invariant)

@@ -94,7 +94,7 @@ def attention(
 def states(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
-    """[N, H, D, E]: Σ_t λ^(n−1−t) k_tᵀ v_t for each sequence of n tokens; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
+    """[N, H, D, E]: Σ_t λ^(n−1−t) k_tᵀ v_t for each sequence of n tokens; ``reverse``: Σ_t λ^(t+1) k_tᵀ v_t."""
     dtype = pool.accumulator(v)
     _, k, v, decay, start, sequences = _prepare(k, k, v, log_decay, None, cu_seqlens)
     if reverse:
@@ -102,7 +102,9 @@ def states(
     final = start
     for t, (_, state) in enumerate(_each_state(k, v, decay, start, sequences)):
         final = sequences.leave(t, state, final)
-    return _own(final.flip(0) if reverse and cu_seqlens is not None else final, dtype)
+    if reverse:
+        final = decay * (final if cu_seqlens is None else final.flip(0))
+    return _own(final, dtype)
 
 
 def _own(state: Tensor, dtype: torch.dtype) -> Tensor:

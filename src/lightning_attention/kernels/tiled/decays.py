@@ -36,10 +36,9 @@ class Decay:
         rate: [H], log λ.
         scale: factor on M and Λ.
         block: C.
-        first: the power of λ by which the first row of a block is weighed from, or to, the block's start.
     """
 
-    def __init__(self, rate: Tensor, scale: float, block: int, first: int = 1) -> None:
+    def __init__(self, rate: Tensor, scale: float, block: int) -> None:
         self.rate, self.scale, self.block = rate, scale, block
         row = torch.arange(block, device=rate.device)
         distance = row[:, None] - row
@@ -48,8 +47,8 @@ class Decay:
         self.distance = distance.clamp(min=0).to(rate.dtype)
         #: scale · M [H, C, C]
         self.mask = torch.where(distance >= 0, self.power(self.distance), 0).mul_(scale)
-        #: scale · Λ [H, C, 1]: a block's start to each row, λ^first …
-        self.start = self.power(row + first).mul_(scale).unsqueeze(-1)
+        #: scale · Λ [H, C, 1]: a block's start to each row, λ¹ … λ^C
+        self.start = self.power(row + 1).mul_(scale).unsqueeze(-1)
 
     def power(self, exponent: Tensor) -> Tensor:
         """λ^exponent, [H, *exponent.shape], for exponents ≥ 0."""

@@ -45,10 +45,7 @@ class Share:
 
 
 class Plan:
-    """How a call is divided: the sequences into pieces, and the rows and heads of the batch into shares.
-
-    ``first`` is for ``Decay``.
-    """
+    """How a call is divided: the sequences into pieces, and the rows and heads of the batch into shares."""
 
     def __init__(
         self,
@@ -58,7 +55,6 @@ class Plan:
         cu_seqlens: Tensor | None,
         scale: float,
         batch_invariant: bool,
-        first: int = 1,
     ) -> None:
         (B, _, H, D), E, self.device = k.shape, v.shape[3], k.device
         self.width, self.packed, self.dtype = max(D, E), cu_seqlens is not None, accumulator(k)
@@ -73,7 +69,7 @@ class Plan:
         self.units = max(1, min(fit // PIECE, ceil(B * H / self.workers)))
         self.blocks = max(1, min(fit // self.units, blocks.num_blocks))
         self.units = max(1, min(fit // self.blocks, ceil(B * H / self.workers)))
-        decay = Decay(rate_of(log_decay, H, self.dtype, self.device), scale, BLOCK, first)
+        decay = Decay(rate_of(log_decay, H, self.dtype, self.device), scale, BLOCK)
         self.shares = list(self._shares(blocks, decay, B, H, batch_invariant))
 
     def _shares(self, blocks: Blocks, decay: Decay, B: int, H: int, invariant: bool) -> Iterator[Share]:

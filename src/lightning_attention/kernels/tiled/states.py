@@ -11,13 +11,12 @@ from lightning_attention.kernels.tiled.sweep import sweep
 def states(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool
 ) -> Tensor:
-    """[N, H, D, E]: Σ_t λ^(n−1−t) k_tᵀ v_t for each sequence of n tokens; ``reverse``: Σ_t λ^t k_tᵀ v_t."""
+    """[N, H, D, E]: Σ_t λ^(n−1−t) k_tᵀ v_t for each sequence of n tokens; ``reverse``: Σ_t λ^(t+1) k_tᵀ v_t."""
     D, E = k.shape[3], v.shape[3]
     if batch_invariant and (D % LINE or E % LINE):
         whole = states(whole_lines(k), whole_lines(v), log_decay, cu_seqlens, reverse, True)
         return narrowed(whole, D, E)
-    # Reversed, the first token of a block decays by λ^0 on its way to the block's start.
-    plan = Plan(k, v, log_decay, cu_seqlens, 1.0, batch_invariant, first=0)
+    plan = Plan(k, v, log_decay, cu_seqlens, 1.0, batch_invariant)
     result = left(None, k, cu_seqlens, D, E)
 
     def task(share: Share) -> Callable[[Tensor], None]:
