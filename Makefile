@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # What another version of a library can break.
-VERSIONED := tests/models tests/nn tests/integrations tests/ops/test_registration.py tests/kernels/triton/test_compile.py
+VERSIONED := tests/models tests/nn tests/serving tests/integrations tests/ops/test_registration.py tests/kernels/triton/test_compile.py
 
 # .venv has the versions of constraints.txt, .venv-oldest and .venv-newest the lowest and the newest that are allowed.
 # torch comes first and alone: what else is installed then finds the small build for a CPU.

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lightning_attention import cuda_graphs
 from lightning_attention.bench.timing import Call, Timing, captured, copy_rate, host_us, peak_bytes, time_calls, wall_ms
 from lightning_attention.bench.timing import _turns as turns
+from lightning_attention.serving import cuda_graphs
 
 
 def test_timing_is_the_median_with_its_range():

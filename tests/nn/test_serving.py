@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_attention import decay
-from lightning_attention.nn import GatedLinearAttention, LightningAttention
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.nn import LightningAttention
 from tests.support.numerics import relative_error
 
-Layer = GatedLinearAttention | LightningAttention
+Layer = TransnormerMixer | LightningAttention
 
 H, HIDDEN = 4, 32
 LAYERS: dict[str, Callable[[], Layer]] = {
@@ -22,8 +23,8 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "retnet": lambda: LightningAttention.retnet(HIDDEN, H),
     "transnormer": lambda: LightningAttention.transnormer(HIDDEN, H, layer=0, num_layers=4),
     "transnormer, without LRPE": lambda: LightningAttention.transnormer(HIDDEN, H, layer=1, num_layers=4),
-    "gated": lambda: GatedLinearAttention(HIDDEN, H, decay.alibi(H)),
-    "gated, with LRPE": lambda: GatedLinearAttention(HIDDEN, H, decay.alibi(H), lrpe=True),
+    "gated": lambda: TransnormerMixer(HIDDEN, H, decay.alibi(H)),
+    "gated, with LRPE": lambda: TransnormerMixer(HIDDEN, H, decay.alibi(H), lrpe=True),
 }
 ENCODED = ["bailing", "minicpm_sala", "retnet", "transnormer", "gated, with LRPE"]
 every_layer = pytest.mark.parametrize("name", LAYERS)

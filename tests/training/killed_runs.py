@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from lightning_attention.models.transnormer.pretrained import load_model
 from lightning_attention.training import checkpoint, trainer
 from lightning_attention.training.metrics import read_metrics
-from lightning_attention.training.model import load_model
 from lightning_attention.training.trainer import Trainer
 from tests.training.tiny import tiny_settings
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_attention.cuda_graphs import capture
+from lightning_attention.serving.cuda_graphs import capture
 
 Call = Callable[[], object]
 

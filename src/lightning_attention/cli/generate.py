@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lightning_attention.cli.prompts import MOST_SEED, MOST_TEMPERATURE, MOST_TOKENS, read_prompts
-from lightning_attention.training.config import InputError, check_text
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import check_text
 
 if TYPE_CHECKING:
-    from lightning_attention.training.generation import Piece
+    from lightning_attention.serving.text import Piece
 
 
 def generate(
@@ -75,8 +76,8 @@ def generate(
         if math.isnan(value):
             raise typer.BadParameter("nan is not a number", param_hint=option)
     openings = _texts(texts or []) if prompts is None else []
+    from lightning_attention.serving.text import Generator, Prompt
     from lightning_attention.training.checkpoint import find_model
-    from lightning_attention.training.generation import Generator, Prompt
     from lightning_attention.training.runtime import Runtime
 
     like = Prompt("", max_tokens, temperature, top_p, seed, ignore_eos)

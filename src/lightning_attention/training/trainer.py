@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_attention.errors import DivergedError, InputError
+from lightning_attention.models.transnormer.pretrained import load_model, save_model
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import DEFAULT_STEPS, make_config, resumed_config
 from lightning_attention.training.data import Windows, open_data, prepare_data, validation_batches
 from lightning_attention.training.disk import writing
 from lightning_attention.training.interrupt import StopRequest
 from lightning_attention.training.metrics import MetricsLog, read_metrics
-from lightning_attention.training.model import load_model, new_model, new_optimizer, save_model
+from lightning_attention.training.model import new_model, new_optimizer
 from lightning_attention.training.plot import plot_loss
 from lightning_attention.training.progress import HeldOutLoss, MeanLoss, Outcome, Progress
 from lightning_attention.training.run_folder import RunFolder

@@ -62,7 +62,7 @@ def lay_out(
         position_ids: [B, T] or [1, T], the positions; None to count the real tokens of each sequence.
         cu_seqlens: [N+1] boundaries of documents packed in the rows, one row after the other; then ``mask`` is None.
         offsets: [N] int64, the real tokens each sequence read before; None for none.
-        step: whether the pass is one token per row, for :meth:`GatedLinearAttention.step`.
+        step: whether the pass is one token per row, for :meth:`TransnormerMixer.step`.
     """
     if cu_seqlens is not None:
         if position_ids is None:

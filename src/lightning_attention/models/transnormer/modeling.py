@@ -15,9 +15,10 @@ from transformers.utils import can_return_tuple
 from lightning_attention import decay
 from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
 from lightning_attention.models.transnormer.cache import TransnormerCache
-from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.layout import document_starts, documents, lay_out, restarts
-from lightning_attention.nn import LRPE, SGLU, GatedLinearAttention, SRMSNorm
+from lightning_attention.models.transnormer.configuration import TransnormerConfig
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.models.transnormer.packing import document_starts, documents, lay_out, restarts
+from lightning_attention.nn import LRPE, SGLU, SRMSNorm
 from lightning_attention.nn.sharded import laid_out_like
 
 # What else the collators that pack documents hand over: said once more, never alone.
@@ -51,7 +52,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.token_norm = SRMSNorm()
         log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
-        self.token_mixer = GatedLinearAttention(
+        self.token_mixer = TransnormerMixer(
             config.decoder_embed_dim,
             config.decoder_attention_heads,
             log_decay,
@@ -72,23 +73,39 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         slots: Tensor | None = None,
         step: bool = False,
     ) -> Tensor:
-        """One block over [B, T, width]; the other arguments are those of :class:`GatedLinearAttention`.
+        """One block over [B, T, width]; ``positions``, ``cu_seqlens`` and ``slots`` are :class:`TransnormerMixer`'s.
 
         With ``step`` the layer's state is updated in place, by one token per row.
         """
-        x = self.token_norm(hidden_states)
         state = None if cache is None else cache.state(self.layer_idx)
         if step:
             assert state is not None  # a step comes after something
-            mixed = self.token_mixer.step(x.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
-        else:
-            mixed, state = self.token_mixer(
-                x, state, positions=positions, cu_seqlens=cu_seqlens, output_state=cache is not None
-            )
-            if cache is not None:
-                cache.update_recurrent_state(state, self.layer_idx)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.channel_mixer(self.channel_norm(hidden_states))
+            return self.step(hidden_states.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
+        mixed, state = self.token_mixer(
+            self.token_norm(hidden_states),
+            state,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            output_state=cache is not None,
+        )
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        return self._mix_channels(hidden_states + mixed)
+
+    def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """A pool of states, [rows, H, D, E]."""
+        return self.token_mixer.allocate_state(rows, dtype)
+
+    def step(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
+        """One token per sequence, [N, width]; the arguments are those of :meth:`TransnormerMixer.step`."""
+        return self._mix_channels(x + self.token_mixer.step(self.token_norm(x), state, **batch))
+
+    def prefill(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
+        """Packed tokens, [T, width]; the arguments are those of :meth:`TransnormerMixer.prefill`."""
+        return self._mix_channels(x + self.token_mixer.prefill(self.token_norm(x), state, **batch))
+
+    def _mix_channels(self, x: Tensor) -> Tensor:
+        return x + self.channel_mixer(self.channel_norm(x))
 
 
 class TransnormerPreTrainedModel(PreTrainedModel):
@@ -127,7 +144,7 @@ class TransnormerPreTrainedModel(PreTrainedModel):
                 init.copy_(module.weight, module.weight * kept)
         elif isinstance(module, LRPE):
             init.copy_(module.theta, module.initial_theta())
-        elif isinstance(module, GatedLinearAttention):
+        elif isinstance(module, TransnormerMixer):
             # In no checkpoint, and empty after loading by way of the meta device.
             module.reset_buffers()
 
@@ -284,7 +301,25 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TransnormerModel(config)
         self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
+        self.vocab_size = config.vocab_size
         self.post_init()
+
+    # What lightning_attention.serving asks of a model.
+    context_length = None
+
+    @property
+    def embed(self) -> nn.Module:
+        """Token ids [T] to [T, width]."""
+        return self.model.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, each with ``step`` and ``prefill``."""
+        return self.model.layers
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """What the last block gave, [N, width], to logits [N, vocab_size]."""
+        return self.lm_head(self.model.norm(hidden_states))
 
     @can_return_tuple
     def forward(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from tokenizers.decoders import DecodeStream
 
-from lightning_attention.models.transnormer.batching import ContinuousBatch, Request
-from lightning_attention.training.config import InputError
-from lightning_attention.training.model import load_model
+from lightning_attention.errors import InputError
+from lightning_attention.models.transnormer.pretrained import load_model
+from lightning_attention.serving import ContinuousBatch, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,9 +4,9 @@ import itertools
 import pytest
 import torch
 
-from lightning_attention.models.transnormer import batching
-from lightning_attention.training.config import InputError
-from lightning_attention.training.generation import Generator, Prompt
+from lightning_attention.errors import InputError
+from lightning_attention.serving import engine
+from lightning_attention.serving.text import Generator, Prompt
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
 from tests.training.tiny import tiny_settings, train
 
@@ -68,7 +68,7 @@ def test_prompts_that_wait_for_others_get_the_same(generator, max_batch):
 def test_prompts_longer_than_a_step_reads(generator, monkeypatch):
     wanted = texts(generator, PROMPTS, temperature=0)
     for tokens in (1, 3):
-        monkeypatch.setitem(batching.ContinuousBatch.__init__.__kwdefaults__, "prefill_tokens", tokens)
+        monkeypatch.setitem(engine.ContinuousBatch.__init__.__kwdefaults__, "prefill_tokens", tokens)
         assert texts(generator, PROMPTS, temperature=0) == wanted
 
 
@@ -102,7 +102,7 @@ def test_never_broken_characters(generator):
 def script(monkeypatch, *steps):
     """Let the next tokens be these, a list for every step."""
     scripted = iter(steps)
-    monkeypatch.setattr(batching, "sample", lambda *_: torch.tensor(next(scripted)))
+    monkeypatch.setattr(engine, "sample", lambda *_: torch.tensor(next(scripted)))
     return scripted
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from lightning_attention.models.transnormer import TransnormerForCausalLM
-from lightning_attention.models.transnormer.batching import ContinuousBatch, Request, Token
+from lightning_attention.serving.engine import ContinuousBatch, Request, Token
 
 PAD = 0
 
