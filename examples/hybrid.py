@@ -1,8 +1,8 @@
 """A hybrid decoder, seven layers of lightning attention to one of softmax attention, as in MiniMax-Text-01.
 
-It trains on whole sequences, and writes token by token from seven states and a KV cache (``Hybrid.generate``). Since it
-has what ``lightning_attention.serving`` asks of a model (``embed``, ``head``, ``blocks`` with ``step`` and ``prefill``),
-the engine there serves it to many requests at once.
+It trains on whole sequences, and writes token by token from seven states and a KV cache (``Hybrid.generate``). It has
+``embed``, ``head``, and ``blocks`` with ``step`` and ``prefill``, so ``lightning_attention.serving`` can serve it to
+many requests at once.
 
 Run it: python examples/hybrid.py [STEPS]. It trains on bytes of Python's own source code and then writes some.
 """

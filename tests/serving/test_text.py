@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_attention.errors import InputError
+from lightning_attention.models.transnormer.pretrained import load_model, load_tokenizer
 from lightning_attention.serving import engine
 from lightning_attention.serving.text import Generator, Prompt
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
@@ -21,7 +22,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(trained):
-    return Generator.load(trained[1], torch.device("cpu"))
+    return Generator(load_model(trained[1]), load_tokenizer(trained[1]))
 
 
 def asked(prompts, *, seed=0, **settings):
@@ -148,8 +149,8 @@ def test_memory_is_constant_in_the_length(generator):
 def test_folders_that_hold_no_model_of_this_kind(tmp_path, trained):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(InputError, match="holds a gpt2; this needs a transnormer"):
-        Generator.load(tmp_path, torch.device("cpu"))
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
     with pytest.raises(InputError, match="cannot load the model in ") as caught:
-        Generator.load(tmp_path, torch.device("cpu"))
+        load_model(tmp_path)
     assert "\n" not in str(caught.value)

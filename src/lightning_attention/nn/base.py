@@ -145,17 +145,10 @@ class FixedDecayAttention(nn.Module):
         )
 
     def prefill(
-        self,
-        x: Tensor,
-        state: Tensor,
-        *,
-        cu_seqlens: Tensor,
-        positions: Tensor | None = None,
-        slots: Tensor | None = None,
-        fresh: Tensor | None = None,
-        snapshot_at: Tensor | None = None,
+        self, x: Tensor, state: Tensor, *, cu_seqlens: Tensor, positions: Tensor | None = None,
+        slots: Tensor | None = None, fresh: Tensor | None = None, snapshot_at: Tensor | None = None,
         snapshot_slots: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Mix N packed sequences of any lengths by ``lightning_attention_prefill``.
 
         Prompts, further chunks of long prompts and single tokens go together in one call; a sequence of one token
@@ -185,15 +178,9 @@ class FixedDecayAttention(nn.Module):
         return self._finish(mixed, rest)
 
     def verify(
-        self,
-        x: Tensor,
-        state: Tensor,
-        *,
-        cu_seqlens: Tensor,
-        positions: Tensor | None = None,
-        slots: Tensor | None = None,
-        parents: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, state: Tensor, *, cu_seqlens: Tensor, positions: Tensor | None = None,
+        slots: Tensor | None = None, parents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Mix draft tokens by ``lightning_attention_verify``, which leaves every state as it is.
 
         Args:

@@ -1,6 +1,7 @@
 """How the tokens of one forward pass lie in memory: rows, packed documents, or a padded batch made into these."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,49 @@ def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     # One longer than the tokens: an empty document at the end starts where they stop.
     starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
     return starts.index_fill_(0, cu_seqlens.long(), True)[:length]
+
+
+def learnable(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cache: object | None,
+) -> Tensor:
+    """The labels with -100 where the token before them is of another document or padding: nothing to learn from it."""
+    if cu_seqlens is not None:
+        return labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
+    if may_restart(position_ids, attention_mask, cache):
+        return labels.masked_fill(restarts(position_ids), -100)
+    if attention_mask is None:
+        return labels
+    padding = attention_mask[:, -labels.shape[1] :] == 0
+    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+
+
+def one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
+    """The boundaries of packed documents, by whichever of their two names they came."""
+    if cu_seqlens is not None and cu_seq_lens_q is not None:
+        raise ValueError("cu_seqlens and cu_seq_lens_q are both given; they are two names of one thing")
+    return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+
+
+def may_restart(position_ids: Tensor | None, attention_mask: Tensor | None, cache: object | None) -> TypeGuard[Tensor]:
+    """Whether positions may mark documents; the condition is the one of transformers' own attention masks."""
+    return position_ids is not None and attention_mask is None and cache is None
+
+
+def local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The last T columns of a mask, [B, T] bool, or None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must be [{batch}, {length} or more]")
+    mask = attention_mask[:, -length:].bool()
+    # Only where looking costs nothing: on a GPU this would wait for the device, in a graph it would break it.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.all():
+        return None
+    return mask
 
 
 def _packed_positions(cu_seqlens: Tensor, length: int, offsets: Tensor | None) -> Tensor:

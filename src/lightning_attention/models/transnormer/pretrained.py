@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder, for commands: errors in one line, and no progress bars but theirs."""
+"""A model as a Hugging Face folder, for commands: errors are one line, and transformers draws no bars of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lightning_attention.errors import InputError
@@ -31,6 +32,17 @@ def load_model(folder: Path) -> TransnormerForCausalLM:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot load the model in {folder}: {reason}") from error
     return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a Hugging Face folder. Raises InputError when it cannot be read, or begins and ends no text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"cannot load the tokenizer in {folder}: {error}") from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in {folder} has no bos_token or no eos_token; texts begin and end with them")
+    return tokenizer
 
 
 def save_model(model: TransnormerForCausalLM, folder: Path) -> None:
