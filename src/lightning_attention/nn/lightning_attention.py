@@ -38,18 +38,14 @@ class LightningAttention(FixedDecayAttention):
 
     q, k and v may pass a silu, then q and k an RMSNorm per head, then a position encoding. :meth:`minimax`,
     :meth:`bailing`, :meth:`minicpm_sala`, :meth:`retnet` and :meth:`transnormer` are the layers of published models;
-    every parameter below is set by at least one of them. The norm over the residual stream before the layer, and the
-    residual itself, are the caller's.
-
-    The state, [N, H, D, E] float32, carries all that the layer has read: :meth:`forward` takes and returns it for any
-    number of tokens, :meth:`step`, :meth:`prefill` and, for drafts, :meth:`verify` and :meth:`commit` work on rows of a
-    pool in place. D is ``head_dim``, or twice that with LRPE.
+    every parameter below but ``bias`` is set by at least one of them. The norm over the residual stream before the
+    layer, and the residual itself, are the caller's. Each head's state is [D, E]; D is ``head_dim``, or twice that with
+    LRPE.
 
     Args:
         hidden_size: width of the input and the output.
         num_heads: H.
-        log_decay: [H] float32, natural logarithm of each head's decay, from :mod:`lightning_attention.decay`. Fixed,
-            and float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004.
+        log_decay: [H] float32, natural logarithm of each head's decay, from :mod:`lightning_attention.decay`.
         head_dim: width of a query and a key; None for hidden_size / H.
         value_dim: E, width of a value; None for ``head_dim``.
         silu: which of q, k and v pass a silu: "" for none, "qk" or "qkv".

@@ -23,7 +23,7 @@ class Token(NamedTuple):
 
 
 class _Flight(NamedTuple):
-    """A step the device may still be at: whose token each row brings (None: nobody's), and the tokens, [N]."""
+    """A step that the device may still be computing: whose token each row brings (None: nobody's), and tokens [N]."""
 
     rows: list[RunningSequence | None]
     tokens: Tensor
@@ -49,13 +49,14 @@ class ContinuousBatch:
     padded to a power of two with rows that own no state; on a GPU each of these sizes is captured once in a CUDA graph.
 
     On a GPU the host is one step ahead: :meth:`step` starts a step and gives the tokens of the one before. That is the
-    only wait for the device. A request that ends at a stop token is computed one token further, which nobody gets.
+    only wait for the device. A request that ends at a stop token is computed one token further; that token is dropped.
 
     Args:
         model: a :class:`~lightning_attention.serving.DecoderModel`, such as ``TransnormerForCausalLM``, where it is and
             in the dtype it has; its weights must stay where they are.
         max_batch: requests that run at the same time, S rows in the pools. The others wait.
-        prefill_tokens: tokens of prompts in a step, at most. More reads prompts faster, less holds up a step less.
+        prefill_tokens: tokens of prompts in a step, at most. A larger number reads prompts faster, a smaller one keeps
+            steps short.
         state_dtype: of the recurrent states, float32 or bfloat16 or, of a float64 model (on a CPU), float64. None: the
             widest.
         suppress: token ids that are never generated, in a collection, tensor or array.
@@ -127,7 +128,7 @@ class ContinuousBatch:
     def cancel(self, number: int) -> None:
         """Take a request out, waiting or running; one that is over or unknown is left as it is.
 
-        Its row of the pools is free at once. No token of it is given any more, one that a GPU is at included.
+        Its row of the pools is free at once, and none of its tokens is given any more, not even one being computed.
         """
         self._scheduler.cancel(number)
 

@@ -29,7 +29,7 @@ class Prompt:
         max_tokens: tokens to generate, at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: sample from the fewest tokens that hold this much probability.
-        seed: what its randomness is drawn from; the other prompts have no part in it.
+        seed: of its own random numbers, which do not depend on the other prompts.
         ignore_eos: go on past the end of a document.
     """
 
@@ -41,7 +41,7 @@ class Prompt:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Raise what a request would: in the middle of a stream it would cost the other prompts."""
+        """Raise what the request would: raised in the middle of a stream it would cost the other prompts."""
         if not isinstance(self.text, str):
             raise TypeError(f"text is a {type(self.text).__name__}; it must be a string")
         Request([0], self.max_tokens, self.temperature, self.top_p, self.seed)

@@ -18,18 +18,18 @@ from lightning_attention.models.transnormer.configuration import TransnormerConf
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
 from lightning_attention.models.transnormer.packing import (
     documents,
-    lay_out,
     learnable,
     local_mask,
     may_restart,
     one_of,
+    pack_batch,
 )  # fmt: skip
 from lightning_attention.nn import LRPE, SGLU, SRMSNorm
 from lightning_attention.nn.sharded import laid_out_like
 
-# What else the collators that pack documents hand over: said once more, never alone.
+# What else the collators that pack documents hand over; it repeats the boundaries, so it never comes alone.
 _COMPANIONS = ("cu_seq_lens_k", "seq_idx")
-# What transformers' loss takes: Trainer's number of labels in all accumulated batches, and labels shifted already.
+# What transformers' loss takes: Trainer's number of labels in all accumulated batches, and labels already shifted.
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -115,7 +115,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
 
 class TransnormerPreTrainedModel(PreTrainedModel):
-    """What transformers has to know about every class of this model."""
+    """What transformers needs to know about every class of this model."""
 
     config: TransnormerConfig
     base_model_prefix = "model"
@@ -252,24 +252,24 @@ class TransnormerModel(TransnormerPreTrainedModel):
         # One token after others, nothing to differentiate: the states are updated in place. The numbers are the same
         # either way.
         step = length == 1 and offsets is not None and cu_seqlens is None and not torch.is_grad_enabled()
-        layout = lay_out(
+        packing = pack_batch(
             batch, length, hidden_states.device, mask=local_mask(attention_mask, batch, length),
             position_ids=position_ids, cu_seqlens=cu_seqlens, offsets=offsets, step=step,
         )  # fmt: skip
 
-        hidden_states = layout.pack(hidden_states)
+        hidden_states = packing.pack(hidden_states)
         history: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                history.append(layout.unpack(hidden_states, batch))
-                hidden_states = layout.pack(history[-1])  # by way of what is returned, so that it can have a gradient
+                history.append(packing.unpack(hidden_states, batch))
+                hidden_states = packing.pack(history[-1])  # by way of what is returned, so that it can have a gradient
             hidden_states = layer(
-                hidden_states, positions=layout.positions, cache=cache, cu_seqlens=layout.cu_seqlens,
-                slots=layout.slots, step=step,
+                hidden_states, positions=packing.positions, cache=cache, cu_seqlens=packing.cu_seqlens,
+                slots=packing.slots, step=step,
             )  # fmt: skip
-        hidden_states = layout.unpack(self.norm(hidden_states), batch)
+        hidden_states = packing.unpack(self.norm(hidden_states), batch)
         if cache is not None:
-            cache.advance(length, layout.lengths)
+            cache.advance(length, packing.lengths)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=(*history, hidden_states) if output_hidden_states else None,

@@ -1,4 +1,4 @@
-"""How the tokens of one forward pass lie in memory: rows, packed documents, or a padded batch made into these."""
+"""How the tokens of a forward pass lie in memory (rows, packed documents, a padded batch packed), and their labels."""
 
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """Where each token of a [B, T] pass stands in its sequence, and where the N sequences begin and end.
 
     A padded batch is packed: the real tokens of row 0, of row 1, ... come first, and all padding last, past the end
@@ -42,7 +42,7 @@ class Layout:
         return torch.empty_like(x[0]).index_copy_(0, self.order.to(x.device), x[0]).unflatten(0, (batch, -1))
 
 
-def lay_out(
+def pack_batch(
     batch: int,
     length: int,
     device: torch.device,
@@ -52,8 +52,8 @@ def lay_out(
     cu_seqlens: Tensor | None = None,
     offsets: Tensor | None = None,
     step: bool = False,
-) -> Layout:
-    """The layout of a pass over [batch, length] tokens.
+) -> Packing:
+    """The packing of a pass over [batch, length] tokens.
 
     Args:
         batch: B.
@@ -71,7 +71,7 @@ def lay_out(
         else:
             positions = position_ids.expand(batch, length).flatten()
         order = None if batch == 1 else torch.arange(batch * length, device=device)
-        return Layout(positions, cu_seqlens.diff().long(), cu_seqlens, order)
+        return Packing(positions, cu_seqlens.diff().long(), cu_seqlens, order)
     if mask is None:
         positions = torch.arange(length, device=device)
         lengths = torch.full((batch,), length, device=device)
@@ -84,12 +84,12 @@ def lay_out(
         positions = positions + offsets.unsqueeze(1)
     if step:
         slots = None if mask is None else torch.arange(batch, device=device).masked_fill(~mask.squeeze(1), -1)
-        return Layout(positions.squeeze(1), lengths, slots=slots)
+        return Packing(positions.squeeze(1), lengths, slots=slots)
     if mask is None:
-        return Layout(positions, lengths)
+        return Packing(positions, lengths)
     order = (~mask).flatten().to(torch.uint8).argsort(stable=True)
     positions = positions.expand(batch, length).flatten().index_select(0, order)
-    return Layout(positions, lengths, F.pad(lengths.cumsum(0), (1, 0)), order)
+    return Packing(positions, lengths, F.pad(lengths.cumsum(0), (1, 0)), order)
 
 
 def restarts(position_ids: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def learnable(
     attention_mask: Tensor | None,
     cache: object | None,
 ) -> Tensor:
-    """The labels with -100 where the token before them is of another document or padding: nothing to learn from it."""
+    """The labels, with -100 wherever the token before one is padding or belongs to another document."""
     if cu_seqlens is not None:
         return labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
     if may_restart(position_ids, attention_mask, cache):
