@@ -18,11 +18,11 @@ class FixedDecayAttention(nn.Module):
     :meth:`forward` reads whole sequences, from nothing or from a state, and is differentiable. :meth:`step`,
     :meth:`prefill`, :meth:`verify` and :meth:`commit` are the serving operations: they work in place on ``state``,
     [S, H, D, E] float32 or bfloat16 (float64 in a float64 layer), a pool of which each sequence owns one row, and have
-    no gradients. All but ``x`` and ``positions`` are the arguments of the operation, which says what they mean and
-    what it raises.
+    no gradients. Arguments other than ``x`` and ``positions`` are the operation's own: it says what they mean, what is
+    optional, and what it raises.
 
     ``positions`` are absolute: the number of the sequence's tokens before this one. A layer whose queries and keys
-    depend on their positions requires them wherever it cannot count them itself; another ignores them.
+    depend on them raises a ValueError where it cannot count them itself and they are not given; another ignores them.
 
     ``log_decay`` is a buffer outside the state dict. It stays float32 and keeps its values whatever is done to the
     layer: ``.bfloat16()`` would change a decay of 0.999 by as much as 0.004, and ``.to_empty()`` or the meta device
@@ -127,17 +127,7 @@ class FixedDecayAttention(nn.Module):
     def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """Mix one token per sequence by ``lightning_attention_decode``: ``forward`` on [N, 1, hidden_size], in place.
 
-        Args:
-            x: [N, hidden_size].
-            state: the pool; updated in place.
-            positions: [N] integers.
-            slots: [N] integers.
-
-        Returns:
-            The output, [N, hidden_size].
-
-        Raises:
-            ValueError: the layer encodes positions, and ``positions`` is None or of another shape.
+        ``x`` is [N, hidden_size], and so is the output; ``positions`` and ``slots`` are [N] integers.
         """
         q, k, v, rest = self._tokens(x, positions, "N")
         return self._finish(
@@ -152,23 +142,9 @@ class FixedDecayAttention(nn.Module):
         """Mix N packed sequences of any lengths by ``lightning_attention_prefill``.
 
         Prompts, further chunks of long prompts and single tokens go together in one call; a sequence of one token
-        gets what :meth:`step` gives it.
-
-        Args:
-            x: [T, hidden_size].
-            state: the pool; updated in place.
-            cu_seqlens: [N+1] integers.
-            positions: [T] integers.
-            slots: [N] integers.
-            fresh: [N] bool.
-            snapshot_at: [N, P] integers.
-            snapshot_slots: [N, P] integers.
-
-        Returns:
-            The output, [T, hidden_size].
-
-        Raises:
-            ValueError: the layer encodes positions, and ``positions`` is None or of another shape.
+        gets what :meth:`step` gives it. ``x`` is [T, hidden_size], and so is the output; ``cu_seqlens`` [N+1],
+        ``positions`` [T], ``slots`` [N], ``snapshot_at`` and ``snapshot_slots`` [N, P] are integers, ``fresh`` is [N]
+        bool.
         """
         q, k, v, rest = self._tokens(x, positions, "T")
         mixed = lightning_attention_prefill(
@@ -183,20 +159,12 @@ class FixedDecayAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Mix draft tokens by ``lightning_attention_verify``, which leaves every state as it is.
 
-        Args:
-            x: [T, hidden_size], the drafts of N sequences, packed.
-            state: the pool; read only.
-            cu_seqlens: [N+1] integers.
-            positions: [T] integers. In a tree a draft's is the number of tokens before the drafts plus the number of
-                its ancestors: siblings share one.
-            slots: [N] integers.
-            parents: [T] integers.
+        ``x`` is [T, hidden_size], the drafts of N sequences, packed; ``cu_seqlens`` [N+1], ``positions`` [T], ``slots``
+        [N] and ``parents`` [T] are integers. In a tree a draft's position is the number of tokens before the drafts
+        plus the number of its ancestors: siblings share one.
 
         Returns:
             The output, [T, hidden_size], and the drafts' k [T, H, D] and v [T, H, E] for :meth:`commit`.
-
-        Raises:
-            ValueError: the layer encodes positions, and ``positions`` is None or of another shape.
         """
         q, k, v, rest = self._tokens(x, positions, "T")
         mixed = lightning_attention_verify(
