@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # What another version of a library can break.
-VERSIONED := tests/models tests/nn tests/integrations tests/ops/test_operation.py \
+VERSIONED := tests/models tests/nn tests/serving tests/integrations tests/ops/test_operation.py \
              tests/kernels/triton/portable/test_compile.py tests/kernels/triton/portable/test_dispatch.py \
              tests/benchmarks/cases/test_minimax.py
 

@@ -69,7 +69,7 @@ class Engine:
         self.model, self.chunk = model.eval(), chunk
         self.device = model.head.weight.device
         self.mixers = [block.mixer for block in model.blocks]
-        self.pools = [torch.empty(rows, *mixer.state_shape, device=self.device) for mixer in self.mixers]
+        self.pools = [mixer.allocate_state(rows) for mixer in self.mixers]
         self.free = list(range(rows))
         self.prefixes: OrderedDict[tuple[int, ...], int] = OrderedDict()  # and their rows, the latest used last
         self.waiting: deque[tuple[int, list[int], int]] = deque()

@@ -1,5 +1,9 @@
 """A hybrid decoder, seven layers of lightning attention to one of softmax attention, as in MiniMax-Text-01.
 
+It trains on whole sequences, and writes token by token from seven states and a KV cache (``Hybrid.generate``). It has
+``embed``, ``head``, and ``blocks`` with ``step`` and ``prefill``, so ``lightning_attention.serving`` can serve it to
+many requests at once.
+
 Run it: python examples/hybrid.py [STEPS]. It trains on bytes of Python's own source code and then writes some.
 """
 
@@ -11,20 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attention.nn import SGLU, LightningAttention, rope
+from lightning_attention.serving import ContinuousBatch, Request
 
 Carried = Tensor | tuple[Tensor, Tensor] | None  # what a layer keeps: a state [B, H, D, E], or all keys and values
 
 
 class SoftmaxAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, context_length: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.context_length = heads, context_length
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
 
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned, and values of x [..., width]: [..., heads, d] each."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return rope(q, positions), rope(k, positions), v
+
     def forward(self, x: Tensor, cache: Carried, positions: Tensor) -> tuple[Tensor, Carried]:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = rope(q, positions), rope(k, positions)
+        q, k, v = self.qkv(x, positions)
         if cache is not None:
             k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
         # Query i of T stands S − T tokens into the keys, of which it sees those up to its own.
@@ -33,13 +42,35 @@ class SoftmaxAttention(nn.Module):
         out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=seen)
         return self.out_proj(out.transpose(1, 2).flatten(2)), (k, v)
 
+    # To be served: a cache of a fixed size for each row. Keys know their positions, so padding goes to one row more.
+    def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 (of recurrent states)
+        """Keys and values, [2, rows + 1, context_length, heads, d], in the dtype of the weights."""
+        width = self.out_proj.in_features
+        return self.out_proj.weight.new_zeros(2, rows + 1, self.context_length, self.heads, width // self.heads)
+
+    def step(self, x: Tensor, state: Tensor, *, positions: Tensor, slots: Tensor) -> Tensor:
+        """Read tokens x [N, width], each at its position in the row of its slot."""
+        q, k, v = self.qkv(x, positions)
+        state[:, slots, positions] = torch.stack([k, v])
+        keys, values = state[:, slots].transpose(2, 3)
+        seen = torch.arange(self.context_length, device=x.device) <= positions[:, None]
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen[:, None, None])
+        return self.out_proj(out.flatten(1))
+
+    def prefill(
+        self, x: Tensor, state: Tensor, *, cu_seqlens: Tensor, positions: Tensor, slots: Tensor, **_: Tensor
+    ) -> Tensor:
+        """Read packed tokens x [T, width]. All are written before any looks, at none past its own position."""
+        sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(len(x), device=x.device), right=True)
+        return self.step(x, state, positions=positions, slots=F.pad(slots, (0, 1), value=-1)[sequence])
+
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, layer: int, num_layers: int) -> None:
+    def __init__(self, width: int, heads: int, layer: int, num_layers: int, context_length: int) -> None:
         super().__init__()
         self.softmax = layer % 8 == 7
         self.mixer = (
-            SoftmaxAttention(width, heads)
+            SoftmaxAttention(width, heads, context_length)
             if self.softmax
             else LightningAttention.minimax(width, heads, layer=layer, num_layers=num_layers)
         )
@@ -51,17 +82,32 @@ class Block(nn.Module):
             mixed, carried = self.mixer(self.norms[0](x), carried, positions)
         else:
             mixed, carried = self.mixer(self.norms[0](x), carried, positions=positions, output_state=True)
-        x = x + mixed
-        return x + self.mlp(self.norms[1](x)), carried
+        return self.rest(x + mixed), carried
+
+    def rest(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norms[1](x))
+
+    def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return self.mixer.allocate_state(rows, dtype)
+
+    def step(self, x: Tensor, state: Tensor, **batch: Tensor) -> Tensor:
+        return self.rest(x + self.mixer.step(self.norms[0](x), state, **batch))
+
+    def prefill(self, x: Tensor, state: Tensor, **batch: Tensor) -> Tensor:
+        return self.rest(x + self.mixer.prefill(self.norms[0](x), state, **batch))
 
 
 class Hybrid(nn.Module):
-    def __init__(self, vocab: int = 256, width: int = 64, heads: int = 4, num_layers: int = 8) -> None:
+    def __init__(
+        self, vocab: int = 256, width: int = 64, heads: int = 4, num_layers: int = 8, context_length: int = 512
+    ) -> None:
         super().__init__()
+        self.vocab_size, self.context_length = vocab, context_length
         self.embed = nn.Embedding(vocab, width)
-        self.blocks = nn.ModuleList(Block(width, heads, layer, num_layers) for layer in range(num_layers))
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, vocab, bias=False)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, layer, num_layers, context_length) for layer in range(num_layers)
+        )
+        self.head = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, vocab, bias=False))
 
     def forward(self, ids: Tensor, cache: list[Carried] | None = None, start: int = 0) -> tuple[Tensor, list[Carried]]:
         """Logits [B, T, vocab] of the tokens start to start + T, and what each layer carries on to the next ones."""
@@ -69,7 +115,7 @@ class Hybrid(nn.Module):
         x, cache = self.embed(ids), [None] * len(self.blocks) if cache is None else list(cache)
         for i, block in enumerate(self.blocks):
             x, cache[i] = block(x, cache[i], positions)
-        return self.head(self.norm(x)), cache
+        return self.head(x), cache
 
     @torch.no_grad()
     def generate(self, ids: Tensor, count: int, chunk: int = 256) -> Tensor:
@@ -108,4 +154,11 @@ if __name__ == "__main__":
     model = Hybrid()
     losses = train(model, text, int(sys.argv[1]) if sys.argv[1:] else 200)
     print(f"bits per byte: {losses[0]:.2f} at first, {sum(losses[-10:]) / 10:.2f} over the last 10 steps")
-    print(bytes(model.generate(text[None, :300], 200)[0].tolist()).decode(errors="replace"))
+    # Three prompts at once, of which the engine reads 256 tokens a step.
+    batch = ContinuousBatch(model, max_batch=4, prefill_tokens=256)
+    texts = {batch.submit(Request(text[at : at + 200], max_tokens=200)): [] for at in (1000, 5000, 9000)}
+    while batch.busy:
+        for number, token, _ in batch.step():
+            texts[number].append(token)
+    for written in texts.values():
+        print("---", bytes(written).decode(errors="replace"), sep="\n")

@@ -23,7 +23,8 @@ from lightning_attention import (
     lightning_attention_prefill,
     lightning_attention_verify,
 )
-from lightning_attention.nn import GatedLinearAttention, LightningAttention, rope
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.nn import LightningAttention, rope
 from lightning_attention.ops import backends
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.support.numerics import budget, relative_error
@@ -177,11 +178,11 @@ def test_operations_of_triton(interpreter: Interpreter, operation: str):
 # The layers.
 
 HIDDEN = 32
-LAYERS: dict[str, Callable[[], GatedLinearAttention | LightningAttention]] = {
+LAYERS: dict[str, Callable[[], TransnormerMixer | LightningAttention]] = {
     "minimax": lambda: LightningAttention.minimax(HIDDEN, 4, layer=1, num_layers=4),
     "bailing": lambda: LightningAttention.bailing(HIDDEN, 4, layer=1, num_layers=4),
     "transnormer": lambda: LightningAttention.transnormer(HIDDEN, 4, layer=0, num_layers=4),
-    "gated": lambda: GatedLinearAttention(HIDDEN, 4, decay.alibi(4), lrpe=True),
+    "gated": lambda: TransnormerMixer(HIDDEN, 4, decay.alibi(4), lrpe=True),
 }
 
 
@@ -251,7 +252,7 @@ def test_the_model_trains_and_generates(model):
 
 
 def test_continuous_batching(model):
-    from lightning_attention.models.transnormer.batching import ContinuousBatch, Request
+    from lightning_attention.serving import ContinuousBatch, Request
 
     requests = [Request([3] * n, 5, temperature=t, top_p=0.9) for n in (1, 30, 70) for t in (0.0, 1.0)]
 

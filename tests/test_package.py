@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -45,6 +46,12 @@ def test_importing_it_adds_little_to_torch():
     assert not loaded & {"transformers", "matplotlib", "triton"}
     (microseconds,) = re.findall(r"\| +(\d+) \| lightning_attention$", run.stderr, re.MULTILINE)
     assert int(microseconds) < 300_000
+
+
+@pytest.mark.parametrize("room", ["nn", "serving"])
+def test_layers_and_serving_do_not_need_transformers(room: str):
+    code = f"import sys, lightning_attention.{room}; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_lowest_versions_tested_are_the_lowest_allowed():

@@ -182,7 +182,7 @@ def _generate(
     model: TransnormerForCausalLM, B: int, context: int, scale: Scale, device: torch.device
 ) -> Iterator[tuple[Step, int, dict[str, Any]]]:
     """A running batch that has read a prompt of ``context`` random tokens for each of B requests."""
-    from lightning_attention.models.transnormer.batching import ContinuousBatch, Request
+    from lightning_attention.serving import ContinuousBatch, Request
 
     batch = ContinuousBatch(model, max_batch=B, prefill_tokens=scale.prefill_tokens)
     random = torch.Generator().manual_seed(context)

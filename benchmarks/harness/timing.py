@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_attention.bench.timing import Call, synchronize, time_calls, wall_ms
-from lightning_attention.cuda_graphs import capture
+from lightning_attention.serving.cuda_graphs import capture
 
 COPY_BYTES = 2 << 30
 

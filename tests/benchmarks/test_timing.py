@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import torch
 
 from benchmarks.harness.timing import captured, copy_rate, host_us
-from lightning_attention import cuda_graphs
 from lightning_attention.bench.timing import Call
+from lightning_attention.serving import cuda_graphs
 
 
 class Graph:

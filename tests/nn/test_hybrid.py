@@ -1,4 +1,4 @@
-"""The example of a hybrid model: it learns, and reading in pieces through states and a KV cache changes nothing."""
+"""The example of a hybrid model: it learns, and reads in pieces or served in a batch what it reads at once."""
 
 import email
 import importlib.util
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_attention.serving import ContinuousBatch, Request
 from tests.support.numerics import relative_error
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hybrid.py"
@@ -74,3 +75,62 @@ def test_it_writes_what_it_would_write_without_a_cache(trained: tuple[torch.nn.M
     for _ in range(12):
         ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(prompt, 12, chunk=32), ids)
+
+
+def serve(model: torch.nn.Module, requests: list[Request], **settings) -> list[list[int]]:
+    """The texts of requests that join one after another, a few steps apart."""
+    batch, texts, left = ContinuousBatch(model, **settings), [[] for _ in requests], [*requests]
+    while left or batch.busy:
+        if left:
+            batch.submit(left.pop(0))
+        for _ in range(3):
+            for number, token, _ in batch.step():
+                texts[number].append(token)
+    return texts
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """Weights so large that every block matters to the tokens."""
+    model = hybrid.Hybrid(40, width=32, heads=2, context_length=170)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def drawn(*sizes: tuple[int, int]) -> list[Request]:
+    return [Request(torch.randint(40, (length,)), count) for length, count in sizes]
+
+
+def alone(model: torch.nn.Module, request: Request) -> list[int]:
+    return model.generate(torch.tensor([request.prompt]), request.max_tokens)[0, len(request.prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(8, 2048), (3, 40), (1, 7)])
+def test_the_engine_serves_it(model: torch.nn.Module, max_batch: int, prefill_tokens: int):
+    requests = drawn((90, 12), (1, 9), (33, 20), (150, 20), (2, 1), (5, 30))
+    texts = serve(model, requests, max_batch=max_batch, prefill_tokens=prefill_tokens)
+    assert texts == [alone(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("wrong", ["slots", "positions"])
+def test_the_comparison_sees_another_sequences_cache(
+    model: torch.nn.Module, wrong: str, monkeypatch: pytest.MonkeyPatch
+):
+    step = hybrid.SoftmaxAttention.step
+    monkeypatch.setattr(
+        hybrid.SoftmaxAttention,
+        "step",
+        lambda self, x, state, **batch: step(self, x, state, **{**batch, wrong: torch.zeros_like(batch[wrong])}),
+    )
+    requests = drawn((60, 40), (50, 40), (9, 40))
+    assert serve(model, requests) != [alone(model, request) for request in requests]
+
+
+def test_a_request_longer_than_its_context_is_refused():
+    batch = ContinuousBatch(hybrid.Hybrid(width=16, context_length=20))
+    batch.submit(Request([1] * 15, 5))
+    with pytest.raises(ValueError, match="prompt and max_tokens are 21 tokens; the model's context_length is 20"):
+        batch.submit(Request([1] * 15, 6))

@@ -9,17 +9,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_attention import decay
-from lightning_attention.nn import LRPE, GatedLinearAttention, LightningAttention
-from lightning_attention.nn.linear_attention_layer import LinearAttentionLayer
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.nn import LRPE, LightningAttention
+from lightning_attention.nn.base import FixedDecayAttention
 
-LAYERS: dict[str, Callable[[], LinearAttentionLayer]] = {
+LAYERS: dict[str, Callable[[], FixedDecayAttention]] = {
     "minimax": lambda: LightningAttention.minimax(32, 4, layer=1, num_layers=4),
     "bailing": lambda: LightningAttention.bailing(32, 4, layer=1, num_layers=4, norm_groups=2),
     "minicpm_sala": lambda: LightningAttention.minicpm_sala(32, 4),
     "retnet": lambda: LightningAttention.retnet(32, 4),
     "transnormer": lambda: LightningAttention.transnormer(32, 4, layer=0, num_layers=4),
     "plain": lambda: LightningAttention(32, 4, decay.alibi(4)),
-    "gated": lambda: GatedLinearAttention(32, 4, decay.transnormer(4, 0, 4), lrpe=True),
+    "gated": lambda: TransnormerMixer(32, 4, decay.transnormer(4, 0, 4), lrpe=True),
 }
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
@@ -39,7 +40,7 @@ def garbage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_layer
-def test_emptied_after_it_had_values(make: Callable[[], LinearAttentionLayer], garbage: None) -> None:
+def test_emptied_after_it_had_values(make: Callable[[], FixedDecayAttention], garbage: None) -> None:
     layer = make()
     decays, values, x = layer.log_decay.clone(), layer.state_dict(), torch.randn(2, 9, 32)
     values = {name: value.clone() for name, value in values.items()}
@@ -53,7 +54,7 @@ def test_emptied_after_it_had_values(make: Callable[[], LinearAttentionLayer], g
 
 
 @every_layer
-def test_built_on_the_meta_device(make: Callable[[], LinearAttentionLayer], garbage: None) -> None:
+def test_built_on_the_meta_device(make: Callable[[], FixedDecayAttention], garbage: None) -> None:
     expected, x = make(), torch.randn(2, 9, 32)
     with torch.device("meta"):
         layer = make()
@@ -86,7 +87,7 @@ def test_decays_that_were_changed_stay_changed() -> None:
         assert moved.log_decay.dtype == torch.float32
 
 
-@pytest.mark.parametrize("cls", [LightningAttention, GatedLinearAttention])
+@pytest.mark.parametrize("cls", [LightningAttention, TransnormerMixer])
 @pytest.mark.parametrize(
     ("log_decay", "error", "message"),
     [

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attention import decay
-from lightning_attention.nn import GatedLinearAttention, LightningAttention, rope
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.nn import LightningAttention, rope
 from tests.support.numerics import relative_error
 
 H, HIDDEN, D = 4, 32, 8
@@ -166,7 +167,7 @@ def test_minimax_is_the_module_of_transformers(layer_index: int):
 def test_transnormer_is_gated_linear_attention():
     for layer in (0, 1):
         ours = LightningAttention.transnormer(HIDDEN, H, layer=layer, num_layers=4)
-        theirs = GatedLinearAttention(HIDDEN, H, decay.transnormer(H, layer, 4), lrpe=layer == 0)
+        theirs = TransnormerMixer(HIDDEN, H, decay.transnormer(H, layer, 4), lrpe=layer == 0)
         weights = dict(ours.state_dict())
         weights["qkvu_proj.weight"] = torch.cat([weights.pop("qkv_proj.weight"), weights.pop("gate_proj.weight")])
         theirs.load_state_dict(weights)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_attention import decay
-from lightning_attention.nn import GatedLinearAttention, LightningAttention
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.nn import LightningAttention
 from tests.support.numerics import relative_error
 
-Layer = GatedLinearAttention | LightningAttention
+Layer = TransnormerMixer | LightningAttention
 
 H, HIDDEN = 4, 32
 LAYERS: dict[str, Callable[[], Layer]] = {
@@ -22,8 +23,8 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "retnet": lambda: LightningAttention.retnet(HIDDEN, H),
     "transnormer": lambda: LightningAttention.transnormer(HIDDEN, H, layer=0, num_layers=4),
     "transnormer, without LRPE": lambda: LightningAttention.transnormer(HIDDEN, H, layer=1, num_layers=4),
-    "gated": lambda: GatedLinearAttention(HIDDEN, H, decay.alibi(H)),
-    "gated, with LRPE": lambda: GatedLinearAttention(HIDDEN, H, decay.alibi(H), lrpe=True),
+    "gated": lambda: TransnormerMixer(HIDDEN, H, decay.alibi(H)),
+    "gated, with LRPE": lambda: TransnormerMixer(HIDDEN, H, decay.alibi(H), lrpe=True),
 }
 ENCODED = ["bailing", "minicpm_sala", "retnet", "transnormer", "gated, with LRPE"]
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -187,3 +188,45 @@ def test_float64_layers_step_prefill_and_verify(layer: Layer):
     layer.commit(k, v, pool, accepted=torch.ones(3, dtype=torch.bool), **batch)
     assert relative_error(torch.cat([first, *steps, drafts]), expected) <= 1e-12
     assert relative_error(pool[0], final) <= 1e-12
+
+
+def reads(layer: Layer, how: str, **given) -> Callable[[], object]:
+    """A call of one of the layer's ways to read, right but for what is given."""
+    pool, cuts = torch.zeros(5, *layer.state_shape), torch.tensor([0, 5])
+    arguments = {
+        "forward": {"x": torch.zeros(1, 5, HIDDEN), "cu_seqlens": cuts, "positions": torch.arange(5)},
+        "step": {"x": torch.zeros(5, HIDDEN), "state": pool, "positions": torch.arange(5)},
+        "prefill": {"x": torch.zeros(5, HIDDEN), "state": pool, "cu_seqlens": cuts, "positions": torch.arange(5)},
+        "verify": {"x": torch.zeros(5, HIDDEN), "state": pool, "cu_seqlens": cuts, "positions": torch.arange(5)},
+    }[how]
+    if how in ("prefill", "verify"):
+        arguments["slots"] = torch.tensor([2])
+    return lambda: getattr(layer, how)(**{**arguments, **given})
+
+
+WAYS = ["forward", "step", "prefill", "verify"]
+WRONG = [
+    *((how, {"x": [[0.0] * HIDDEN]}, TypeError, "x is a list; it must be a tensor") for how in WAYS),
+    *((how, {"x": torch.zeros(HIDDEN)}, ValueError, rf"x is \[32\]; it must be \[.*, {HIDDEN}\]") for how in WAYS),
+    ("forward", {"x": torch.zeros(5, HIDDEN)}, ValueError, r"x is \[5, 32\]; it must be \[B, T, 32\]"),
+    ("forward", {"x": torch.zeros(1, 5, 31)}, ValueError, r"x is \[1, 5, 31\]; it must be \[B, T, 32\]"),
+    ("step", {"x": torch.zeros(1, 5, HIDDEN)}, ValueError, r"x is \[1, 5, 32\]; it must be \[N, 32\]"),
+    ("prefill", {"x": torch.zeros(1, 5, HIDDEN)}, ValueError, r"x is \[1, 5, 32\]; it must be \[T, 32\]"),
+    *((how, {"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens is a list; it must be a tensor") for how in WAYS[::2]),
+    ("verify", {"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens is a list; it must be a tensor"),
+]
+
+
+@pytest.mark.parametrize(("how", "given", "error", "message"), WRONG)
+@pytest.mark.parametrize("name", ["minimax", "bailing", "gated, with LRPE"])
+def test_an_argument_that_is_wrong_is_named(layer: Layer, how: str, given: dict, error: type[Exception], message: str):
+    reads(layer, how)()
+    with pytest.raises(error, match=f"^{message}"):
+        reads(layer, how, **given)()
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("how", WAYS)
+def test_positions_that_are_no_tensor_are_named(layer: Layer, how: str):
+    with pytest.raises(TypeError, match=r"^positions is a list; it must be a tensor"):
+        reads(layer, how, positions=list(range(5)))()

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lightning_attention.cli.prompts import MOST_SEED, MOST_TEMPERATURE, MOST_TOKENS, read_prompts
-from lightning_attention.training.config import InputError, check_text
+from lightning_attention.errors import InputError
+from lightning_attention.training.config import check_text
 
 if TYPE_CHECKING:
-    from lightning_attention.training.generation import Piece
+    from lightning_attention.serving.text import Piece
 
 
 def generate(
@@ -75,8 +76,9 @@ def generate(
         if math.isnan(value):
             raise typer.BadParameter("nan is not a number", param_hint=option)
     openings = _texts(texts or []) if prompts is None else []
+    from lightning_attention.models.transnormer.pretrained import load_model, load_tokenizer
+    from lightning_attention.serving.text import Generator, Prompt
     from lightning_attention.training.checkpoint import find_model
-    from lightning_attention.training.generation import Generator, Prompt
     from lightning_attention.training.runtime import Runtime
 
     like = Prompt("", max_tokens, temperature, top_p, seed, ignore_eos)
@@ -85,7 +87,9 @@ def generate(
     else:
         wanted = [replace(like, text=text, seed=seed + i) for i, text in enumerate(openings)]
     runtime = Runtime.choose(device, "float32")
-    stream = Generator.load(find_model(model), runtime.device).stream(wanted, max_batch=max_batch)
+    folder = find_model(model)
+    generator = Generator(load_model(folder).to(runtime.device), load_tokenizer(folder))
+    stream = generator.stream(wanted, max_batch=max_batch)
     if prompts is not None:
         _print_lines(stream, ids)
     else:

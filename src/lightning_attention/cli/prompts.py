@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_attention.training.config import InputError
+from lightning_attention.errors import InputError
 
 if TYPE_CHECKING:
-    from lightning_attention.training.generation import Prompt
+    from lightning_attention.serving.text import Prompt
 
 
 MOST_TOKENS = (1 << 31) - 1

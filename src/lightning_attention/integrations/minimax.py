@@ -93,7 +93,7 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
 
         Args:
             hidden_states: [B, T, hidden_size].
-            position_embeddings: not looked at.
+            position_embeddings: ignored.
             attention_mask: [B, T], 0 at padding, whose q, k and v are then zero; None for none. The state decays over
                 padding as over any token.
             past_key_values: the name of ``cache`` before transformers 5.24; either is taken.
@@ -202,7 +202,7 @@ def _state(cache: MiniMaxCache, layer_idx: int) -> Tensor | None:
 
 
 def _can_update(state: Tensor, q: Tensor) -> bool:
-    """Whether the state may be updated in place: autograd, or inference mode left since, wants the old one."""
+    """Whether the state may be updated in place: not where autograd still needs it, or inference mode made it."""
     if torch.is_grad_enabled() and (q.requires_grad or state.requires_grad):
         return False
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
@@ -225,7 +225,7 @@ def _check_own(module: nn.Module, classes: tuple[type, ...]) -> None:
 
 
 def _held_forward(module: nn.Module) -> Any:
-    """The forward pass that an instance holds by itself, as accelerate's hooks (device_map) leave it; or None."""
+    """The forward pass stored on the instance, as accelerate's hooks (device_map) leave it, or None."""
     return vars(module).get("_old_forward", vars(module).get("forward"))
 
 

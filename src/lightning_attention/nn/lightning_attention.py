@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attention import decay
-from lightning_attention.nn.linear_attention_layer import LinearAttentionLayer
+from lightning_attention.nn.base import FixedDecayAttention
 from lightning_attention.nn.lrpe import LRPE
 from lightning_attention.nn.rope import rope
-from lightning_attention.ops.attention import lightning_attention
 
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "linear": lambda u: u}
 
@@ -28,29 +27,25 @@ class _RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
+        grouped = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).reshape(x.shape)
         # Apart: with the float32 weight of autocast, rms_norm warns of a bfloat16 x, and takes the slow way.
         return normed if self.weight is None else normed * self.weight.to(x.dtype)
 
 
-class LightningAttention(LinearAttentionLayer):
+class LightningAttention(FixedDecayAttention):
     """q, k, v = x W_qkv; out = W_out (gate(x W_gate) ⊙ norm(lightning_attention(q, k, v))).
 
     q, k and v may pass a silu, then q and k an RMSNorm per head, then a position encoding. :meth:`minimax`,
     :meth:`bailing`, :meth:`minicpm_sala`, :meth:`retnet` and :meth:`transnormer` are the layers of published models;
-    every parameter below is set by at least one of them. The norm over the residual stream before the layer, and the
-    residual itself, are the caller's.
-
-    The state, [N, H, D, E] float32, carries all that the layer has read: :meth:`forward` takes and returns it for any
-    number of tokens, :meth:`step`, :meth:`prefill` and, for drafts, :meth:`verify` and :meth:`commit` work on rows of a
-    pool in place. D is ``head_dim``, or twice that with LRPE.
+    every parameter below but ``bias`` is set by at least one of them. The norm over the residual stream before the
+    layer, and the residual itself, are the caller's. Each head's state is [D, E]; D is ``head_dim``, or twice that with
+    LRPE.
 
     Args:
         hidden_size: width of the input and the output.
         num_heads: H.
-        log_decay: [H] float32, natural logarithm of each head's decay, from :mod:`lightning_attention.decay`. Fixed,
-            and float32 whatever the layer is cast to: bfloat16 would move a decay of 0.999 by as much as 0.004.
+        log_decay: [H] float32, natural logarithm of each head's decay, from :mod:`lightning_attention.decay`.
         head_dim: width of a query and a key; None for hidden_size / H.
         value_dim: E, width of a value; None for ``head_dim``.
         silu: which of q, k and v pass a silu: "" for none, "qk" or "qkv".
@@ -64,6 +59,7 @@ class LightningAttention(LinearAttentionLayer):
         norm_weight: whether that norm has a weight, [H · E].
         gate: "sigmoid", "silu" or "linear".
         eps: of all norms.
+        bias: whether the projections have biases; no published model has them.
 
     Raises:
         ValueError: a size is not positive, does not divide or is odd, a choice is none of those above, ``rope_dim``
@@ -89,9 +85,10 @@ class LightningAttention(LinearAttentionLayer):
         norm_weight: bool = True,
         gate: str = "sigmoid",
         eps: float = 1e-6,
+        bias: bool = False,
     ) -> None:
         head_dim = _head_dim(hidden_size, num_heads, head_dim)
-        super().__init__(num_heads, log_decay)
+        super().__init__(hidden_size, num_heads, log_decay)
         value_dim = head_dim if value_dim is None else value_dim
         if value_dim < 1:
             raise ValueError(f"value_dim is {value_dim}; it must be at least 1")
@@ -105,17 +102,14 @@ class LightningAttention(LinearAttentionLayer):
             raise ValueError(f"rope_dim is {rope_dim} and lrpe is True; a layer has one position encoding")
         if norm_groups < 1 or num_heads * value_dim % norm_groups:
             raise ValueError(f"norm_groups is {norm_groups}; it must divide H · value_dim, {num_heads * value_dim}")
-        self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
+        self.head_dim, self.value_dim = head_dim, value_dim
         self.silu, self.gate, self.scale = silu, gate, head_dim**-0.5 if scale is None else scale
         self.rope_dim, self.rope_base = rope_dim, rope_base
-        width = num_heads * value_dim
-        self.qkv_proj = nn.Linear(hidden_size, 2 * num_heads * head_dim + width, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.out_proj = nn.Linear(width, hidden_size, bias=False)
+        self._make_projections(bias)
         self.q_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.k_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.lrpe = LRPE(num_heads, head_dim) if lrpe else None
-        self.norm = _RMSNorm(width, groups=norm_groups, weight=norm_weight, eps=eps)
+        self.norm = _RMSNorm(num_heads * value_dim, groups=norm_groups, weight=norm_weight, eps=eps)
 
     @classmethod
     def minimax(
@@ -184,58 +178,30 @@ class LightningAttention(LinearAttentionLayer):
         """(H, D, E) of one sequence's state."""
         return self.num_heads, self.head_dim * (1 if self.lrpe is None else 2), self.value_dim
 
-    def forward(
-        self,
-        x: Tensor,
-        state: Tensor | None = None,
-        *,
-        positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        output_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mix any number of tokens, from any state.
-
-        Args:
-            x: [B, T, hidden_size].
-            state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
-                differentiable.
-            positions: [T] or [B, T] integers, absolute positions for rope or LRPE; None for a count from 0 in every
-                sequence. A layer with neither does not look at them.
-            cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x; later tokens are padding. None: N = B.
-            output_state: whether to return the state after x.
-
-        Returns:
-            The output, like x, and the new state, like ``state``, or None.
-
-        Raises:
-            ValueError: the layer has rope or LRPE, and ``state`` is given without ``positions``.
-        """
-        positions = self._positions(x, state, positions, cu_seqlens)
-        q, k, v = self._qkv(x, positions)
-        mixed, final = lightning_attention(
-            q,
-            k,
-            v,
-            self.log_decay,
-            scale=self.scale,
-            initial_state=state,
-            output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
-        )
-        return self._finish(mixed, x), final
-
     @property
-    def _encodes(self) -> bool:
+    def _encodes_positions(self) -> bool:
         return self.rope_dim > 0 or self.lrpe is not None
 
-    def _qkv(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x [B, T, hidden_size] to q and k [B, T, H, D] and v [B, T, H, E]."""
-        width = self.num_heads * self.head_dim
+    def _make_projections(self, bias: bool) -> None:
+        width_qk, width_v = self.num_heads * self.head_dim, self.num_heads * self.value_dim
+        self.qkv_proj = nn.Linear(self.hidden_size, 2 * width_qk + width_v, bias=bias)
+        self.gate_proj = nn.Linear(self.hidden_size, width_v, bias=bias)
+        self.out_proj = nn.Linear(width_v, self.hidden_size, bias=bias)
+
+    def _linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q and k in one, [..., 2 · H · head_dim], v [..., H · E], and what :meth:`_gate` wants."""
         qkv = self.qkv_proj(x)
         if self.silu == "qkv":
             qkv = F.silu(qkv)
-        # One split and one activation for q and k: the backward is then one concatenation.
-        qk, v = qkv.split([2 * width, qkv.shape[-1] - 2 * width], -1)
+        qk, v = qkv.split([2 * self.num_heads * self.head_dim, self.num_heads * self.value_dim], -1)
+        return qk, v, x
+
+    def _gate(self, rest: Tensor) -> Tensor:
+        return self.gate_proj(rest)
+
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # One split and one activation for q and k: the backward is then one concatenation, not padded sums.
+        qk, v, rest = self._linear(x)
         qk = (F.silu(qk) if self.silu == "qk" else qk).unflatten(-1, (2, self.num_heads, self.head_dim))
         q, k = qk.unbind(-3)
         if self.q_norm is not None and self.k_norm is not None:
@@ -244,15 +210,10 @@ class LightningAttention(LinearAttentionLayer):
             q, k = (rope(z, positions, dim=self.rope_dim, base=self.rope_base) for z in (q, k))
         if positions is not None and self.lrpe is not None:
             q, k = self.lrpe(q, k, positions)
-        return q, k, v.unflatten(-1, (self.num_heads, self.value_dim))
+        return q, k, v.unflatten(-1, (self.num_heads, self.value_dim)), rest
 
-    def _tokens(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        self._check_positions(x, positions)
-        q, k, v = self._qkv(x.unsqueeze(0), positions)
-        return q.squeeze(0), k.squeeze(0), v.squeeze(0), x
-
-    def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
-        return self.out_proj(self.norm(mixed.flatten(-2)) * _GATES[self.gate](self.gate_proj(x)))
+    def _finish(self, mixed: Tensor, rest: Tensor) -> Tensor:
+        return self.out_proj(self.norm(mixed.flatten(-2)) * _GATES[self.gate](self._gate(rest)))
 
     def extra_repr(self) -> str:
         return (

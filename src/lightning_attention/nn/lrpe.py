@@ -41,23 +41,23 @@ class LRPE(nn.Module):
         """Encode queries and keys.
 
         Args:
-            q: [B, T, H, d].
-            k: [B, T, H, d].
+            q: [B, T, H, d], or [T, H, d].
+            k: like q.
             positions: [T], or [B, T] where the rows differ; integers, the absolute position of every token.
 
         Returns:
-            The encoded q and k, [B, T, H, 2d], in their own dtype. Angles are at least float32.
+            The encoded q and k, [..., H, 2d], in their own dtype. Angles are at least float32.
 
         Raises:
             ValueError: ``positions`` is neither [T] nor [B, T], or the heads do not fit ``theta``.
         """
-        if q.shape != k.shape or q.shape[2:] != (self.num_heads, self.head_dim):
+        if q.shape != k.shape or q.ndim not in (3, 4) or q.shape[-2:] != (self.num_heads, self.head_dim):
             raise ValueError(
                 f"q is {list(q.shape)} and k is {list(k.shape)}; both must be [B, T, {self.num_heads}, {self.head_dim}]"
             )
-        batch, length = q.shape[:2]
-        if positions.shape not in ((length,), (batch, length)):  # no set: torch.export hashes no size
-            raise ValueError(f"positions is {list(positions.shape)}; it must be [{length}] or [{batch}, {length}]")
+        tokens = q.shape[:-2]
+        if positions.shape not in (tokens[-1:], tokens):  # no set: torch.export hashes no size
+            raise ValueError(f"positions is {list(positions.shape)}; it must be {list(tokens[-1:])} or {list(tokens)}")
         theta = self.theta.squeeze(1).to(torch.promote_types(self.theta.dtype, torch.float32))
         angles = positions.to(theta.dtype)[..., None, None] * theta
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)

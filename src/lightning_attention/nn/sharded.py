@@ -1,12 +1,12 @@
-"""Initial values for a parameter that may be cut over ranks."""
+"""Initial values for a parameter that may be sharded over ranks."""
 
 from torch import Tensor
 
 
 def laid_out_like(values: Tensor, parameter: Tensor) -> Tensor:
-    """``values``, which every rank has whole, on the device of ``parameter``; a DTensor cut like it where it is one.
+    """``values``, whole on every rank, on the device of ``parameter``, and sharded as it is where it is a DTensor.
 
-    A DTensor takes nothing else, and nothing is sent.
+    Only a DTensor can be copied into a DTensor. Nothing is communicated.
     """
     values = values.to(parameter.device)
     if not hasattr(parameter, "device_mesh"):

@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-import torch
-from transformers.utils import logging
-
-from lightning_attention.errors import InputError
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
@@ -37,41 +27,3 @@ def new_model(config: TrainConfig, vocab_size: int) -> TransnormerForCausalLM:
 def default_glu_dim(width: int) -> int:
     """2.75 widths, as in the released 385M and 1B, to a multiple of 32."""
     return 32 * round(2.75 * width / 32) or 32
-
-
-def load_model(folder: Path) -> TransnormerForCausalLM:
-    """The model in a Hugging Face folder, in float32 on the CPU. Raises InputError when it cannot be read."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if found != TransnormerConfig.model_type:
-            raise InputError(f"{folder} holds a {found}; this needs a {TransnormerConfig.model_type}")
-        with _no_progress_bar():
-            model: TransnormerForCausalLM = TransnormerForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
-            )
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file raises whatever its reader raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot load the model in {folder}: {reason}") from error
-    return model
-
-
-def save_model(model: TransnormerForCausalLM, folder: Path) -> None:
-    """Write the weights and the configuration as a Hugging Face folder."""
-    with _no_progress_bar():
-        model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody but its owner read
-        shutil.copymode(folder / "config.json", weights)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing its own bars over the trainer's."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from lightning_attention.models.transnormer.pretrained import load_model, save_model
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig, resumed_config
 from lightning_attention.training.data import TokenData, Windows, open_data, prepare_data, validation_batches
@@ -17,7 +18,7 @@ from lightning_attention.training.disk import writing
 from lightning_attention.training.interrupt import StopRequest
 from lightning_attention.training.learner import Learner
 from lightning_attention.training.metrics import Record, read_metrics
-from lightning_attention.training.model import load_model, new_model, save_model
+from lightning_attention.training.model import new_model
 from lightning_attention.training.plot import plot_loss
 from lightning_attention.training.progress import Outcome, Progress
 from lightning_attention.training.run_folder import RunFolder

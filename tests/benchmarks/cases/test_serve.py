@@ -10,7 +10,7 @@ from benchmarks.cases import serve
 from benchmarks.cases.serve import OURS, SCALES, SOFTMAX, SUITE, Scale
 from lightning_attention.bench.case import Run
 from lightning_attention.bench.report import Report, environment
-from lightning_attention.models.transnormer.batching import ContinuousBatch
+from lightning_attention.serving.engine import ContinuousBatch
 
 SIZES = {"decoder_layers": 2, "decoder_embed_dim": 32, "decoder_attention_heads": 2, "glu_dim": 85, "vocab_size": 97}
 TINY = Scale((1, 3), {1: (8, 32), 3: (16,)}, 8, torch.float32, SIZES, steps=2, windows=2)

@@ -59,7 +59,7 @@ def test_in_a_process_that_knows_nothing_of_it(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == {
-        "class": "lightning_attention.models.transnormer.modeling_transnormer",
+        "class": "lightning_attention.models.transnormer.modeling",
         "same": True,
         "talk": "lightning attention\n",
         "texts": expected,

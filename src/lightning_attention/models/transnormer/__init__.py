@@ -1,8 +1,8 @@
 """TransNormerLLM as transformers classes; importing this package makes transformers know the model."""
 
 from lightning_attention.models.transnormer.cache import TransnormerCache
-from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.modeling_transnormer import (
+from lightning_attention.models.transnormer.configuration import TransnormerConfig
+from lightning_attention.models.transnormer.modeling import (
     TransnormerForCausalLM,
     TransnormerModel,
     TransnormerPreTrainedModel,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
+from lightning_attention.models.transnormer.configuration import TransnormerConfig
 
 
 class _RecurrentState(LinearAttentionLayer):

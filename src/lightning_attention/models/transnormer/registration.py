@@ -4,8 +4,8 @@ import sys
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.modeling_transnormer import TransnormerForCausalLM, TransnormerModel
+from lightning_attention.models.transnormer.configuration import TransnormerConfig
+from lightning_attention.models.transnormer.modeling import TransnormerForCausalLM, TransnormerModel
 
 
 def register() -> None:

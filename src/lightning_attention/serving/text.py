@@ -1,23 +1,21 @@
-"""Generate text from the recurrent state: the memory does not grow with the length."""
+"""Text from text: prompts are made into tokens, continued as a running batch, and given back piece by piece."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from tokenizers.decoders import DecodeStream
 
-from lightning_attention.models.transnormer.batching import ContinuousBatch, Request
-from lightning_attention.training.config import InputError
-from lightning_attention.training.model import load_model
+from lightning_attention.serving.engine import ContinuousBatch
+from lightning_attention.serving.request import Request
+from lightning_attention.serving.scheduler import Finished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from lightning_attention.models.transnormer import TransnormerForCausalLM
+    from lightning_attention.serving.model import DecoderModel
 
 MAX_BATCH = 256
 
@@ -31,7 +29,7 @@ class Prompt:
         max_tokens: tokens to generate, at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: sample from the fewest tokens that hold this much probability.
-        seed: what its randomness is drawn from; the other prompts have no part in it.
+        seed: of its own random numbers, which do not depend on the other prompts.
         ignore_eos: go on past the end of a document.
     """
 
@@ -43,7 +41,7 @@ class Prompt:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Raise what a request would: in the middle of a stream it would cost the other prompts."""
+        """Raise what the request would: raised in the middle of a stream it would cost the other prompts."""
         if not isinstance(self.text, str):
             raise TypeError(f"text is a {type(self.text).__name__}; it must be a string")
         Request([0], self.max_tokens, self.temperature, self.top_p, self.seed)
@@ -57,32 +55,16 @@ class Piece(NamedTuple):
 
     prompt: int
     text: str
-    finished: Literal["stop", "length"] | None
+    finished: Finished
 
 
 class Generator:
     """A model and its tokenizer, ready to continue texts."""
 
-    def __init__(self, model: TransnormerForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Take a model, on whatever device it is, and a fast tokenizer."""
-        self._model = model.eval()
+    def __init__(self, model: DecoderModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Take a model, on whatever device it is, and a fast tokenizer with a bos_token and an eos_token."""
+        self._model = model
         self._tokenizer = tokenizer
-
-    @classmethod
-    def load(cls, folder: Path, device: torch.device) -> Generator:
-        """From a Hugging Face folder, which every checkpoint is. Raises InputError when it cannot be read."""
-        from transformers import AutoTokenizer
-
-        model = load_model(folder).to(device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise InputError(f"cannot load the tokenizer in {folder}: {error}") from error
-        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise InputError(
-                f"the tokenizer in {folder} has no bos_token or no eos_token; texts begin and end with them"
-            )
-        return cls(model, tokenizer)
 
     def stream(self, prompts: Sequence[Prompt], *, max_batch: int = MAX_BATCH) -> Iterator[list[Piece]]:
         """Continue every prompt, ``max_batch`` of them at a time; a waiting one takes the place of one that ended.

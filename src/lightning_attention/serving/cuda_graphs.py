@@ -11,15 +11,15 @@ Result = TypeVar("Result")
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for every capture: cuBLAS keeps 32 MB for each stream that it has seen, for good."""
+    """The one stream of every capture: cuBLAS keeps 32 MB for each stream it has seen, and never frees it."""
     return torch.cuda.Stream(device)
 
 
 def capture(call: Callable[[], Result], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of the call, made after a run that warms it up, and what the call returned while it was captured.
+    """Capture a call after a run that warms it up. Returns the graph, and what the call returned during capture.
 
-    A graph knows the addresses of the tensors that the call reads and writes, and does not own them. ``pool``: another
-    graph's memory, for graphs of which one runs at a time.
+    A graph holds the addresses of the tensors that the call reads and writes, but does not own them. ``pool`` is the
+    memory of another graph, to be shared by graphs that never run at the same time.
     """
     side = _stream(device)
     side.wait_stream(torch.cuda.current_stream())

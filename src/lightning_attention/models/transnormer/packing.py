@@ -1,6 +1,7 @@
-"""How the tokens of one forward pass lie in memory: rows, packed documents, or a padded batch made into these."""
+"""How the tokens of a forward pass lie in memory (rows, packed documents, a padded batch packed), and their labels."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """Where each token of a [B, T] pass stands in its sequence, and where the N sequences begin and end.
 
     A padded batch is packed: the real tokens of row 0, of row 1, ... come first, and all padding last, past the end
@@ -41,7 +42,7 @@ class Layout:
         return torch.empty_like(x[0]).index_copy_(0, self.order.to(x.device), x[0]).unflatten(0, (batch, -1))
 
 
-def lay_out(
+def pack_batch(
     batch: int,
     length: int,
     device: torch.device,
@@ -51,8 +52,8 @@ def lay_out(
     cu_seqlens: Tensor | None = None,
     offsets: Tensor | None = None,
     step: bool = False,
-) -> Layout:
-    """The layout of a pass over [batch, length] tokens.
+) -> Packing:
+    """The packing of a pass over [batch, length] tokens.
 
     Args:
         batch: B.
@@ -62,7 +63,7 @@ def lay_out(
         position_ids: [B, T] or [1, T], the positions; None to count the real tokens of each sequence.
         cu_seqlens: [N+1] boundaries of documents packed in the rows, one row after the other; then ``mask`` is None.
         offsets: [N] int64, the real tokens each sequence read before; None for none.
-        step: whether the pass is one token per row, for :meth:`GatedLinearAttention.step`.
+        step: whether the pass is one token per row, for :meth:`TransnormerMixer.step`.
     """
     if cu_seqlens is not None:
         if position_ids is None:
@@ -70,7 +71,7 @@ def lay_out(
         else:
             positions = position_ids.expand(batch, length).flatten()
         order = None if batch == 1 else torch.arange(batch * length, device=device)
-        return Layout(positions, cu_seqlens.diff().long(), cu_seqlens, order)
+        return Packing(positions, cu_seqlens.diff().long(), cu_seqlens, order)
     if mask is None:
         positions = torch.arange(length, device=device)
         lengths = torch.full((batch,), length, device=device)
@@ -83,12 +84,12 @@ def lay_out(
         positions = positions + offsets.unsqueeze(1)
     if step:
         slots = None if mask is None else torch.arange(batch, device=device).masked_fill(~mask.squeeze(1), -1)
-        return Layout(positions.squeeze(1), lengths, slots=slots)
+        return Packing(positions.squeeze(1), lengths, slots=slots)
     if mask is None:
-        return Layout(positions, lengths)
+        return Packing(positions, lengths)
     order = (~mask).flatten().to(torch.uint8).argsort(stable=True)
     positions = positions.expand(batch, length).flatten().index_select(0, order)
-    return Layout(positions, lengths, F.pad(lengths.cumsum(0), (1, 0)), order)
+    return Packing(positions, lengths, F.pad(lengths.cumsum(0), (1, 0)), order)
 
 
 def restarts(position_ids: Tensor) -> Tensor:
@@ -124,6 +125,49 @@ def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     # One longer than the tokens: an empty document at the end starts where they stop.
     starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
     return starts.index_fill_(0, cu_seqlens.long(), True)[:length]
+
+
+def learnable(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cache: object | None,
+) -> Tensor:
+    """The labels, with -100 wherever the token before one is padding or belongs to another document."""
+    if cu_seqlens is not None:
+        return labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
+    if may_restart(position_ids, attention_mask, cache):
+        return labels.masked_fill(restarts(position_ids), -100)
+    if attention_mask is None:
+        return labels
+    padding = attention_mask[:, -labels.shape[1] :] == 0
+    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+
+
+def one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
+    """The boundaries of packed documents, by whichever of their two names they came."""
+    if cu_seqlens is not None and cu_seq_lens_q is not None:
+        raise ValueError("cu_seqlens and cu_seq_lens_q are both given; they are two names of one thing")
+    return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+
+
+def may_restart(position_ids: Tensor | None, attention_mask: Tensor | None, cache: object | None) -> TypeGuard[Tensor]:
+    """Whether positions may mark documents; the condition is the one of transformers' own attention masks."""
+    return position_ids is not None and attention_mask is None and cache is None
+
+
+def local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The last T columns of a mask, [B, T] bool, or None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must be [{batch}, {length} or more]")
+    mask = attention_mask[:, -length:].bool()
+    # Only where looking costs nothing: on a GPU this would wait for the device, in a graph it would break it.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.all():
+        return None
+    return mask
 
 
 def _packed_positions(cu_seqlens: Tensor, length: int, offsets: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from lightning_attention.models.transnormer import TransnormerForCausalLM
-from lightning_attention.models.transnormer.batching import ContinuousBatch, Request, Token
+from lightning_attention.serving.engine import ContinuousBatch, Request, Token
 
 PAD = 0
 
@@ -388,3 +388,11 @@ def test_a_float64_model_generates(model) -> None:
     assert ContinuousBatch(model, state_dtype=torch.float32).states[0].dtype == torch.float32
     with pytest.raises(TypeError, match=r"torch.float16; for a model in torch.float64 it must be torch.float64 or "):
         ContinuousBatch(model, state_dtype=torch.float16)
+
+
+def test_a_vocabulary_that_has_grown_is_known(model) -> None:
+    model.resize_token_embeddings(103)
+    batch = ContinuousBatch(model, suppress=[PAD])
+    assert words(run(batch, [Request([102, 5], 6)])[0]) == greedy(model, Request([102, 5], 6))
+    with pytest.raises(ValueError, match=r"^prompt has token 103; ids must be from 0 to 102"):
+        batch.submit(Request([103], 1))

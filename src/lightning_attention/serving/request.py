@@ -1,4 +1,4 @@
-"""What is asked of a batch: a prompt to continue, and how."""
+"""A request: a prompt to continue, and how; checked when it is made."""
 
 import math
 import operator
@@ -17,15 +17,15 @@ _SEEDS = (-(1 << 63), (1 << 64) - 1)
 class Request:
     """A prompt to continue.
 
-    Everything is checked, and the token ids copied, when the request is made: what is wrong with one is found before
-    it shares a batch with others. Whether a model knows the ids is found when it is submitted.
+    Everything is checked, and the token ids are copied, when the request is made, so that a fault is found before it
+    shares a batch with others. Whether the model knows the ids is checked when it is submitted.
 
     Args:
         prompt: token ids, one at least, in a sequence, tensor or array of one dimension; kept as a tuple.
         max_tokens: tokens to generate, at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: sample from the fewest tokens that hold this much probability.
-        seed: what the request draws its randomness from; no other request has a part in it. A 64-bit integer.
+        seed: of the request's own random numbers, which do not depend on other requests. A 64-bit integer.
         stop: token ids that end the request; the one that does is its last token. Kept as a frozenset.
 
     Raises:
@@ -99,7 +99,7 @@ def integer(name: str, value: SupportsIndex, least: int | None = None, most: int
 
 
 def _number(name: str, value: float, most: float) -> float:
-    """The value as a float from 0 to ``most``, which float32 holds: a device is told of it in that."""
+    """The value as a float from 0 to ``most``, within the range of float32, in which the device gets it."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a float")
     try:

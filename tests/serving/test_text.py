@@ -4,9 +4,10 @@ import itertools
 import pytest
 import torch
 
-from lightning_attention.models.transnormer import batching
-from lightning_attention.training.config import InputError
-from lightning_attention.training.generation import Generator, Prompt
+from lightning_attention.errors import InputError
+from lightning_attention.models.transnormer.pretrained import load_model, load_tokenizer
+from lightning_attention.serving import engine
+from lightning_attention.serving.text import Generator, Prompt
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
 from tests.training.tiny import tiny_settings, train
 
@@ -21,7 +22,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(trained):
-    return Generator.load(trained[1], torch.device("cpu"))
+    return Generator(load_model(trained[1]), load_tokenizer(trained[1]))
 
 
 def asked(prompts, *, seed=0, **settings):
@@ -68,7 +69,7 @@ def test_prompts_that_wait_for_others_get_the_same(generator, max_batch):
 def test_prompts_longer_than_a_step_reads(generator, monkeypatch):
     wanted = texts(generator, PROMPTS, temperature=0)
     for tokens in (1, 3):
-        monkeypatch.setitem(batching.ContinuousBatch.__init__.__kwdefaults__, "prefill_tokens", tokens)
+        monkeypatch.setitem(engine.ContinuousBatch.__init__.__kwdefaults__, "prefill_tokens", tokens)
         assert texts(generator, PROMPTS, temperature=0) == wanted
 
 
@@ -102,7 +103,7 @@ def test_never_broken_characters(generator):
 def script(monkeypatch, *steps):
     """Let the next tokens be these, a list for every step."""
     scripted = iter(steps)
-    monkeypatch.setattr(batching, "sample", lambda *_: torch.tensor(next(scripted)))
+    monkeypatch.setattr(engine, "sample", lambda *_: torch.tensor(next(scripted)))
     return scripted
 
 
@@ -148,8 +149,8 @@ def test_memory_is_constant_in_the_length(generator):
 def test_folders_that_hold_no_model_of_this_kind(tmp_path, trained):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(InputError, match="holds a gpt2; this needs a transnormer"):
-        Generator.load(tmp_path, torch.device("cpu"))
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text((trained[1] / "config.json").read_text())
     with pytest.raises(InputError, match="cannot load the model in ") as caught:
-        Generator.load(tmp_path, torch.device("cpu"))
+        load_model(tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,10 +1,9 @@
 """TransNormerLLM (arXiv 2307.14995, 2405.17381) with the state-dict names of the released checkpoints."""
 
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -15,14 +14,22 @@ from transformers.utils import can_return_tuple
 from lightning_attention import decay
 from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
 from lightning_attention.models.transnormer.cache import TransnormerCache
-from lightning_attention.models.transnormer.configuration_transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.layout import document_starts, documents, lay_out, restarts
-from lightning_attention.nn import LRPE, SGLU, GatedLinearAttention, SRMSNorm
+from lightning_attention.models.transnormer.configuration import TransnormerConfig
+from lightning_attention.models.transnormer.mixer import TransnormerMixer
+from lightning_attention.models.transnormer.packing import (
+    documents,
+    learnable,
+    local_mask,
+    may_restart,
+    one_of,
+    pack_batch,
+)  # fmt: skip
+from lightning_attention.nn import LRPE, SGLU, SRMSNorm
 from lightning_attention.nn.sharded import laid_out_like
 
-# What else the collators that pack documents hand over: said once more, never alone.
+# What else the collators that pack documents hand over; it repeats the boundaries, so it never comes alone.
 _COMPANIONS = ("cu_seq_lens_k", "seq_idx")
-# What transformers' loss takes: Trainer's number of labels in all accumulated batches, and labels shifted already.
+# What transformers' loss takes: Trainer's number of labels in all accumulated batches, and labels already shifted.
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -44,14 +51,14 @@ class TransnormerEmbedding(nn.Embedding):
 
 
 class TransnormerDecoderLayer(GradientCheckpointingLayer):
-    """x += GLA(SRMSNorm(x)); x += SGLU(SRMSNorm(x))."""
+    """x += TransnormerMixer(SRMSNorm(x)); x += SGLU(SRMSNorm(x))."""
 
     def __init__(self, config: TransnormerConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.token_norm = SRMSNorm()
         log_decay = decay.transnormer(config.decoder_attention_heads, layer_idx, config.decoder_layers)
-        self.token_mixer = GatedLinearAttention(
+        self.token_mixer = TransnormerMixer(
             config.decoder_embed_dim,
             config.decoder_attention_heads,
             log_decay,
@@ -72,27 +79,43 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         slots: Tensor | None = None,
         step: bool = False,
     ) -> Tensor:
-        """One block over [B, T, width]; the other arguments are those of :class:`GatedLinearAttention`.
+        """One block over [B, T, width]; ``positions``, ``cu_seqlens`` and ``slots`` are :class:`TransnormerMixer`'s.
 
         With ``step`` the layer's state is updated in place, by one token per row.
         """
-        x = self.token_norm(hidden_states)
         state = None if cache is None else cache.state(self.layer_idx)
         if step:
             assert state is not None  # a step comes after something
-            mixed = self.token_mixer.step(x.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
-        else:
-            mixed, state = self.token_mixer(
-                x, state, positions=positions, cu_seqlens=cu_seqlens, output_state=cache is not None
-            )
-            if cache is not None:
-                cache.update_recurrent_state(state, self.layer_idx)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.channel_mixer(self.channel_norm(hidden_states))
+            return self.step(hidden_states.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
+        mixed, state = self.token_mixer(
+            self.token_norm(hidden_states),
+            state,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            output_state=cache is not None,
+        )
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        return self._mix_channels(hidden_states + mixed)
+
+    def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """A pool of states, [rows, H, D, E]."""
+        return self.token_mixer.allocate_state(rows, dtype)
+
+    def step(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
+        """One token per sequence, [N, width]; the arguments are those of :meth:`TransnormerMixer.step`."""
+        return self._mix_channels(x + self.token_mixer.step(self.token_norm(x), state, **batch))
+
+    def prefill(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
+        """Packed tokens, [T, width]; the arguments are those of :meth:`TransnormerMixer.prefill`."""
+        return self._mix_channels(x + self.token_mixer.prefill(self.token_norm(x), state, **batch))
+
+    def _mix_channels(self, x: Tensor) -> Tensor:
+        return x + self.channel_mixer(self.channel_norm(x))
 
 
 class TransnormerPreTrainedModel(PreTrainedModel):
-    """What transformers has to know about every class of this model."""
+    """What transformers needs to know about every class of this model."""
 
     config: TransnormerConfig
     base_model_prefix = "model"
@@ -121,13 +144,13 @@ class TransnormerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TransnormerEmbedding):
             if module.padding_idx is not None and hasattr(module.weight, "device_mesh"):
-                # Of a sharded matrix, transformers has set the row of padding to zero in a copy.
+                # transformers has set the padding row to zero in a copy, where the matrix is sharded.
                 kept = torch.arange(module.num_embeddings, device=module.weight.device) != module.padding_idx
                 kept = laid_out_like(kept[:, None].expand(-1, module.embedding_dim), module.weight)
                 init.copy_(module.weight, module.weight * kept)
         elif isinstance(module, LRPE):
             init.copy_(module.theta, module.initial_theta())
-        elif isinstance(module, GatedLinearAttention):
+        elif isinstance(module, TransnormerMixer):
             # In no checkpoint, and empty after loading by way of the meta device.
             module.reset_buffers()
 
@@ -152,19 +175,12 @@ class TransnormerModel(TransnormerPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: TransnormerCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cache: TransnormerCache | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: TransnormerCache | None = None,
+        inputs_embeds: Tensor | None = None, use_cache: bool | None = None, output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, cache: TransnormerCache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """Read a batch, from nothing or from where a cache stands.
 
         Args:
@@ -204,7 +220,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         cache = given_cache(TransnormerCache, cache, past_key_values)
         if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(f"cache has {len(cache.layers)} layers; the model has {len(self.layers)}")
-        cu_seqlens = _one_of(cu_seqlens, cu_seq_lens_q)
+        cu_seqlens = one_of(cu_seqlens, cu_seq_lens_q)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -225,7 +241,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
             raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
         if cu_seqlens is None:
-            if _may_restart(position_ids, attention_mask, cache):
+            if may_restart(position_ids, attention_mask, cache):
                 cu_seqlens = documents(position_ids, batch)
             elif said := [name for name in _COMPANIONS if kwargs.get(name) is not None]:
                 raise ValueError(f"{said[0]} is given without cu_seqlens, cu_seq_lens_q or position_ids")
@@ -236,34 +252,24 @@ class TransnormerModel(TransnormerPreTrainedModel):
         # One token after others, nothing to differentiate: the states are updated in place. The numbers are the same
         # either way.
         step = length == 1 and offsets is not None and cu_seqlens is None and not torch.is_grad_enabled()
-        layout = lay_out(
-            batch,
-            length,
-            hidden_states.device,
-            mask=_local_mask(attention_mask, batch, length),
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            offsets=offsets,
-            step=step,
-        )
+        packing = pack_batch(
+            batch, length, hidden_states.device, mask=local_mask(attention_mask, batch, length),
+            position_ids=position_ids, cu_seqlens=cu_seqlens, offsets=offsets, step=step,
+        )  # fmt: skip
 
-        hidden_states = layout.pack(hidden_states)
+        hidden_states = packing.pack(hidden_states)
         history: list[Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                history.append(layout.unpack(hidden_states, batch))
-                hidden_states = layout.pack(history[-1])  # by way of what is returned, so that it can have a gradient
+                history.append(packing.unpack(hidden_states, batch))
+                hidden_states = packing.pack(history[-1])  # by way of what is returned, so that it can have a gradient
             hidden_states = layer(
-                hidden_states,
-                positions=layout.positions,
-                cache=cache,
-                cu_seqlens=layout.cu_seqlens,
-                slots=layout.slots,
-                step=step,
-            )
-        hidden_states = layout.unpack(self.norm(hidden_states), batch)
+                hidden_states, positions=packing.positions, cache=cache, cu_seqlens=packing.cu_seqlens,
+                slots=packing.slots, step=step,
+            )  # fmt: skip
+        hidden_states = packing.unpack(self.norm(hidden_states), batch)
         if cache is not None:
-            cache.advance(length, layout.lengths)
+            cache.advance(length, packing.lengths)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=(*history, hidden_states) if output_hidden_states else None,
@@ -284,25 +290,35 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TransnormerModel(config)
         self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
+        self.vocab_size = config.vocab_size
         self.post_init()
+
+    # What lightning_attention.serving asks of a model.
+    context_length = None
+
+    @property
+    def embed(self) -> nn.Module:
+        """Token ids [T] to [T, width]."""
+        return self.model.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, each with ``step`` and ``prefill``."""
+        return self.model.layers
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """What the last block gave, [N, width], to logits [N, vocab_size]."""
+        return self.lm_head(self.model.norm(hidden_states))
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: TransnormerCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        cache: TransnormerCache | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: TransnormerCache | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | None = None, cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None, logits_to_keep: int | Tensor = 0, cache: TransnormerCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """Next-token logits and, with ``labels``, their loss.
 
         ``labels``, [B, T] token ids, may be the inputs themselves: they are shifted inside, and -100 is nothing to
@@ -318,19 +334,12 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         check_keywords(self, kwargs, (*_COMPANIONS, *_OF_THE_LOSS))
         of_the_loss = {name: kwargs.pop(name) for name in _OF_THE_LOSS if name in kwargs}
         cache = given_cache(TransnormerCache, cache, past_key_values)
-        cu_seqlens = _one_of(cu_seqlens, cu_seq_lens_q)
+        cu_seqlens = one_of(cu_seqlens, cu_seq_lens_q)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            cu_seqlens=cu_seqlens,
-            cache=cache,
-            return_dict=True,
-            **kwargs,
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens, cache=cache, return_dict=True, **kwargs,
+        )  # fmt: skip
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
@@ -338,13 +347,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            if cu_seqlens is not None:
-                labels = labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
-            elif _may_restart(position_ids, attention_mask, cache):
-                labels = labels.masked_fill(restarts(position_ids), -100)
-            elif attention_mask is not None:
-                padding = attention_mask[:, -labels.shape[1] :] == 0
-                labels = labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+            labels = learnable(labels, cu_seqlens, position_ids, attention_mask, cache)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_the_loss)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
@@ -374,29 +377,3 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = TransnormerCache(self.config)
-
-
-def _one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:
-    if cu_seqlens is not None and cu_seq_lens_q is not None:
-        raise ValueError("cu_seqlens and cu_seq_lens_q are both given; they are two names of one thing")
-    return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-
-
-def _may_restart(
-    position_ids: Tensor | None, attention_mask: Tensor | None, cache: TransnormerCache | None
-) -> TypeGuard[Tensor]:
-    """Whether positions may mark documents; the condition is the one of transformers' own attention masks."""
-    return position_ids is not None and attention_mask is None and cache is None
-
-
-def _local_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The last T columns of a mask, [B, T] bool, or None where nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must be [{batch}, {length} or more]")
-    mask = attention_mask[:, -length:].bool()
-    # Only where looking costs nothing: on a GPU this would wait for the device, in a graph it would break it.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.all():
-        return None
-    return mask

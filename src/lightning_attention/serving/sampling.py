@@ -30,5 +30,5 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) ->
     total = cumulative.gather(-1, kept - 1)
     chosen = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
     drawn = tokens.gather(-1, chosen.minimum(kept - 1)).squeeze(-1)
-    # Of the logits, not of the probabilities, where near ones become equal.
+    # From the logits, not from the probabilities, where near ones become equal.
     return torch.where(greedy, logits.argmax(-1), drawn)

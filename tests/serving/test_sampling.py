@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lightning_attention.models.transnormer.sampling import sample
+from lightning_attention.serving.sampling import sample
 
 
 def test_sampling_follows_the_distribution():

@@ -1,0 +1,1 @@
+from tests.models.transnormer.conftest import model  # noqa: F401 (a fixture)
