@@ -100,25 +100,23 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
             if starts_from_initial(fresh, sequence):
                 where = initial + state_offset(slots, sequence, state_slot_stride, head, state_head_stride) + col
                 state = tl.load(where, mask=inside).to(tl.float32)
-        before = state
         local = local_state(local_before, begin, segment_rows, head, col, inside, rate, segment_rows, piece_rows, H,
                             SIZE, PACKED, PIECES)  # fmt: skip
-        last = local
-        for i in range(0, end - begin):
+        for i in range(0, end - begin - 1):
             s = begin + i
             ahead_rows = segment_rows
             if final is not None:  # which is all that the last segment's matters to
-                ahead_rows = tl.where(s + 2 >= end, rows, segment_rows)
-            ahead = local_state(local_before, tl.minimum(s + 1, end - 1), ahead_rows, head, col, inside, rate,
-                                segment_rows, piece_rows, H, SIZE, PACKED, PIECES)  # fmt: skip
+                ahead_rows = tl.where(s + 2 == end, rows, segment_rows)
+            ahead = local_state(local_before, s + 1, ahead_rows, head, col, inside, rate, segment_rows, piece_rows, H,
+                                SIZE, PACKED, PIECES)  # fmt: skip
             tl.debug_barrier()  # what another thread has yet to read may be the same memory
             tl.store(states_before + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-            before = state
-            last = local
             state = whole * state + (rest * state + local)
             local = ahead
+        tl.debug_barrier()
+        tl.store(states_before + ((end - 1).to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
         if final is not None:
-            tl.store(final + of_sequence, last_whole * before + (last_rest * before + last), mask=inside)
+            tl.store(final + of_sequence, last_whole * state + (last_rest * state + local), mask=inside)
     if local_after is not None:
         state = tl.zeros([BLOCK], tl.float32)
         if dfinal is not None:
