@@ -208,8 +208,9 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
                 S += start * weight
         k_row = whole_row(keys, t, head, TILE)
         v_row = part_of_row(values, t, head, column, TILE)
+        q_row = whole_row(queries, t, head, TILE)  # not after the step, where it would be waited for
         S = step(S, k_row, v_row, whole, rest)
-        store_output(out, t, head, column, whole_row(queries, t, head, TILE), S, scale, H, TILE)
+        store_output(out, t, head, column, q_row, S, scale, H, TILE)
 
 
 @dispatch.unspecialized(triton.jit)
@@ -263,6 +264,7 @@ def short_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stri
     for t in range(first, last):
         k_row = whole_row(keys, t, head, TILE)
         v_row = part_of_row(values, t, head, column, TILE)
+        q_row = whole_row(queries, t, head, TILE)
         S = step(S, k_row, v_row, whole, rest)
-        store_output(out, t, head, column, whole_row(queries, t, head, TILE), S, scale, H, TILE)
+        store_output(out, t, head, column, q_row, S, scale, H, TILE)
     tl.store(where, S, mask=exists)

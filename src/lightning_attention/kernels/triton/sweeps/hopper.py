@@ -229,7 +229,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
             gl.store(left, state.to(end.final.dtype.element_ty), mask=exists)
 
 
-@dispatch.unspecialized(gluon.jit, but=["out_pointer", "out_row_stride"])
+@dispatch.unspecialized(gluon.jit)
 def forward_kernel(q, k, v, out, out_pointer, out_batch_stride: "i64", out_row_stride, log_decay, initial, final,
                    state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, boundary_states, segment_table,
                    segments_per_sequence, segment_rows, segment_count, T, H, D, E, scale, TILES: gl.constexpr,
@@ -240,9 +240,7 @@ def forward_kernel(q, k, v, out, out_pointer, out_batch_stride: "i64", out_row_s
                   segment_count, TILES, PERSISTENT)  # fmt: skip
 
 
-@dispatch.unspecialized(
-    gluon.jit, but=["dq_pointer", "dq_row_stride", "dk_pointer", "dk_row_stride", "dv_pointer", "dv_row_stride"]
-)
+@dispatch.unspecialized(gluon.jit)
 def backward_kernel(q, k, v, dout, q_tile, k_tile, dout_tile, dq, dq_pointer, dq_batch_stride: "i64", dq_row_stride, dk,
                     dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv, dv_pointer, dv_batch_stride: "i64",
                     dv_row_stride, log_decay, initial, dfinal, dinitial, states_before, grads_after, segment_table,
@@ -278,7 +276,8 @@ def read(x: Tensor | None, view: TensorView, tiles: Tiles, width: int) -> tuple[
 
 
 def write(x: Tensor, view: TensorView, tiles: Tiles, width: int) -> tuple[Any, ...]:
-    return dispatch.Descriptor(x, view, tiles.C, width), x, x.stride(0), x.stride(1)
+    batch, row, _, _ = x.stride()
+    return dispatch.Descriptor(x, view, tiles.C, width), x, batch, row
 
 
 SWEEP = Sweep(forward_kernel, backward_kernel, states_kernel, snapshot_kernel, read, read, write, dispatch.run)
