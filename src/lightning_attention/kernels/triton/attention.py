@@ -14,21 +14,10 @@ from lightning_attention.kernels.triton.tiling import Tiling, tiling
 
 
 def sweep_forward(
-    plan: Plan,
-    tiling: Tiling,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    initial: Tensor | None,
-    final: Tensor | None,
-    boundary_states: Tensor | None,
-    slots: Tensor | None = None,
-    fresh: Tensor | None = None,
-    segments_in_flight: int | None = None,
-) -> None:
+    plan: Plan, tiling: Tiling, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_decay: Tensor | None, scale: float,
+    initial: Tensor | None, final: Tensor | None, boundary_states: Tensor | None, slots: Tensor | None = None,
+    fresh: Tensor | None = None, segments_in_flight: int | None = None,
+) -> None:  # fmt: skip
     """Write the outputs of q, k and v [B, T, H, *], from ``initial`` and, of split sequences, ``boundary_states``.
 
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
@@ -57,16 +46,9 @@ def sweep_forward(
 
 @dispatch.on_its_device
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    batch_invariant: bool,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, output_final_state: bool, batch_invariant: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
     B, T, H, D = k.shape
     E = v.shape[3]
@@ -97,18 +79,10 @@ def attention(
 
 @dispatch.on_its_device
 def attention_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    batch_invariant: bool,
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
     need_dlog_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
     B, T, H, D = k.shape
     E = v.shape[3]

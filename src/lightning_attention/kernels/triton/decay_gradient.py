@@ -25,19 +25,10 @@ from lightning_attention.kernels.triton.work import Segmentation, Shape, find_se
 
 
 def decay_gradient(
-    plan: Plan,
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    log_decay: Tensor | None,
-    initial: Tensor | None,
-    dfinal: Tensor | None,
-    states_before: Tensor | None,
-    grads_after: Tensor | None,
+    plan: Plan, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, log_decay: Tensor | None,
+    initial: Tensor | None, dfinal: Tensor | None, states_before: Tensor | None, grads_after: Tensor | None,
     scale: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """[H] float32, from the states that a backward pass of the same plan has used."""
     _, T, H, D = k.shape
     E = v.shape[3]

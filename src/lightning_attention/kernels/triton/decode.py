@@ -48,14 +48,9 @@ def _constants(D: int, E: int, columns: int, aligned: bool) -> tuple[StateTile]:
 
 
 def over_states(
-    kernel: Any,
-    sizes: tuple[int, ...],
-    args: tuple[Any, ...],
-    state: Tensor,
-    strides: tuple[int, ...],
-    TILE: int,
+    kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
     widest: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
     ``sizes``: sequences, H, D and E; ``strides``: the state's, which takes 0.4 µs to ask again.

@@ -143,14 +143,9 @@ _launches: dict[tuple[Any, ...], Callable[[tuple[int, int, int], int, Sequence[A
 
 
 def run(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    args: Sequence[Any],
-    constants: tuple[Any, ...],
-    warps: int,
-    device: int,
+    kernel: Any, grid: tuple[int, int, int], args: Sequence[Any], constants: tuple[Any, ...], warps: int, device: int,
     siblings: Callable[[], Sequence[tuple[Any, ...]]] = tuple,
-) -> None:
+) -> None:  # fmt: skip
     """Launch a kernel that is ``unspecialized``, on the current device; ``constants``: its last arguments.
 
     Other ``siblings``, constants like these, are compiled with the first of them: which a call takes may depend on how
@@ -222,13 +217,9 @@ def _below(execute: Any, descriptors: list[int]) -> Callable[..., None] | None:
     encoders = list(zip(descriptors, map(_encoder, boxes), strict=True))
 
     def direct(
-        grid: tuple[int, int, int],
-        stream: int,
-        function: int,
-        packed: tuple[int, ...],
-        args: Sequence[Any],
+        grid: tuple[int, int, int], stream: int, function: int, packed: tuple[int, ...], args: Sequence[Any],
         constants: tuple[Any, ...],
-    ) -> None:
+    ) -> None:  # fmt: skip
         flat: list[Any] = []
         done = 0
         for position, encoded in encoders:

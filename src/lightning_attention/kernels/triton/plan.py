@@ -73,16 +73,9 @@ def plan_dense(
 
 
 def plan_packed(
-    cu_seqlens: Tensor,
-    T: int,
-    C: int,
-    width: int,
-    programs: int,
-    resident_programs: int,
-    batch_invariant: bool,
-    slots: Tensor | None = None,
-    short: int = -1,
-) -> Plan:
+    cu_seqlens: Tensor, T: int, C: int, width: int, programs: int, resident_programs: int, batch_invariant: bool,
+    slots: Tensor | None = None, short: int = -1,
+) -> Plan:  # fmt: skip
     """For a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment."""
     rows = -(-T // C) * C
     if not batch_invariant:
@@ -99,15 +92,9 @@ def plan_packed(
 
 
 def plan(
-    B: int,
-    T: int,
-    cu_seqlens: Tensor | None,
-    C: int,
-    width: int,
-    programs: int,
-    resident_programs: int,
+    B: int, T: int, cu_seqlens: Tensor | None, C: int, width: int, programs: int, resident_programs: int,
     batch_invariant: bool,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``."""
     if cu_seqlens is None:
         return plan_dense(B, T, C, width, programs, resident_programs, batch_invariant)

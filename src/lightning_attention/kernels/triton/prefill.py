@@ -28,18 +28,10 @@ SEGMENTS_IN_FLIGHT = 32
 
 @dispatch.on_its_device
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    fresh: Tensor | None,
-    scale: float,
-    snapshot_at: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+    slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
     snapshot_slots: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     T, H, D = k.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
     strides = state.stride()
@@ -88,19 +80,10 @@ def prefill(
 
 
 def _snapshots(
-    plan: Plan,
-    tiling: Tiling,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    boundary_states: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    fresh: Tensor | None,
-    snapshot_at: Tensor,
+    plan: Plan, tiling: Tiling, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor,
+    boundary_states: Tensor, cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None, snapshot_at: Tensor,
     snapshot_slots: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     _, T, H, D = k.shape
     E, (N, P) = v.shape[3], snapshot_at.shape
     tiles, _, (_, k_view, v_view), _ = tiling

@@ -12,19 +12,11 @@ from lightning_attention.kernels.triton.work import reach, rows_in_a_piece, star
 
 
 def scan(
-    plan: Plan,
-    log_decay: Tensor | None,
-    cu_seqlens: Tensor | None,
-    N: int,
-    T: int,
-    before: tuple[Tensor, Tensor] | None,
-    after: tuple[Tensor, Tensor] | None = None,
-    initial: Tensor | None = None,
-    dfinal: Tensor | None = None,
-    final: Tensor | None = None,
-    slots: Tensor | None = None,
+    plan: Plan, log_decay: Tensor | None, cu_seqlens: Tensor | None, N: int, T: int,
+    before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] | None = None, initial: Tensor | None = None,
+    dfinal: Tensor | None = None, final: Tensor | None = None, slots: Tensor | None = None,
     fresh: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """From local states to boundary states, a pair of them as ``Plan.allocate_states`` has them.
 
     ``before``: those before segments, starting from ``initial``; ``after``: the gradients of those after segments,

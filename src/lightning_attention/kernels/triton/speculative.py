@@ -14,16 +14,9 @@ from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_k
 
 @dispatch.on_its_device
 def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor | None,
-    parents: Tensor | None,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+    slots: Tensor | None, parents: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     T, H, D = q.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
     TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
@@ -41,14 +34,9 @@ def verify(
 
 @dispatch.on_its_device
 def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor,
-    accepted: Tensor,
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
     slots: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     T, H, D = k.shape
     E, N = v.shape[2], cu_seqlens.shape[0] - 1
     TILE = columns(D, E, k.dtype)

@@ -13,18 +13,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 def local_states(
-    plan: Plan,
-    tiles: Tiles,
-    log_decay: Tensor | None,
-    scale: float,
-    before: Pair | None,
-    after: Pair | None,
-    local_before: Tensor | None,
-    local_after: Tensor | None,
-    views: tuple[TensorView | None, ...],
-    final: Tensor | None = None,
-    segments_in_flight: int | None = None,
-) -> None:
+    plan: Plan, tiles: Tiles, log_decay: Tensor | None, scale: float, before: Pair | None, after: Pair | None,
+    local_before: Tensor | None, local_after: Tensor | None, views: tuple[TensorView | None, ...],
+    final: Tensor | None = None, segments_in_flight: int | None = None,
+) -> None:  # fmt: skip
     """What each piece of a segment, but the last, would leave if it started from zero, as ``Plan.allocate_states``.
 
     ``before``, k and v, is for the states before segments; ``after``, q and dout, for the gradients of those after

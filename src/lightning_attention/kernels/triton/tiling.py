@@ -147,13 +147,9 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False) -> Tiling:
 
 @lru_cache(maxsize=4096)
 def _tiling(
-    chip: tuple[tuple[int, int], int],
-    dtype: torch.dtype,
-    aligned: bool,
-    precision: str,
-    lazy: bool,
+    chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, precision: str, lazy: bool,
     *signature: tuple[int, ...],
-) -> Tiling:
+) -> Tiling:  # fmt: skip
     shapes, strides = signature[::2], signature[1::2]
     outputs = [(shape, _contiguous(shape)) for shape in shapes[1:3]]
     tensors = [*zip(shapes, strides, strict=True), *outputs]
