@@ -64,7 +64,7 @@ def attention(
     chosen = tiling(q, k, v, batch_invariant=batch_invariant)
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
-    segments = plan(B, T, cu_seqlens, tiles.C, max(D, E), programs, chosen.resident_programs, batch_invariant)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
     boundary_states = None
     if segments.is_split:
         (local,), (boundary_states,) = segments.allocate_states(k, E)
@@ -99,11 +99,11 @@ def attention_backward(
         return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
-    tiles, resident_programs, views, (like_k, like_v) = tiling(q, k, v, dout, batch_invariant=batch_invariant)
-    q_view, k_view, v_view, dout_view = views
+    chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant)
+    tiles, _, (q_view, k_view, v_view, dout_view), (like_k, like_v) = chosen
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
-    segments = plan(B, T, cu_seqlens, tiles.C, max(D, E), programs, resident_programs, batch_invariant)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
     states_before = grads_after = None
     if segments.is_split:
         (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, E, 2)

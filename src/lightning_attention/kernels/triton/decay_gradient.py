@@ -78,18 +78,13 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
     dout_rows = rows_of(Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride), segment.batch, head)
     of_sequence = (segment.sequence.to(tl.int64) * H + head) * D * E
     of_segment = (segment.boundary_index.to(tl.int64) * H + head) * D * E
-    if initial is not None:
-        initial += of_sequence
-    if dfinal is not None:
-        dfinal += of_sequence
-    if states_before is not None:
-        states_before += of_segment
-        grads_after += of_segment
     is_whole = is_whole_sequence(segment, plan, SPLIT)
     d = tl.arange(0, BD)
     e = column + tl.arange(0, TE)
     zero = tl.zeros([TE, BD], tl.float32)
-    state = first_state(zero, Begin(initial, is_whole, states_before, is_whole), d, e, shape, False)
+    state = first_state(
+        zero, Begin(initial, of_sequence, is_whole, states_before, of_segment, is_whole), d, e, shape, False
+    )
     drift = zero
     total = tl.zeros([C], tl.float32)
     row = tl.arange(0, C)
@@ -118,6 +113,8 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
         state = tl.dot(weighted, kt, state * whole + state * rest_of_one, input_precision=PRECISION)
     result = scale * tl.sum(total, 0)
     # What the segment does to the state after it, weighed with that state's gradient.
-    ahead = first_state(zero, Begin(dfinal, is_whole, grads_after, is_whole), d, e, shape, False)
+    ahead = first_state(
+        zero, Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole), d, e, shape, False
+    )
     result += tl.sum(tl.sum(drift * ahead, 1), 0)
     tl.store(partial + pid, result)

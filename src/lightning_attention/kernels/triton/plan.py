@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton.tiling import Tiling
 
 #: Rows, at most, in a segment of a packed batch, whose lengths nobody knows. 131072 rows at H 32, D 128, forward, one
 #: sequence of 98304 among 64 others: 1.45 ms (long one first), 1.69 with 4096, 1.93 with 2048; dense 1.26.
@@ -60,26 +61,25 @@ class Plan(NamedTuple):
         return local_states, boundary_states
 
 
-def plan_dense(
-    B: int, T: int, C: int, width: int, programs: int, resident_programs: int, batch_invariant: bool
-) -> Plan:
-    """For a batch of B sequences; ``width``: the larger of D and E.
-
-    ``programs``: how many one segment of one sequence makes; ``resident_programs``: how many run at once.
-    """
-    rows = -(-T // C) * C if batch_invariant else tiling.segment_rows(programs * B, T, C, resident_programs)
+def plan_dense(B: int, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool) -> Plan:
+    """For a batch of B sequences; ``width``: the larger of D and E; ``programs``: how many a sequence's segment takes."""
+    C = chosen.tiles.C
+    rows = -(-T // C) * C
+    if not batch_invariant:
+        rows = tiling.segment_rows(programs * B, T, C, chosen.resident_programs)
     each = -(-T // rows)
     return Plan(rows, tiling.piece_rows(rows, width), each, B * each, B * each, each > 1, B * each)
 
 
 def plan_packed(
-    cu_seqlens: Tensor, T: int, C: int, width: int, programs: int, resident_programs: int, batch_invariant: bool,
+    cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool,
     slots: Tensor | None = None, short: int = -1,
 ) -> Plan:  # fmt: skip
     """For a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment."""
+    C = chosen.tiles.C
     rows = -(-T // C) * C
     if not batch_invariant:
-        rows = min(PACKED_SEGMENT, tiling.segment_rows(programs, T, C, resident_programs))
+        rows = min(PACKED_SEGMENT, tiling.segment_rows(programs, T, C, chosen.resident_programs))
     N = cu_seqlens.shape[0] - 1
     full = T // rows
     count = full + N
@@ -92,13 +92,14 @@ def plan_packed(
 
 
 def plan(
-    B: int, T: int, cu_seqlens: Tensor | None, C: int, width: int, programs: int, resident_programs: int,
-    batch_invariant: bool,
+    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool
 ) -> Plan:  # fmt: skip
-    """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``."""
+    """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``, of k [B, T, H, D] and v [B, T, H, E]."""
+    B, T, _, D = k.shape
+    width = max(D, v.shape[3])
     if cu_seqlens is None:
-        return plan_dense(B, T, C, width, programs, resident_programs, batch_invariant)
-    return plan_packed(cu_seqlens, T, C, width, programs, resident_programs, batch_invariant)
+        return plan_dense(B, T, width, chosen, programs, batch_invariant)
+    return plan_packed(cu_seqlens, T, width, chosen, programs, batch_invariant)
 
 
 @triton.jit

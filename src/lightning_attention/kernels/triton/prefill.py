@@ -47,9 +47,7 @@ def prefill(
     chosen = tiling(*batch[:3], batch_invariant=True)  # a sequence may be cut anywhere into calls
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
-    plan = plan_packed(
-        cu_seqlens, max(T, 1), tiles.C, max(D, E), programs, chosen.resident_programs, False, slots, SHORT
-    )  # fmt: skip
+    plan = plan_packed(cu_seqlens, max(T, 1), max(D, E), chosen, programs, False, slots, SHORT)
     plan = plan._replace(is_split=True)  # or not, the same kernels: none is compiled when the first long prompt comes
     (local,), (boundary_states,) = plan.allocate_states(batch[1], E)
     if T > 0:

@@ -39,11 +39,13 @@ class Rows(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """What a sweep starts from: see ``first_state``."""
+    """What a sweep starts from, of all initial and boundary states: see ``first_state``."""
 
     initial: tl.tensor
+    initial_offset: tl.tensor
     from_initial: tl.tensor
     boundary: tl.tensor
+    boundary_offset: tl.tensor
     is_whole_sequence: tl.tensor
 
 
@@ -51,6 +53,7 @@ class End(NamedTuple):
     """Where a sweep leaves its state, and whether it does."""
 
     final: tl.tensor
+    final_offset: tl.tensor
     is_stored: tl.tensor
 
 
@@ -93,7 +96,7 @@ def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr):
     segments, or ``state``, which is zero.
     """
     if begin.boundary is not None:
-        where, exists = state_pointers(begin.boundary, b, c, shape, TRANSPOSED)
+        where, exists = state_pointers(begin.boundary + begin.boundary_offset, b, c, shape, TRANSPOSED)
         if begin.initial is not None:
             if not begin.is_whole_sequence:
                 state = tl.load(where, mask=exists, other=0.0)
@@ -101,7 +104,7 @@ def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr):
             state = tl.load(where, mask=exists & (not begin.is_whole_sequence), other=0.0)
     if begin.initial is not None:
         if begin.from_initial:
-            start, inside = state_pointers(begin.initial, b, c, shape, TRANSPOSED)
+            start, inside = state_pointers(begin.initial + begin.initial_offset, b, c, shape, TRANSPOSED)
             state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     return state
 
@@ -114,20 +117,11 @@ def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary
         PACKED: tl.constexpr = plan.segment_table is not None
         SPLIT: tl.constexpr = boundary_states is not None
         is_whole = is_whole_sequence(segment, plan, SPLIT)
-        offset = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
-        initial = pool.initial
-        final = pool.final
-        boundary = boundary_states
-        from_initial = is_whole
-        if initial is not None:
-            initial += offset
-            from_initial = is_whole & starts_from_initial(pool.fresh, segment.sequence)
-        if final is not None:
-            final += offset
-        if boundary is not None:
-            boundary += (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
+        of_sequence = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
+        of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
         SWEEP(q, k, v, out, Rows(segment.batch, head, segment.start, segment.stop, column),
-              Begin(initial, from_initial, boundary, is_whole), End(final, segment.is_last), shape,
+              Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, segment.sequence),
+                    boundary_states, of_segment, is_whole), End(pool.final, of_sequence, segment.is_last), shape,
               log2_decay(log_decay, head), scale, TILES, PACKED, False, False)  # fmt: skip
 
 
@@ -175,31 +169,22 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     rate = log2_decay(log_decay, head)
     of_sequence = (segment.sequence.to(tl.int64) * shape.H + head) * shape.D * shape.E
     of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
-    if initial is not None:
-        initial += of_sequence
-    if dfinal is not None:
-        dfinal += of_sequence
-    if dinitial is not None:
-        dinitial += of_sequence
-    if states_before is not None:
-        states_before += of_segment
-        grads_after += of_segment
     start = segment.start
     stop = segment.stop
-    forward_from = Begin(initial, is_whole, states_before, is_whole)
-    reverse_from = Begin(dfinal, is_whole, grads_after, is_whole)
+    forward_from = Begin(initial, of_sequence, is_whole, states_before, of_segment, is_whole)
+    reverse_from = Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole)
     if role < e_tiles:
         SWEEP(whole.k, whole.q, tile.dout, dv, Rows(segment.batch, head, start, stop, role * TILES.TE),
-              reverse_from, End(dinitial, segment.is_first), shape, rate, scale, TILES, PACKED, False,
+              reverse_from, End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
               True)  # fmt: skip
     elif role < e_tiles + d_tiles:
         column = (role - e_tiles) * TILES.TD
         SWEEP(whole.dout, whole.v, tile.k, dq, Rows(segment.batch, head, start, stop, column), forward_from,
-              End(None, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
+              End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
     else:
         column = (role - e_tiles - d_tiles) * TILES.TD
         SWEEP(whole.v, whole.dout, tile.q, dk, Rows(segment.batch, head, start, stop, column), reverse_from,
-              End(None, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
+              End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
 @triton.jit
@@ -236,8 +221,9 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         else:
             wanted = (not ends) & (start < stop)
         if wanted:
-            SWEEP(None, b, c, None, Rows(segment.batch, head, start, stop, column), Begin(None, False, None, True),
-                  End(target, True), shape, rate, scale, TILES, PACKED, False, REVERSE)  # fmt: skip
+            SWEEP(None, b, c, None, Rows(segment.batch, head, start, stop, column),
+                  Begin(None, 0, False, None, 0, True), End(target, 0, True), shape, rate, scale, TILES, PACKED, False,
+                  REVERSE)  # fmt: skip
 
 
 @triton.jit
@@ -296,9 +282,10 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
     if wanted:
         is_whole = segment == 0
         boundary = (tl.load(first_boundary + sequence) + segment).to(tl.int64) * shape.H + head
-        initial = pool.initial + state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
-        target = pool.final + state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
+        of_sequence = state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
+        target = state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
         SWEEP(None, k, v, None, Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE),
-              Begin(initial, is_whole & starts_from_initial(pool.fresh, sequence),
-                    boundary_states + boundary * shape.D * shape.E, is_whole),
-              End(target, True), shape, log2_decay(log_decay, head), 1.0, TILES, True, False, False)  # fmt: skip
+              Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, sequence), boundary_states,
+                    boundary * shape.D * shape.E, is_whole),
+              End(pool.final, target, True), shape, log2_decay(log_decay, head), 1.0, TILES, True, False,
+              False)  # fmt: skip

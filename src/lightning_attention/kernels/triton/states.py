@@ -56,9 +56,10 @@ def states(
     final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device)
     if T == 0:
         return final.zero_()
-    tiles, resident_programs, (_, *views), _ = tiling(k, k, v, batch_invariant=batch_invariant)
+    chosen = tiling(k, k, v, batch_invariant=batch_invariant)
+    tiles, _, (_, *views), _ = chosen
     programs = H * -(-E // tiles.TE)
-    segments = plan(B, T, cu_seqlens, tiles.C, max(D, E), programs, resident_programs, batch_invariant)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
     (local,), (boundary,) = segments.allocate_states(k, E) if segments.is_split else ((final,), (final,))
     if reverse:
         local_states(segments, tiles, log_decay, 1.0, None, (k, v), None, local, (None, None, *views), final)

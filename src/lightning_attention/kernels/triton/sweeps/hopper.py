@@ -224,7 +224,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         mbarrier.invalidate(ready.index(s))  # another segment's may be made in the same place
     if end.final is not None:
         if end.is_stored:
-            left, exists = state_pointers(end.final, b_col, col, shape, TRANSPOSED)
+            left, exists = state_pointers(end.final + end.final_offset, b_col, col, shape, TRANSPOSED)
             state *= gl.exp2(unit)
             gl.store(left, state.to(end.final.dtype.element_ty), mask=exists)
 

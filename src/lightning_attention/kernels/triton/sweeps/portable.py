@@ -135,7 +135,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
     if end.final is not None:
         if end.is_stored:
-            left, exists = state_pointers(end.final, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+            left, exists = state_pointers(end.final + end.final_offset, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
             state *= tl.exp2(rate * elapsed + unit)
             tl.store(left, state.to(end.final.dtype.element_ty), mask=exists)
 
