@@ -93,11 +93,26 @@ def test_a_folder_with_files_of_somebody_else_stays(tmp_path):
     assert notes.read_text() == "years of work"
 
 
+def whole_state() -> checkpoint.State:
+    return {
+        "step": 3, "planned_steps": None, "config": {"lr": 1e-3}, "data_fingerprint": "0", "record": {"list": [1, "x"]},
+        "learner": {"weights": torch.randn(100)},
+    }  # fmt: skip
+
+
+def test_another_versions_state_is_named(tmp_path):
+    state = whole_state()
+    del state["record"], state["config"]
+    checkpoint.save_state(tmp_path, state)
+    with pytest.raises(InputError, match=r"has no config, record: another version of lightning-attention wrote it"):
+        checkpoint.load_state(tmp_path)
+
+
 def test_state_round_trip_and_damage(tmp_path):
-    state = {"step": 3, "none": None, "weights": torch.randn(100), "nested": {"list": [1, 2.5, "x"]}}
+    state = whole_state()
     checkpoint.save_state(tmp_path, state)
     loaded = checkpoint.load_state(tmp_path)
-    assert torch.equal(loaded.pop("weights"), state.pop("weights"))
+    assert torch.equal(loaded["learner"].pop("weights"), state["learner"].pop("weights"))
     assert loaded == state
     file = tmp_path / checkpoint.STATE_FILE
     file.write_bytes(file.read_bytes()[:-100])

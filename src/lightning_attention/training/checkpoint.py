@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -24,6 +24,17 @@ FILES = "files.json"  # the names of what a run wrote into a folder: nothing els
 # Names with this ending are unfinished or on their way out; nothing but `RunFolder.clear_leftovers` looks at them.
 UNFINISHED = ".unfinished"
 _NAME = re.compile(r"step_(\d{8})")
+
+
+class State(TypedDict):
+    """What a checkpoint has beside the model; the position in the data follows from the step."""
+
+    step: int
+    planned_steps: int | None
+    config: dict[str, Any]
+    data_fingerprint: str
+    record: dict[str, Any]
+    learner: dict[str, Any]
 
 
 @contextmanager
@@ -133,14 +144,14 @@ def prune(root: Path, keep: int) -> None:
             remove_folder(path)
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
+def save_state(folder: Path, state: State) -> None:
     """Write the trainer's state: tensors and plain values."""
     with (folder / STATE_FILE).open("wb") as file:  # rather than by name: a full disk is then an OSError that says so
         torch.save(state, file)
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """Read the trainer's state onto the CPU. Raises InputError when the folder has none or it is damaged."""
+def load_state(folder: Path) -> State:
+    """Read the trainer's state onto the CPU. Raises InputError when it is absent, damaged or another version's."""
     try:
         state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -149,7 +160,12 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {folder / STATE_FILE}: {error.strerror or error}") from error
     except Exception as error:
         raise InputError(f"{folder / STATE_FILE} is damaged ({type(error).__name__}); delete {folder}") from error
-    return state
+    if missing := sorted(State.__required_keys__ - state.keys()):
+        raise InputError(
+            f"{folder / STATE_FILE} has no {', '.join(missing)}: another version of lightning-attention wrote it. "
+            "Resume with that version, or train anew with --overwrite"
+        )
+    return cast(State, state)
 
 
 def find_model(path: Path) -> Path:

@@ -197,14 +197,14 @@ class Trainer:
         if not target.exists():
             self.learner.check_step(self.step)
             self.learner.check_weights(self.step)
-            state = {
-                "step": self.step,  # the position in the data too: what a step reads depends on its number alone
-                "planned_steps": self.planned_steps,
-                "config": self.config.as_dict(),
-                "data_fingerprint": self.data.fingerprint,
-                "record": self.record.state(),
-                "learner": self.learner.state(),
-            }
+            state = checkpoint.State(
+                step=self.step,
+                planned_steps=self.planned_steps,
+                config=self.config.as_dict(),
+                data_fingerprint=self.data.fingerprint,
+                record=self.record.state(),
+                learner=self.learner.state(),
+            )
             with checkpoint.atomic_folder(target) as folder:
                 save_model(self.model, folder)
                 self._tokenizer.save_pretrained(folder)

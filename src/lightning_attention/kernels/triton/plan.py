@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 def plan_dense(B: int, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool) -> Plan:
-    """For a batch of B sequences; ``width``: the larger of D and E; ``programs``: how many a sequence's segment takes."""
+    """For a batch of B sequences; ``width``: the larger of D and E; ``programs``: those of a sequence's segment."""
     C = chosen.tiles.C
     rows = -(-T // C) * C
     if not batch_invariant:
