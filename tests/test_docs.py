@@ -1,5 +1,6 @@
 """Every python snippet of the documents runs, on a CPU and without a warning, and every link between them leads."""
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
 def snippets(document: Path) -> Iterator[str]:
@@ -75,3 +77,41 @@ def test_links_lead_somewhere(document: Path):
     targets = LINK.findall(document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing
+
+
+def has_code(file: Path) -> bool:
+    """Whether there is more in it than a docstring."""
+    module = ast.parse(file.read_text(encoding="utf-8"))
+    return len(module.body) > (ast.get_docstring(module) is not None)
+
+
+def unnamed(page: str) -> set[str]:
+    """The python files of the package and the benchmarks that the page has no link to."""
+    named = {(ARCHITECTURE.parent / target).resolve() for target in LINK.findall(page)}
+    files = [file for folder in ("src", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    return {str(file.relative_to(ROOT)) for file in files if has_code(file) and file.resolve() not in named}
+
+
+def misnamed(page: str) -> list[str]:
+    """The names of python files on the page that are no link, or a link to a file of another name."""
+    links = re.compile(r"\[([^]]+)\]\(([^)#:]+)\)")
+    wrong = [
+        label
+        for label, target in links.findall(page)
+        if label.endswith(".py") and not target.endswith(f"/{label}".replace("\\", ""))
+    ]
+    return wrong + re.findall(r"[\w/]+\.py\b", links.sub("", page))
+
+
+def test_the_architecture_names_every_file():
+    page = ARCHITECTURE.read_text(encoding="utf-8")
+    assert unnamed(page) == set()
+    assert misnamed(page) == []  # that links lead to a file, the test before this one says
+
+
+def test_a_file_left_out_or_misnamed_is_found():
+    page = ARCHITECTURE.read_text(encoding="utf-8")
+    without = "\n".join(line for line in page.splitlines() if "ops/transforms.py" not in line)
+    assert unnamed(without) == {"src/lightning_attention/ops/transforms.py"}
+    assert misnamed(page.replace("[transforms.py]", "[launch.py]")) == ["launch.py"]
+    assert misnamed(f"{page}\n`launcher.py`") == ["launcher.py"]
