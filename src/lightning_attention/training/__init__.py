@@ -1,1 +1,1 @@
-"""Train a small TransNormer on text: configuration, data, trainer, checkpoints, generation."""
+"""Train a small TransNormer on text: configuration, data, trainer, checkpoints."""

@@ -1,4 +1,4 @@
-"""The model that a configuration asks for, and how it is read and written."""
+"""The model that a configuration asks for."""
 
 from __future__ import annotations
 

@@ -25,11 +25,9 @@ def sweep_forward(
     ``segments_in_flight`` are swept at once, by programs that go on to others.
     """
     tiles, _, (q_view, k_view, v_view), (_, out_view) = tiling
-    sweep = sweep_for(tiles.hopper)
+    sweep = sweep_for(tiles.sweep)
     _, T, H, D = k.shape
     E = v.shape[3]
-    if tiles.hopper:
-        dispatch.bind_context(k)
     states = final if final is not None else initial
     strides = (H * D * E, D * E) if states is None else states.stride()[:2]
     count = plan.segment_count
@@ -113,9 +111,7 @@ def attention_backward(
             segments, log_decay, cu_seqlens, N, T, (local_before, states_before), (local_after, grads_after),
             initial_state, dfinal,
         )  # fmt: skip
-    sweep = sweep_for(tiles.hopper)
-    if tiles.hopper:
-        dispatch.bind_context(k)
+    sweep = sweep_for(tiles.sweep)
     read, narrow, write = sweep.read, sweep.narrow, sweep.write
     BD, BE, TD, TE = tiles.BD, tiles.BE, tiles.TD, tiles.TE
     initial, ahead = (initial_state, dfinal) if segments.uses_initial_state else (None, None)

@@ -39,7 +39,7 @@ def decay_gradient(
         *read(q), *read(k), *read(v), *read(dout), log_decay, initial, dfinal, states_before, grads_after, partial,
         plan.segment_table, plan.segments_per_sequence, plan.segment_rows, T, H, D, E, scale,
     )  # fmt: skip
-    dispatch.specialized(decay_gradient_kernel, (partial.numel(), 1, 1), args, (tiles,), tiles.warps, 0)
+    dispatch.specialized(decay_gradient_kernel, (partial.numel(), 1, 1), args, (tiles,), tiles.warps, q.get_device())
     return partial.sum((0, 2))
 
 

@@ -29,15 +29,15 @@ def dense(x: Tensor | None) -> Tensor | None:
 _thread = threading.local()
 
 
-def bind_context(x: Tensor) -> None:
+def bind_context(device: int) -> None:
     """Make the device's context current in this thread: encoding a descriptor needs one and does not make it.
 
     Autograd runs a backward pass in a thread of its own, whose first use of the device may be that. Any launch through
     the CUDA runtime does it, also while a graph is captured.
     """
-    if getattr(_thread, "bound", None) != x.device:
-        torch.zeros(1, device=x.device)
-        _thread.bound = x.device
+    if device >= 0:  # the interpreter has tensors on the CPU
+        torch.zeros(1, device=torch.device("cuda", device))
+    _thread.bound = device
 
 
 Result = TypeVar("Result")
@@ -154,6 +154,8 @@ def run(
     Triton looks at every argument of every call to find out whether it has compiled for the like of it, descriptors at
     greatest length: 70 µs forward and 400 backward. Here a kernel is found by the types of its arguments.
     """
+    if getattr(_thread, "bound", None) != device:
+        bind_context(device)
     name = id(kernel)  # a kernel's own hash is that of its source
     found = _signatures.get(name)
     if found is None:

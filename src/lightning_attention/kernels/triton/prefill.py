@@ -85,7 +85,7 @@ def _snapshots(
     _, T, H, D = k.shape
     E, (N, P) = v.shape[3], snapshot_at.shape
     tiles, _, (_, k_view, v_view), _ = tiling
-    sweep = sweep_for(tiles.hopper)
+    sweep = sweep_for(tiles.sweep)
     args = (
         *sweep.read(k, k_view, tiles, tiles.BD), *sweep.read(v, v_view, tiles, tiles.TE), log_decay, state,
         *state.stride()[:2], slots, fresh, boundary_states, cu_seqlens, plan.first_boundary, snapshot_at.contiguous(),

@@ -22,14 +22,12 @@ def local_states(
     ``before``, k and v, is for the states before segments; ``after``, q and dout, for the gradients of those after
     them. ``views`` are of these four. With ``final`` [N, H, D, E] the last segments as well, and whole sequences there.
     """
-    sweep = sweep_for(tiles.hopper)
+    sweep = sweep_for(tiles.sweep)
     k, v = before or (None, None)
     q, dout = after or (None, None)
     some, other = before or after  # type: ignore[misc]
     _, T, H, D = some.shape
     E = other.shape[3]
-    if tiles.hopper:
-        dispatch.bind_context(some)
     count = plan.full_segments * plan.pieces
     if after is not None or final is not None:  # a last segment of a sequence is a first one with time reversed
         count += plan.segment_count - plan.full_segments

@@ -15,14 +15,16 @@ PIECES = 4  # of a segment, at most: a power of two
 
 
 class Tiles(NamedTuple):
-    """C rows a block, TD and TE columns of D and E a program, of BD and BE, the next powers of two.
+    """Which of ``sweeps``, and its sizes: C rows a block, TD and TE columns of D and E a program.
+
+    BD and BE are the next powers of two.
 
     even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
     (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. Kernels get
     all of this as one constant.
     """
 
-    hopper: bool
+    sweep: str
     C: int
     BD: int
     BE: int
@@ -66,7 +68,7 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
         BD, BE = max(BD, 64), max(BE, 64)
         # Two programs a multiprocessor: 96 KB each with two stages at 128, 88 KB with three at 64.
         stages = 2 if max(BD, BE) == 128 else 3
-        return Tiles(True, 64, BD, BE, 64, 64, 4, stages, 2)
+        return Tiles("hopper", 64, BD, BE, 64, 64, 4, stages, 2)
     # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
     # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
     amd, small = capability[0] == 0, capability[0] in (8, 12)
@@ -82,7 +84,7 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
         C, tile, warps, stages = 32, 64, 8, 1
         if amd:
             tile, warps = 32, 4
-    return with_tile(Tiles(False, C, BD, BE, 0, 0, warps, stages, 1), D, E, tile)
+    return with_tile(Tiles("portable", C, BD, BE, 0, 0, warps, stages, 1), D, E, tile)
 
 
 def with_tile(tiles: Tiles, D: int, E: int, tile: int) -> Tiles:

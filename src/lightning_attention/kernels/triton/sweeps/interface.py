@@ -27,9 +27,9 @@ class Sweep(NamedTuple):
 
 
 @cache
-def sweep_for(hopper: bool) -> Sweep:
-    """The sweep that tiles are for."""
-    if hopper:
+def sweep_for(name: str) -> Sweep:
+    """The sweep that tiles name."""
+    if name == "hopper":
         from lightning_attention.kernels.triton.sweeps import hopper as gluon  # Gluon is not there on every platform
 
         return gluon.SWEEP
