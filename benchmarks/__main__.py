@@ -37,6 +37,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     if not options.case and not options.render:
         parser().print_help()
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
                     peers=options.peers,
                     backend=options.backend,
                     out=options.out,
-                    program="python -m benchmarks",
+                    command=["python", "-m", "benchmarks", *arguments],
                 )
             )
     except case.OptionError as error:

@@ -92,7 +92,7 @@ def run(
     peers: str | None = None,
     backend: str | None = None,
     out: Path,
-    program: str = "lightning-attention",
+    command: Sequence[str] | None = None,
 ) -> list[Record]:
     """Measure, write ``out/name-device.json`` as it goes, show it; the records of our own failures.
 
@@ -112,7 +112,7 @@ def run(
     if scale not in case.scales:
         raise OptionError("--quick" if quick else "--device", f"{name} has no such choice")
     chosen = _choose(case, name, peers, known_peers, device)
-    report = Report(out / f"{name}-{slug(device)}.json", environment(device, chosen, program))
+    report = Report(out / f"{name}-{slug(device)}.json", environment(device, chosen, command))
     at_work = Run(report, device, case.scales[scale], chosen, backend)
     if not first_process():
         at_work.say = len
