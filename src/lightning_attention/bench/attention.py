@@ -34,6 +34,7 @@ class Problem:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.sizes = asdict(shape) | {"dtype": dtype}  # as a record has them
         generator = torch.Generator(device).manual_seed(0)
         size = (shape.B, shape.T, shape.H, shape.D)
         self.tensors = [torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(4)]

@@ -40,8 +40,10 @@ class Run:
     backend: str | None = None
     say: Callable[[str], object] = field(default=partial(print, flush=True))
 
-    def add(self, suite: str, **record: Any) -> None:
-        """Put a record into the report, and say what it is of and what came out."""
+    def add(self, suite: str, peer: Peer | None = None, **record: Any) -> None:
+        """Put a record, of an implementation if given, into the report; say what it is of and what came out."""
+        if peer is not None:
+            record = {"implementation": peer.name, "label": peer.label} | record
         words = []
         for key, value in self.report.add(suite, **record).items():
             if key not in ("suite", "label", "first_call_s", "peak_bytes"):
