@@ -49,23 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
             case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    failures = 0
+    asked = {name: getattr(options, name) for name in ("quick", "peers", "backend", "out")}
+    command, failures = ["python", "-m", "benchmarks", *arguments], 0
     try:
         device = case.find_device(options.device)
         for name in options.case:
-            failures += len(
-                case.run(
-                    find.case(name),
-                    name,
-                    device,
-                    known_peers=find.peers(),
-                    quick=options.quick,
-                    peers=options.peers,
-                    backend=options.backend,
-                    out=options.out,
-                    command=["python", "-m", "benchmarks", *arguments],
-                )
-            )
+            failures += len(case.run(find.case(name), name, device, known_peers=find.peers(), command=command, **asked))
     except case.OptionError as error:
         parser().error(f"{error.option}: {error}")
     return min(failures, 1)

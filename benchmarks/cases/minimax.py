@@ -27,7 +27,7 @@ from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_
 from lightning_attention.check import relative_error
 
 if TYPE_CHECKING:
-    from transformers import MiniMaxForCausalLM
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 THEIRS = "transformers"
@@ -77,18 +77,18 @@ class Given(nn.Module):
         return self.output
 
 
+def _config(hidden: int, heads: int, head_dim: int, layers: list[str], **more: Any) -> MiniMaxConfig:
+    from transformers import MiniMaxConfig
+
+    return MiniMaxConfig(hidden_size=hidden, num_attention_heads=heads, head_dim=head_dim, layer_types=layers,
+                         num_hidden_layers=len(layers), **more)  # fmt: skip
+
+
 def make_layer(size: Size, device: torch.device) -> MiniMaxLightningAttention:
     """One layer in evaluation with random weights that keep the variance, in the size's dtype, buffers too."""
-    from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-    config = MiniMaxConfig(
-        hidden_size=size.hidden,
-        num_attention_heads=size.heads,
-        head_dim=size.head_dim,
-        num_hidden_layers=LAYERS,
-        layer_types=["linear_attention"] * LAYERS,
-    )
+    config = _config(size.hidden, size.heads, size.head_dim, ["linear_attention"] * LAYERS)
     torch.manual_seed(0)
     with device:
         layer = MiniMaxLightningAttention(config, LAYER)
@@ -190,22 +190,13 @@ def measure(run: Run) -> None:
 
 def make_model(size: Size, device: torch.device) -> MiniMaxForCausalLM:
     """A small MiniMax in float32, 7 linear layers to 1 softmax layer, with random weights."""
-    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+    from transformers import MiniMaxForCausalLM
 
-    config = MiniMaxConfig(
-        vocab_size=4096,
-        hidden_size=min(size.hidden, 1024),
-        intermediate_size=512,
-        num_hidden_layers=8,
-        layer_types=["linear_attention"] * 7 + ["full_attention"],
-        num_attention_heads=min(size.heads, 8),
-        num_key_value_heads=2,
-        head_dim=size.head_dim,
-        num_local_experts=4,
-        initializer_range=0.05,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
+    config = _config(
+        min(size.hidden, 1024), min(size.heads, 8), size.head_dim, ["linear_attention"] * 7 + ["full_attention"],
+        vocab_size=4096, intermediate_size=512, num_key_value_heads=2, num_local_experts=4, initializer_range=0.05,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
     torch.manual_seed(0)
     with device:
         return MiniMaxForCausalLM(config).eval()

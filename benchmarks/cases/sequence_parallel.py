@@ -6,14 +6,12 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.harness.errors import within
-from lightning_attention import lightning_attention
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ours
@@ -43,15 +41,6 @@ SCALES = {
 }
 
 
-def _call(
-    leaves: list[Tensor], do: Tensor, log_decay: Tensor, pass_: str, group: dist.ProcessGroup | None
-) -> list[Tensor]:
-    """The output of a slice, and with ``BOTH`` the gradients of q, k and v."""
-    q, k, v = leaves
-    out = lightning_attention(q, k, v, log_decay, group=group).output
-    return [out] if pass_ == FORWARD else [out.detach(), *torch.autograd.grad(out, leaves, do)]
-
-
 def measure(run: Run) -> None:
     """Every number of tokens, forward and forward+backward, alone and in the group of all ranks.
 
@@ -74,27 +63,18 @@ def measure(run: Run) -> None:
 def _measure(run: Run, T: int) -> None:
     scale, device, ranks, rank = run.scale, run.device, dist.get_world_size(), dist.get_rank()
     whole = Problem(Shape(1, ranks * T, scale.H, scale.D), scale.dtype, device)  # the same on every rank
-    log_decay = whole.log_decay
     own = slice(rank * T, (rank + 1) * T)
-    *leaves, do = (x[:, own].clone() for x in whole.tensors)
-    found = None
+    part, alone, together = whole.changed(lambda x: x[:, own].clone()), ours(), ours(group=dist.group.WORLD)
+    judged: dict[str, Any] = {}
     if min(scale.tokens) == T:
-        *every, do_every = whole.inputs(ours(), grad=True)
-        mine = _call([x.requires_grad_() for x in leaves], do, log_decay, BOTH, dist.group.WORLD)
-        wanted = _call(every, do_every, log_decay, BOTH, None)
-        error = _largest(max(relative_error(a, b[:, own]) for a, b in zip(mine, wanted, strict=True)), device)
-        del every, do_every, mine, wanted
-        found = within(scale.budget, error)
-    sizes = whole.sizes | {"T": T}
+        pairs = zip(part.results(together), whole.results(alone), strict=True)
+        judged = within(scale.budget, _largest(max(relative_error(a, b[:, own]) for a, b in pairs), device))
     del whole
     for pass_ in (FORWARD, BOTH):
-        for x in leaves:
-            x.requires_grad_(pass_ == BOTH)
-        for group in (None, dist.group.WORLD):
-            call = partial(_call, leaves, do, log_decay, pass_, group)
-            record = {"ranks": 1 if group is None else ranks, "pass": pass_} | sizes
-            record |= asdict(Timing.of(_samples(call, scale.repeats, device)))
-            run.add(SUITE, ours(), **record, **(found if found and group is not None and pass_ == BOTH else {}))
+        for peer in (alone, together):
+            record = part.sizes | {"T": T, "ranks": 1 if peer is alone else ranks, "pass": pass_}
+            record |= asdict(Timing.of(_samples(part.call(peer, pass_), scale.repeats, device)))
+            run.add(SUITE, peer, **record, **(judged if peer is together and pass_ == BOTH else {}))
 
 
 def _samples(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:

@@ -204,30 +204,20 @@ def measure(run: Run) -> None:
     scale: Scale = run.scale
     rate = copy_rate(run.device)
     run.add("copy", bytes_per_second=rate)
-    row = partial(_row, run, rate)
     for state in (torch.float32, torch.bfloat16):
         for N in scale.decode:
-            row(DECODE, f"N = {N}", (1,) * N, state=state)
-    row(DECODE, "N = 1", (1,), what=HOST)
+            _row(run, rate, DECODE, f"N = {N}", (1,) * N, state=state)
+    _row(run, rate, HOST, "N = 1", (1,))
     for name, lengths, fresh in scale.packings:
-        row(PREFILL, name, lengths, fresh=fresh)
+        _row(run, rate, PREFILL, name, lengths, fresh=fresh)
     N, drafts = scale.drafts
-    row(SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
+    _row(run, rate, SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
 
 
-def _row(
-    run: Run,
-    rate: float,
-    operation: str,
-    size: str,
-    lengths: tuple[int, ...],
-    *,
-    what: str | None = None,
-    state: torch.dtype = torch.float32,
-    fresh: bool = False,
-) -> None:
-    """An operation on sequences of these lengths; ``what`` names the row where the operation does not."""
-    what, scale, device = what or operation, run.scale, run.device
+def _row(run: Run, rate: float, what: str, size: str, lengths: tuple[int, ...], *,
+         state: torch.dtype = torch.float32, fresh: bool = False) -> None:  # fmt: skip
+    """An operation, or decode's time on the host, on sequences of these lengths."""
+    operation, scale, device = DECODE if what == HOST else what, run.scale, run.device
     problem = Problem(scale, lengths, state, fresh, device)
     able = [p for p in (OWN, *run.peers, *OTHER_WAYS) if operation in p.operations and state in p.states]
     calls: dict[str, Call] = {}

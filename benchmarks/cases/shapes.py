@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import copy_rate
-from lightning_attention import lightning_attention
 from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, measure, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.lengths import time_per_token
@@ -63,21 +62,15 @@ def reference(problem: Problem) -> dict[str, Tensor]:
 
     By the tiled backend, which the tests hold against the recurrence: the recurrence itself would take minutes.
     """
-    q, k, v, do = (_slice(x).double() for x in problem.tensors)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    log_decay = _slice(problem.log_decay[None, None])[0, 0]
-    out = lightning_attention(q, k, v, log_decay, backend="tiled").output
-    return dict(zip(COMPARED, (out.detach(), *torch.autograd.grad(out, (q, k, v), do)), strict=True))
+    sliced = problem.changed(lambda x: _slice(x).double())
+    sliced.log_decay = _slice(problem.log_decay[None, None])[0, 0]
+    return dict(zip(COMPARED, sliced.results(ours("tiled")), strict=True))
 
 
 def errors(problem: Problem, peer: Peer, wanted: dict[str, Tensor]) -> dict[str, float]:
     """Relative Frobenius errors of the implementation's output and gradients on the slice."""
-    q, k, v, do = problem.inputs(peer, grad=True)
-    out = peer.attention()(q, k, v, problem.log_decay)
-    found = [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
-    if peer.heads_first:
-        found = [x.transpose(1, 2) for x in found]
-    return {name: relative_error(_slice(x), wanted[name]) for name, x in zip(COMPARED, found, strict=True)}
+    found = zip(COMPARED, problem.results(peer), strict=True)
+    return {name: relative_error(_slice(x), wanted[name]) for name, x in found}
 
 
 def measure_shapes(run: Run) -> None:

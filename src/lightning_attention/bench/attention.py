@@ -1,7 +1,10 @@
 """Time and memory of one shape: forward, backward, and both."""
 
+from __future__ import annotations
+
 import gc
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +47,19 @@ class Problem:
         """q, k, v and the output's gradient, laid out as the peer wants them; ``grad``: q, k, v require theirs."""
         *qkv, do = (x.transpose(1, 2).contiguous() if peer.heads_first else x for x in self.tensors)
         return [*(x.detach().requires_grad_(grad) for x in qkv), do]
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same with other tensors: what ``change`` makes of each."""
+        found = copy(self)
+        found.tensors = [change(x) for x in self.tensors]
+        return found
+
+    def results(self, peer: Peer) -> list[Tensor]:
+        """The output and the gradients of q, k and v, each [B, T, H, D]."""
+        q, k, v, do = self.inputs(peer, grad=True)
+        out = peer.attention()(q, k, v, self.log_decay)
+        found = [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
+        return [x.transpose(1, 2) for x in found] if peer.heads_first else found
 
     def call(self, peer: Peer, pass_: str) -> Call:
         """A call that runs one pass on tensors laid out as the implementation wants them."""
