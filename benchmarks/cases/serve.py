@@ -117,21 +117,16 @@ def _llama(scale: Scale) -> LlamaForCausalLM:
     from lightning_attention.models.transnormer import TransnormerConfig
 
     ours = TransnormerConfig.from_name("385M", **scale.model)
-    width, multiple = ours.decoder_embed_dim, 32
+    width = ours.decoder_embed_dim
     # Five projections of ours, with the gate's, against four; both have three in the MLP.
-    intermediate = multiple * round((ours.glu_dim + width / 3) / multiple)
+    intermediate = 32 * round((ours.glu_dim + width / 3) / 32)
     AttentionInterface.register(_ATTENTION, _attend)  # for a name without a mask of its own transformers makes none
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=width,
-            num_hidden_layers=ours.decoder_layers,
-            num_attention_heads=ours.decoder_attention_heads,
-            intermediate_size=intermediate,
-            max_position_embeddings=1 << 21,
-        ),
-        attn_implementation=_ATTENTION,
-    )
+    config = LlamaConfig(
+        vocab_size=ours.vocab_size, hidden_size=width, num_hidden_layers=ours.decoder_layers,
+        num_attention_heads=ours.decoder_attention_heads, intermediate_size=intermediate,
+        max_position_embeddings=1 << 21,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
 
 
 def _attend(
@@ -204,9 +199,8 @@ def _generate_softmax(
     heads, head_dim = config.num_key_value_heads, config.head_dim
     needed = 2 * B * context * config.num_hidden_layers * heads * head_dim * scale.dtype.itemsize
     if needed > _free_bytes(device):
-        raise torch.OutOfMemoryError(
-            f"a cache of {needed / 1e9:.1f} GB in {_free_bytes(device) / 1e9:.1f} GB of memory"
-        )
+        free = f"{_free_bytes(device) / 1e9:.1f} GB of memory"
+        raise torch.OutOfMemoryError(f"a cache of {needed / 1e9:.1f} GB in {free}")
     cache = StaticCache(config, max_cache_len=context)
     cache.early_initialization(B, heads, head_dim, scale.dtype, device)
     for layer in cache.layers:

@@ -1,5 +1,6 @@
 """Shapes of training: time, part of the memory floor, peak memory, and errors against float64."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -44,7 +45,7 @@ SCALES = {
 
 def unit_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of one tensor of the shape."""
-    return shape.B * shape.T * shape.H * shape.D * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 def floor_ms(shape: Shape, pass_: str, dtype: torch.dtype, bytes_per_second: float) -> float:
@@ -127,7 +128,7 @@ def table(records: list[Record], found_errors: list[Record]) -> Iterator[Table]:
     peers = [r["implementation"] for r in records]
     by_peer = sorted(records, key=lambda r: peers.index(r["implementation"]))
     title = "ms (part of the memory floor; peers: times slower than ours)"
-    return pivot(title, {"B, T, H, D": lambda r: str(_shape(r))}, [*by_peer, *found_errors], cells)
+    return pivot(title, {"B, T, H, D": lambda r: ", ".join(map(str, _shape(r)))}, [*by_peer, *found_errors], cells)
 
 
 def _worst(found: Record) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """[B, T, H, D], with E = D."""
 
     B: int
@@ -28,19 +27,15 @@ class Shape:
     H: int
     D: int
 
-    def __str__(self) -> str:
-        return f"{self.B}, {self.T}, {self.H}, {self.D}"
-
 
 class Problem:
     """Random normal q, k, v and output gradient of a shape, with ALiBi decays."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.sizes = asdict(shape) | {"dtype": dtype}  # as a record has them
+        self.sizes = shape._asdict() | {"dtype": dtype}  # as a record has them
         generator = torch.Generator(device).manual_seed(0)
-        size = (shape.B, shape.T, shape.H, shape.D)
-        self.tensors = [torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(4)]
+        self.tensors = [torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(4)]
         self.log_decay = decay.alibi(shape.H).to(device)
 
     def inputs(self, peer: Peer, *, grad: bool) -> list[Tensor]:
@@ -49,7 +44,7 @@ class Problem:
         return [*(x.detach().requires_grad_(grad) for x in qkv), do]
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        """The same with other tensors: what ``change`` makes of each."""
+        """The same with other tensors, what ``change`` makes of each; ``sizes`` stay those of the whole."""
         found = copy(self)
         found.tensors = [change(x) for x in self.tensors]
         return found
