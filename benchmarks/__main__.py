@@ -37,6 +37,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     if not options.case and not options.render:
         parser().print_help()
@@ -48,23 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
             case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    failures = 0
+    asked = {name: getattr(options, name) for name in ("quick", "peers", "backend", "out")}
+    command, failures = ["python", "-m", "benchmarks", *arguments], 0
     try:
         device = case.find_device(options.device)
         for name in options.case:
-            failures += len(
-                case.run(
-                    find.case(name),
-                    name,
-                    device,
-                    known_peers=find.peers(),
-                    quick=options.quick,
-                    peers=options.peers,
-                    backend=options.backend,
-                    out=options.out,
-                    program="python -m benchmarks",
-                )
-            )
+            failures += len(case.run(find.case(name), name, device, known_peers=find.peers(), command=command, **asked))
     except case.OptionError as error:
         parser().error(f"{error.option}: {error}")
     return min(failures, 1)

@@ -16,10 +16,5 @@ SCALES = {
     "cpu": Sweep(doublings(512, 16_384), 4, 64, torch.float32, tokens=16_384, limit_s=1, seconds=0.4),
 }
 
-CASE = Case(
-    partial(sweep, suite="constancy"),
-    partial(show, suite="constancy"),
-    SCALES,
-    operations=(ATTENTION,),
-    backends=True,
-)
+MEASURE, SHOW = partial(sweep, suite="constancy"), partial(show, suite="constancy")
+CASE = Case(MEASURE, SHOW, SCALES, operations=(ATTENTION,), backends=True)

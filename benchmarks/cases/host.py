@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -14,13 +13,11 @@ from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Report
 
 SUITE = "host"
-
-
 SHAPE = Shape(1, 64, 1, 64)
 REPEATS = {"cuda": 400, "cpu": 40}  # on a CPU the work itself is in the time, which a second or two is enough for
 
 
-def _us(problem: Problem, peer: Peer, pass_: str, repeats: int) -> dict[str, Any]:
+def _us(problem: Problem, peer: Peer, pass_: str, repeats: int) -> dict[str, float]:
     call = problem.call(peer, pass_)
     call()
     return {"us": host_us(call, problem.device, repeats=repeats)}
@@ -31,18 +28,13 @@ def measure(run: Run) -> None:
     problem = Problem(SHAPE, torch.bfloat16, run.device)
     for i in [ours(run.backend), *run.peers]:
         for pass_ in (FORWARD, BOTH):
-            result = result_or_error(partial(_us, problem, i, pass_, run.scale))
-            run.add(SUITE, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
+            run.add(SUITE, i, **{"pass": pass_}, **result_or_error(partial(_us, problem, i, pass_, run.scale)))
 
 
 def show(report: Report) -> Iterator[Shown]:
     """One table."""
-    if records := report.find(SUITE):
-        title = "CPU time of an eager call (µs)"
-        yield pivot(
-            title, [""], records, lambda r: (r["label"],),
-            lambda r: {r["pass"]: f"{r['us']:.1f}" if "us" in r else "failed"},
-        )  # fmt: skip
+    return pivot("CPU time of an eager call (µs)", {"": "label"}, report.find(SUITE),
+                 lambda r: {r["pass"]: f"{r['us']:.1f}" if "us" in r else "failed"})  # fmt: skip
 
 
 CASE = Case(measure, show, REPEATS, operations=(ATTENTION,), peers=("sdpa",), backends=True)

@@ -8,6 +8,7 @@ larger part. The errors are against float64, of the same rounded weights, in the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.errors import within
 from lightning_attention import lightning_attention
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import OURS
@@ -25,7 +27,7 @@ from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_
 from lightning_attention.check import relative_error
 
 if TYPE_CHECKING:
-    from transformers import MiniMaxForCausalLM
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
     from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 THEIRS = "transformers"
@@ -75,18 +77,18 @@ class Given(nn.Module):
         return self.output
 
 
+def _config(hidden: int, heads: int, head_dim: int, layers: list[str], **more: Any) -> MiniMaxConfig:
+    from transformers import MiniMaxConfig
+
+    return MiniMaxConfig(hidden_size=hidden, num_attention_heads=heads, head_dim=head_dim, layer_types=layers,
+                         num_hidden_layers=len(layers), **more)  # fmt: skip
+
+
 def make_layer(size: Size, device: torch.device) -> MiniMaxLightningAttention:
     """One layer in evaluation with random weights that keep the variance, in the size's dtype, buffers too."""
-    from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-    config = MiniMaxConfig(
-        hidden_size=size.hidden,
-        num_attention_heads=size.heads,
-        head_dim=size.head_dim,
-        num_hidden_layers=LAYERS,
-        layer_types=["linear_attention"] * LAYERS,
-    )
+    config = _config(size.hidden, size.heads, size.head_dim, ["linear_attention"] * LAYERS)
     torch.manual_seed(0)
     with device:
         layer = MiniMaxLightningAttention(config, LAYER)
@@ -99,11 +101,8 @@ def without_projections(layer: MiniMaxLightningAttention, x: Tensor) -> MiniMaxL
     """The same layer for this x, its three projections done beforehand or left out."""
     part = copy.copy(layer)
     part._modules = dict(layer._modules)
-    part.qkv_proj, part.output_gate, part.out_proj = (
-        Given(layer.qkv_proj(x)),
-        Given(layer.output_gate(x)),
-        nn.Identity(),
-    )
+    part.qkv_proj, part.output_gate = Given(layer.qkv_proj(x)), Given(layer.output_gate(x))
+    part.out_proj = nn.Identity()
     return part
 
 
@@ -134,23 +133,22 @@ def cache_of(state: Tensor | None, dtype: torch.dtype) -> MiniMaxCache:
 def _read(run: Run, layers: dict[str, MiniMaxLightningAttention], name: str, batch: int, tokens: int) -> None:
     size, device, theirs = run.scale, run.device, layers[THEIRS]
     x = torch.randn(batch, tokens, size.hidden, dtype=size.dtype, device=device)
-    row = {"case": name, "B": batch, "T": tokens, "dtype": size.dtype}
-    row |= {"hidden": size.hidden, "H": size.heads, "D": size.head_dim}
+    row = {"case": name, "B": batch, "T": tokens, "dtype": size.dtype, "hidden": size.hidden, "H": size.heads,
+           "D": size.head_dim}  # fmt: skip
     state = None
     if name != "prompt":  # one that a prompt leaves, rounded so that both start from the same
         before = torch.randn(1, 512, size.hidden, dtype=size.dtype, device=device)
         state = layers[OURS](before, None, None)[1].to(size.dtype).expand(batch, -1, -1, -1)
     wanted = in_float64(theirs, x, state)
-    errors = {}
-    for which, layer in layers.items():
-        cache = cache_of(state, size.dtype if which == THEIRS else torch.float32)
-        errors[which] = relative_error(layer(x, None, None, cache)[0], wanted)
-    del wanted
-
+    errors: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     for which, layer in layers.items():
+        kept = size.dtype if which == THEIRS else torch.float32
+        error = relative_error(layer(x, None, None, cache_of(state, kept))[0], wanted)
+        errors[which] = within(BUDGETS[size.dtype] if which == OURS else math.inf, error)
         for part, module in (("layer", layer), ("between projections", without_projections(layer, x))):
-            calls[f"{which}/{part}"] = _call(module, x, state, size.dtype if which == THEIRS else torch.float32)
+            calls[f"{which}/{part}"] = _call(module, x, state, kept)
+    del wanted
     mixed = torch.randn(batch, tokens, size.heads * size.head_dim, dtype=size.dtype, device=device)
     calls[f"{THEIRS}/projections"] = lambda: (theirs.qkv_proj(x), theirs.output_gate(x), theirs.out_proj(mixed))
     peaks = {}
@@ -160,11 +158,7 @@ def _read(run: Run, layers: dict[str, MiniMaxLightningAttention], name: str, bat
     for key, timing in time_calls(calls, device, seconds=size.seconds).items():
         which, part = key.split("/")
         record = row | {"part": part, "implementation": which} | asdict(timing) | {"peak_bytes": peaks[key]}
-        if part == "layer":
-            record["relative_error"] = errors[which]
-            if which == OURS and not errors[which] <= BUDGETS[size.dtype]:
-                record["error"] = f"relative error {errors[which]:.1e}, allowed {BUDGETS[size.dtype]:.0e}"
-        run.add("minimax layer", **record)
+        run.add("minimax layer", **record, **(errors[which] if part == "layer" else {}))
 
 
 def _call(layer: MiniMaxLightningAttention, x: Tensor, state: Tensor | None, dtype: torch.dtype) -> Call:
@@ -196,22 +190,13 @@ def measure(run: Run) -> None:
 
 def make_model(size: Size, device: torch.device) -> MiniMaxForCausalLM:
     """A small MiniMax in float32, 7 linear layers to 1 softmax layer, with random weights."""
-    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+    from transformers import MiniMaxForCausalLM
 
-    config = MiniMaxConfig(
-        vocab_size=4096,
-        hidden_size=min(size.hidden, 1024),
-        intermediate_size=512,
-        num_hidden_layers=8,
-        layer_types=["linear_attention"] * 7 + ["full_attention"],
-        num_attention_heads=min(size.heads, 8),
-        num_key_value_heads=2,
-        head_dim=size.head_dim,
-        num_local_experts=4,
-        initializer_range=0.05,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
+    config = _config(
+        min(size.hidden, 1024), min(size.heads, 8), size.head_dim, ["linear_attention"] * 7 + ["full_attention"],
+        vocab_size=4096, intermediate_size=512, num_key_value_heads=2, num_local_experts=4, initializer_range=0.05,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
     torch.manual_seed(0)
     with device:
         return MiniMaxForCausalLM(config).eval()
@@ -248,33 +233,23 @@ def _generate(model: MiniMaxForCausalLM, ids: Tensor, count: int) -> Tensor:
 
 def show(report: Report) -> Iterator[Shown]:
     """A table for the layer, and one for the model."""
-
-    def place(r: Record) -> tuple[str, ...]:
-        return r["case"], r["part"], f"{r['B']:,}", f"{r['T']:,}"
-
+    keys = ("case", "part", "B", "T")
     layers = report.find("minimax layer")
-    theirs = {place(r): r["ms"] for r in layers if r["implementation"] == THEIRS}
+    theirs = {tuple(r[key] for key in keys): r["ms"] for r in layers if r["implementation"] == THEIRS}
 
-    def cells(r: Record) -> dict[str, str]:
+    def of_layer(r: Record) -> dict[str, str]:
         whose = r["implementation"]
         error = {f"{whose}\nerror": f"{r['relative_error']:.1e}"} if "relative_error" in r else {}
-        ratio = {"faster": f"{theirs[place(r)] / r['ms']:.2f} ×"} if whose == OURS else {}
+        ratio = {"faster": f"{theirs[tuple(r[key] for key in keys)] / r['ms']:.2f} ×"} if whose == OURS else {}
         return {f"{whose}\nms": f"{r['ms']:.4g}"} | error | ratio
 
-    if layers:
-        yield pivot("MiniMax, one linear layer", ["case", "part", "B", "T"], layers, place, cells, words=2)
-    if models := report.find("minimax model"):
-        yield pivot(
-            "MiniMax, a small model",
-            ["attention", "B", "prompt"],
-            models,
-            lambda r: (r["implementation"], str(r["B"]), f"{r['prompt']:,}"),
-            lambda r: {
-                "prompt ms": f"{r['prompt_ms']:.4g}",
-                "tokens/s": f"{r['tokens_per_s']:,.0f}",
-                "equal text": "yes" if r["equal_text"] else "NO",
-            },
-        )
+    def of_model(r: Record) -> dict[str, str]:
+        equal = "yes" if r["equal_text"] else "NO"
+        return {"prompt ms": f"{r['prompt_ms']:.4g}", "tokens/s": f"{r['tokens_per_s']:,.0f}", "equal text": equal}
+
+    yield from pivot("MiniMax, one linear layer", {key: key for key in keys}, layers, of_layer, words=2)
+    by = {"attention": "implementation", "B": "B", "prompt": "prompt"}
+    yield from pivot("MiniMax, a small model", by, report.find("minimax model"), of_model)
 
 
 CASE = Case(measure, show, SIZES, needs=("transformers",))

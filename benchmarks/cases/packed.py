@@ -1,23 +1,21 @@
 """Packed batches of equal, skewed and random lengths, against dense ones of as many tokens."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from lightning_attention import lightning_attention
+from lightning_attention.bench import attention
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.peers import ours
 from lightning_attention.bench.render import pivot
-from lightning_attention.bench.report import Report
-from lightning_attention.bench.timing import Call, time_calls
+from lightning_attention.bench.report import Record, Report
 
 SUITE = "packed"
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """So many tokens in all, with each number of heads."""
 
     tokens: int
@@ -53,51 +51,30 @@ def packings(tokens: int) -> dict[str, list[int]]:
 def measure(run: Run) -> None:
     """Packed batches against one dense sequence of as many tokens, and against 16 dense ones."""
     scale: Scale = run.scale
+    dense = {f"dense {B} × {scale.tokens // B}": [scale.tokens // B] * B for B in (1, 16)}
     for H in scale.heads:
-        for B in (1, 16):
-            T = scale.tokens // B
-            _measure(run, Shape(B, T, H, scale.D), f"dense {B} × {T}", None)
-        for name, lengths in packings(scale.tokens).items():
-            _measure(run, Shape(1, scale.tokens, H, scale.D), name, lengths)
-
-
-def _measure(run: Run, shape: Shape, name: str, lengths: list[int] | None) -> None:
-    problem, cu_seqlens = Problem(shape, run.scale.dtype, run.device), None
-    if lengths is not None:
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=run.device).cumsum(0, dtype=torch.int32)
-    q, k, v, do = problem.tensors
-    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, problem.log_decay, cu_seqlens=cu_seqlens, backend=run.backend).output
-
-    calls: dict[str, Call] = {
-        FORWARD: lambda: forward(q, k, v),
-        BOTH: lambda: torch.autograd.grad(forward(*leaves), leaves, do),
-    }
-    for call in calls.values():
-        call()
-    sequences = shape.B if lengths is None else len(lengths)
-    for pass_, timing in time_calls(calls, run.device, seconds=run.scale.seconds).items():
-        row = asdict(shape) | {"packing": name, "sequences": sequences, "pass": pass_}
-        run.add(SUITE, **row, **asdict(timing))
+        for name, lengths in (dense | packings(scale.tokens)).items():
+            B, bounds = len(lengths) if name in dense else 1, None
+            if name not in dense:
+                bounds = torch.tensor([0, *lengths], device=run.device).cumsum(0, dtype=torch.int32)
+            problem = Problem(Shape(B, scale.tokens // B, H, scale.D), scale.dtype, run.device)
+            peer = ours(run.backend, cu_seqlens=bounds)
+            for pass_ in (FORWARD, BOTH):
+                (result,) = attention.measure([peer], problem, pass_, seconds=scale.seconds).values()
+                row = problem.sizes | {"packing": name, "sequences": len(lengths), "pass": pass_}
+                run.add(SUITE, peer, **row, **result)
 
 
 def show(report: Report) -> Iterator[Shown]:
     """Each batch's time, and what it is of that of one dense sequence of as many tokens."""
     records = report.find(SUITE)
-    dense: dict[tuple[int, str], float] = {}
-    for r in records:
-        dense.setdefault((r["H"], r["pass"]), r["ms"])
-    if records:
-        yield pivot(
-            "Packed batches (ms; over one dense sequence of as many tokens)",
-            ["H", "batch"],
-            records,
-            lambda r: (str(r["H"]), r["packing"]),
-            lambda r: {r["pass"]: f"{r['ms']:.4f} ({r['ms'] / dense[r['H'], r['pass']]:.2f})"},
-            words=2,
-        )
+    dense = {(r["H"], r["pass"]): r["ms"] for r in reversed(records) if "ms" in r}  # the first of each
+
+    def cells(r: Record) -> dict[str, str]:
+        return {r["pass"]: f"{r['ms']:.4f} ({r['ms'] / dense[r['H'], r['pass']]:.2f})" if "ms" in r else "failed"}
+
+    title = "Packed batches (ms; over one dense sequence of as many tokens)"
+    yield from pivot(title, {"H": "H", "batch": "packing"}, records, cells, words=2)
 
 
 CASE = Case(measure, show, SCALES, backends=True)

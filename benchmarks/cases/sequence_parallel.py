@@ -6,18 +6,17 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from lightning_attention import decay, lightning_attention
-from lightning_attention.bench.attention import BOTH, FORWARD
+from benchmarks.harness.errors import within
+from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.peers import OURS
+from lightning_attention.bench.peers import ours
 from lightning_attention.bench.render import pivot
-from lightning_attention.bench.report import Report
+from lightning_attention.bench.report import Record, Report
 from lightning_attention.bench.timing import Timing, wall_ms
 from lightning_attention.check import relative_error
 
@@ -42,15 +41,6 @@ SCALES = {
 }
 
 
-def _call(
-    leaves: list[Tensor], do: Tensor, log_decay: Tensor, pass_: str, group: dist.ProcessGroup | None
-) -> list[Tensor]:
-    """The output of a slice, and with ``BOTH`` the gradients of q, k and v."""
-    q, k, v = leaves
-    out = lightning_attention(q, k, v, log_decay, group=group).output
-    return [out] if pass_ == FORWARD else [out.detach(), *torch.autograd.grad(out, leaves, do)]
-
-
 def measure(run: Run) -> None:
     """Every number of tokens, forward and forward+backward, alone and in the group of all ranks.
 
@@ -72,32 +62,19 @@ def measure(run: Run) -> None:
 
 def _measure(run: Run, T: int) -> None:
     scale, device, ranks, rank = run.scale, run.device, dist.get_world_size(), dist.get_rank()
-    generator = torch.Generator(device).manual_seed(0)  # the same whole sequence on every rank
-    shape = (1, ranks * T, scale.H, scale.D)
-    whole = [torch.randn(shape, generator=generator, dtype=scale.dtype, device=device) for _ in range(4)]
-    log_decay = decay.alibi(scale.H).to(device)
+    whole = Problem(Shape(1, ranks * T, scale.H, scale.D), scale.dtype, device)  # the same on every rank
     own = slice(rank * T, (rank + 1) * T)
-    *leaves, do = (x[:, own].clone() for x in whole)
-    error = None
+    part, alone, together = whole.changed(lambda x: x[:, own].clone()), ours(), ours(group=dist.group.WORLD)
+    judged: dict[str, Any] = {}
     if min(scale.tokens) == T:
-        *every, do_every = (x.detach().requires_grad_(i < 3) for i, x in enumerate(whole))
-        mine = _call([x.requires_grad_() for x in leaves], do, log_decay, BOTH, dist.group.WORLD)
-        wanted = _call(every, do_every, log_decay, BOTH, None)
-        error = _largest(max(relative_error(a, b[:, own]) for a, b in zip(mine, wanted, strict=True)), device)
+        pairs = zip(part.results(together), whole.results(alone), strict=True)
+        judged = within(scale.budget, _largest(max(relative_error(a, b[:, own]) for a, b in pairs), device))
     del whole
     for pass_ in (FORWARD, BOTH):
-        for x in leaves:
-            x.requires_grad_(pass_ == BOTH)
-        for group in (None, dist.group.WORLD):
-            call = partial(_call, leaves, do, log_decay, pass_, group)
-            record = {"implementation": OURS, "ranks": 1 if group is None else ranks, "pass": pass_, "B": 1, "T": T,
-                      "H": scale.H, "D": scale.D, "dtype": scale.dtype}  # fmt: skip
-            record |= asdict(Timing.of(_samples(call, scale.repeats, device)))
-            if error is not None and group is not None and pass_ == BOTH:
-                record["relative_error"] = error
-                if not error <= scale.budget:
-                    record["error"] = f"relative error {error:.1e}, allowed {scale.budget:.0e}"
-            run.add(SUITE, **record)
+        for peer in (alone, together):
+            record = part.sizes | {"T": T, "ranks": 1 if peer is alone else ranks, "pass": pass_}
+            record |= asdict(Timing.of(_samples(part.call(peer, pass_), scale.repeats, device)))
+            run.add(SUITE, peer, **record, **(judged if peer is together and pass_ == BOTH else {}))
 
 
 def _samples(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -118,15 +95,12 @@ def _largest(value: float, device: torch.device) -> float:
 
 def show(report: Report) -> Iterator[Shown]:
     """A row for each number of tokens, alone and in the group."""
-    if records := report.find(SUITE):
-        yield pivot(
-            "Sequence parallelism (ms of the slowest rank)",
-            ["T a rank"],
-            records,
-            lambda r: (f"{r['T']:,}",),
-            lambda r: {f"{r['pass']}\n{r['ranks']} rank" + "s" * (r["ranks"] > 1): f"{r['ms']:.3g}"},
-            words=0,
-        )
+    records = report.find(SUITE)
+
+    def cells(r: Record) -> dict[str, str]:
+        return {f"{r['pass']}\n{r['ranks']} rank{'s' * (r['ranks'] > 1)}": f"{r['ms']:.3g}"}
+
+    yield from pivot("Sequence parallelism (ms of the slowest rank)", {"T a rank": "T"}, records, cells, words=0)
     for r in records:
         if "relative_error" in r:
             yield f"outputs and gradients against the whole sequence on one device: {r['relative_error']:.1e}"

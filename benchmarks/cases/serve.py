@@ -6,8 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness.timing import captured
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, pivot
+from lightning_attention.bench.peers import OUR_MODEL
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, lines, pivot
 from lightning_attention.bench.report import Record, Report
-from lightning_attention.bench.timing import synchronize, wall_ms
+from lightning_attention.bench.timing import Timing, synchronize, wall_ms
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from lightning_attention.models.transnormer import TransnormerForCausalLM
 
-SUITE, OURS, SOFTMAX = "serve", "transnormer", "llama"
+SUITE, OURS, SOFTMAX = "serve", OUR_MODEL, "llama"
 LABELS = {OURS: "TransNormerLLM", SOFTMAX: "softmax (Llama)"}
 FIRST_ID = 3  # the ids before it are special tokens
 _ATTENTION = "whole_static_cache"
@@ -117,21 +117,16 @@ def _llama(scale: Scale) -> LlamaForCausalLM:
     from lightning_attention.models.transnormer import TransnormerConfig
 
     ours = TransnormerConfig.from_name("385M", **scale.model)
-    width, multiple = ours.decoder_embed_dim, 32
+    width = ours.decoder_embed_dim
     # Five projections of ours, with the gate's, against four; both have three in the MLP.
-    intermediate = multiple * round((ours.glu_dim + width / 3) / multiple)
+    intermediate = 32 * round((ours.glu_dim + width / 3) / 32)
     AttentionInterface.register(_ATTENTION, _attend)  # for a name without a mask of its own transformers makes none
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=width,
-            num_hidden_layers=ours.decoder_layers,
-            num_attention_heads=ours.decoder_attention_heads,
-            intermediate_size=intermediate,
-            max_position_embeddings=1 << 21,
-        ),
-        attn_implementation=_ATTENTION,
-    )
+    config = LlamaConfig(
+        vocab_size=ours.vocab_size, hidden_size=width, num_hidden_layers=ours.decoder_layers,
+        num_attention_heads=ours.decoder_attention_heads, intermediate_size=intermediate,
+        max_position_embeddings=1 << 21,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION)
 
 
 def _attend(
@@ -163,18 +158,11 @@ def _measure(
     with torch.inference_mode(), generation(model, B, context, scale, device) as (step, state_bytes, notes):
         for _ in range(3):  # captured, and the first tokens fetched
             step()
-        samples = []
-        for _ in range(scale.windows):
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(scale.steps):
-                step()
-            synchronize(device)
-            samples.append((time.perf_counter() - start) * 1e3 / scale.steps)
-    ms = median(samples)
+        window = lambda: [step() for _ in range(scale.steps)]  # noqa: E731
+        timing = Timing.of([wall_ms(window, device) / scale.steps for _ in range(scale.windows)])
     memory = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-    times = {"ms": ms, "min_ms": min(samples), "max_ms": max(samples), "tokens_per_second": B * 1e3 / ms}
-    return times | {"state_bytes": state_bytes} | memory | notes
+    rate = {"tokens_per_second": B * 1e3 / timing.ms}
+    return asdict(timing) | rate | {"state_bytes": state_bytes} | memory | notes
 
 
 @contextmanager
@@ -211,9 +199,8 @@ def _generate_softmax(
     heads, head_dim = config.num_key_value_heads, config.head_dim
     needed = 2 * B * context * config.num_hidden_layers * heads * head_dim * scale.dtype.itemsize
     if needed > _free_bytes(device):
-        raise torch.OutOfMemoryError(
-            f"a cache of {needed / 1e9:.1f} GB in {_free_bytes(device) / 1e9:.1f} GB of memory"
-        )
+        free = f"{_free_bytes(device) / 1e9:.1f} GB of memory"
+        raise torch.OutOfMemoryError(f"a cache of {needed / 1e9:.1f} GB in {free}")
     cache = StaticCache(config, max_cache_len=context)
     cache.early_initialization(B, heads, head_dim, scale.dtype, device)
     for layer in cache.layers:
@@ -279,7 +266,7 @@ def _clean(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def table(records: list[Record]) -> Table:
+def table(records: list[Record]) -> Iterator[Table]:
     """One row a batch size and context, both models beside each other."""
 
     def cells(r: Record) -> dict[str, str]:
@@ -289,10 +276,8 @@ def table(records: list[Record]) -> Table:
         heads = (f"{r['label']}\n{column}" for column in ("ms", "tokens/s", "keeps"))
         return dict(zip(heads, found, strict=True))
 
-    def key(r: Record) -> tuple[str, ...]:
-        return str(r["B"]), length(r["context"])
-
-    return pivot("generation, decode steps", ["batch", "context"], records, key, cells, words=0)
+    return pivot("generation, decode steps", {"batch": "B", "context": lambda r: length(r["context"])}, records, cells,
+                 words=0)  # fmt: skip
 
 
 def constant(records: list[Record]) -> list[str]:
@@ -315,15 +300,12 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
     """Tokens per second against the batch size, and time of a step against the context."""
     drawn = sorted((r for r in records if "ms" in r), key=lambda r: (r["B"], r["context"]))
     shortest = min(r["context"] for r in drawn)
-    batches, contexts = [], []
-    for name, label in LABELS.items():
-        mine = [r for r in drawn if r["implementation"] == name]
-        points = [(r["B"], r["tokens_per_second"]) for r in mine if r["context"] == shortest]
-        batches.append(Line(name, label, points, name == OURS))
-        sizes = sorted({r["B"] for r in mine if r["context"] != shortest})
-        for B, dash in zip(sizes, ("-", "--", ":"), strict=False):
-            points = [(r["context"], r["ms"]) for r in mine if r["B"] == B]
-            contexts.append(Line(name, f"{label}, batch {B}", points, name == OURS, dash))
+    batches = lines((r for r in drawn if r["context"] == shortest), "B", "tokens_per_second")
+    contexts: list[Line] = []
+    sizes = sorted({r["B"] for r in drawn if r["context"] != shortest})
+    for B, dash in zip(sizes, ("-", "--", ":"), strict=False):
+        mine = (r for r in drawn if r["B"] == B)
+        contexts += lines(mine, "context", "ms", lambda r: f"{r['label']}, batch {r['B']}", dash)
     weights = " and ".join({f"{r['label']} {r['parameters'] / 1e6:.0f}M": None for r in drawn})
     graphs = ", CUDA graphs" if environment["device_type"] == "cuda" else ""
     setting = f"{weights} random weights, {drawn[0]['dtype']}{graphs}, transformers {environment['transformers']}"
@@ -341,9 +323,8 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
 def show(report: Report) -> Iterator[Shown]:
     """The table, what stays constant, and the figure."""
     records = report.find(SUITE)
-    if records:
-        yield table(records)
-        yield from constant(records)
+    yield from table(records)
+    yield from constant(records)
     if any("ms" in r for r in records):
         yield figure(records, report.environment)
 

@@ -23,9 +23,8 @@ from lightning_attention import (
 )
 from lightning_attention.bench.attention import result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.lengths import labels
 from lightning_attention.bench.peers import OURS, Peer
-from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, pivot
+from lightning_attention.bench.render import Figure, Panel, Table, caption, lines, pivot
 from lightning_attention.bench.report import Record, Report
 from lightning_attention.bench.timing import Call, time_calls
 from lightning_attention.check import relative_error
@@ -205,30 +204,20 @@ def measure(run: Run) -> None:
     scale: Scale = run.scale
     rate = copy_rate(run.device)
     run.add("copy", bytes_per_second=rate)
-    row = partial(_row, run, rate)
     for state in (torch.float32, torch.bfloat16):
         for N in scale.decode:
-            row(DECODE, f"N = {N}", (1,) * N, state=state)
-    row(DECODE, "N = 1", (1,), what=HOST)
+            _row(run, rate, DECODE, f"N = {N}", (1,) * N, state=state)
+    _row(run, rate, HOST, "N = 1", (1,))
     for name, lengths, fresh in scale.packings:
-        row(PREFILL, name, lengths, fresh=fresh)
+        _row(run, rate, PREFILL, name, lengths, fresh=fresh)
     N, drafts = scale.drafts
-    row(SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
+    _row(run, rate, SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
 
 
-def _row(
-    run: Run,
-    rate: float,
-    operation: str,
-    size: str,
-    lengths: tuple[int, ...],
-    *,
-    what: str | None = None,
-    state: torch.dtype = torch.float32,
-    fresh: bool = False,
-) -> None:
-    """An operation on sequences of these lengths; ``what`` names the row where the operation does not."""
-    what, scale, device = what or operation, run.scale, run.device
+def _row(run: Run, rate: float, what: str, size: str, lengths: tuple[int, ...], *,
+         state: torch.dtype = torch.float32, fresh: bool = False) -> None:  # fmt: skip
+    """An operation, or decode's time on the host, on sequences of these lengths."""
+    operation, scale, device = DECODE if what == HOST else what, run.scale, run.device
     problem = Problem(scale, lengths, state, fresh, device)
     able = [p for p in (OWN, *run.peers, *OTHER_WAYS) if operation in p.operations and state in p.states]
     calls: dict[str, Call] = {}
@@ -250,26 +239,23 @@ def _row(
             # Speculation is two operations, and the other ways to do it must move more; dense has no states.
             if what != SPECULATE and "state_error" in found[name]:
                 found[name]["copy_fraction"] = problem.bytes / rate / (timing.ms * 1e-3)
-    sizes = {"what": what, "size": size, "N": len(lengths), "T": sum(lengths), "H": scale.H, "D": scale.D}
+    sizes = {"what": what, "size": size, "N": len(lengths), "T": sum(lengths), "H": scale.H, "D": scale.D,
+             "dtype": scale.dtype, "state": state}  # fmt: skip
     for p in able:
-        names = {"dtype": scale.dtype, "state": state, "implementation": p.name, "label": p.label}
-        run.add(SUITE, **sizes, **names, **found[p.name])
+        run.add(SUITE, p, **sizes, **found[p.name])
 
 
 def _us(record: Record) -> float | None:
     return record.get("us", record["ms"] * 1e3 if "ms" in record else None)
 
 
-def table(records: list[Record]) -> Table:
+def table(records: list[Record]) -> Iterator[Table]:
     """A row an operation and size: our time and part of the copy rate, and the others' times over ours."""
-
-    def key(r: Record) -> tuple[str, ...]:
-        return r["what"], r["size"], r["state"]
-
-    mine = {key(r): r for r in records if r["implementation"] == OURS}
+    keys = {"operation": "what", "size": "size", "state": "state"}
+    mine = {tuple(r[key] for key in keys.values()): _us(r) for r in records if r["implementation"] == OURS}
 
     def cells(r: Record) -> dict[str, str]:
-        us, own = _us(r), _us(mine.get(key(r), {}))
+        us, own = _us(r), mine.get(tuple(r[key] for key in keys.values()))
         cell = "failed" if us is None else f"{us:.1f}"
         if r["implementation"] != OURS:
             return {r["label"]: f"{cell} ({us / own:.2f}×)" if us and own else cell}
@@ -278,7 +264,7 @@ def table(records: list[Record]) -> Table:
         return {r["label"]: cell} | copied | {"our errors\noutput, state": errors}
 
     title = "Serving operations (µs; part of the copy rate; others: over our time)"
-    return pivot(title, ["operation", "size", "state"], records, key, cells, words=3)
+    return pivot(title, keys, records, cells, words=3)
 
 
 def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
@@ -286,14 +272,9 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
     drawn = [r for r in records if r["what"] == DECODE and "copy_fraction" in r]
     panels = []
     for state in ("float32", "bfloat16"):
-        lines = []
-        for name, label in labels(drawn).items():
-            mine = [r for r in drawn if (r["implementation"], r["state"]) == (name, state)]
-            points = sorted((r["N"], r["copy_fraction"]) for r in mine)
-            if points:
-                lines.append(Line(name, label, points, name == OURS))
+        found = lines((r for r in drawn if r["state"] == state), "N", "copy_fraction")
         y = "bytes that must move ÷ time ÷ copy rate"
-        panels.append(Panel(f"state in {state}", "sequences, one token each", y, lines, fraction=True))
+        panels.append(Panel(f"state in {state}", "sequences, one token each", y, found, fraction=True))
     how = ", flushed L2, one CUDA graph a call" if environment["device_type"] == "cuda" else ""
     setting = f"q, k, v in {drawn[0]['dtype']}, {drawn[0]['H']} heads of {drawn[0]['D']}{how}"
     return Figure("Decode: part of the copy rate", panels, caption(environment, setting))
@@ -302,8 +283,7 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
 def show(report: Report) -> Iterator[Shown]:
     """One table, and decode as a figure."""
     records = report.find(SUITE)
-    if records:
-        yield table(records)
+    yield from table(records)
     if any(r["what"] == DECODE and "copy_fraction" in r for r in records):
         yield figure(records, report.environment)
 

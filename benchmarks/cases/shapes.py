@@ -1,17 +1,17 @@
 """Shapes of training: time, part of the memory floor, peak memory, and errors against float64."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import copy_rate
-from lightning_attention import lightning_attention
 from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, measure, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.lengths import labels, time_per_token
+from lightning_attention.bench.lengths import time_per_token
 from lightning_attention.bench.peers import ATTENTION, Peer, is_ours, ours
 from lightning_attention.bench.render import Table, pivot
 from lightning_attention.bench.report import Record, Report
@@ -27,8 +27,7 @@ COMPARED = ("output", "dq", "dk", "dv")
 SOFTMAX_MAX_LENGTH = 65_536
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """The shapes, and how long each call is timed."""
 
     shapes: tuple[Shape, ...]
@@ -46,7 +45,7 @@ SCALES = {
 
 def unit_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of one tensor of the shape."""
-    return shape.B * shape.T * shape.H * shape.D * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 def floor_ms(shape: Shape, pass_: str, dtype: torch.dtype, bytes_per_second: float) -> float:
@@ -64,21 +63,15 @@ def reference(problem: Problem) -> dict[str, Tensor]:
 
     By the tiled backend, which the tests hold against the recurrence: the recurrence itself would take minutes.
     """
-    q, k, v, do = (_slice(x).double() for x in problem.tensors)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    log_decay = _slice(problem.log_decay[None, None])[0, 0]
-    out = lightning_attention(q, k, v, log_decay, backend="tiled").output
-    return dict(zip(COMPARED, (out.detach(), *torch.autograd.grad(out, (q, k, v), do)), strict=True))
+    sliced = problem.changed(lambda x: _slice(x).double())
+    sliced.log_decay = _slice(problem.log_decay[None, None])[0, 0]
+    return dict(zip(COMPARED, sliced.results(ours("tiled")), strict=True))
 
 
 def errors(problem: Problem, peer: Peer, wanted: dict[str, Tensor]) -> dict[str, float]:
     """Relative Frobenius errors of the implementation's output and gradients on the slice."""
-    q, k, v, do = problem.inputs(peer, grad=True)
-    out = peer.attention()(q, k, v, problem.log_decay)
-    found = [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
-    if peer.heads_first:
-        found = [x.transpose(1, 2) for x in found]
-    return {name: relative_error(_slice(x), wanted[name]) for name, x in zip(COMPARED, found, strict=True)}
+    found = zip(COMPARED, problem.results(peer), strict=True)
+    return {name: relative_error(_slice(x), wanted[name]) for name, x in found}
 
 
 def measure_shapes(run: Run) -> None:
@@ -93,11 +86,10 @@ def measure_shapes(run: Run) -> None:
     run.add("copy", bytes_per_second=rate)
     for shape in scale.shapes:
         problem = Problem(shape, scale.dtype, run.device)
-        row = asdict(shape) | {"dtype": scale.dtype}
         able = [i for i in [own, *run.peers] if not (i.softmax and shape.T > SOFTMAX_MAX_LENGTH)]
         wanted = reference(problem)
         for i in (i for i in able if not i.softmax):
-            run.add("errors", **row, implementation=i.name, **result_or_error(partial(errors, problem, i, wanted)))
+            run.add("errors", i, **problem.sizes, **result_or_error(partial(errors, problem, i, wanted)))
         del wanted
         for pass_ in (FORWARD, BACKWARD, BOTH):
             chosen = [own] if pass_ == BACKWARD else able
@@ -107,7 +99,7 @@ def measure_shapes(run: Run) -> None:
                     if pass_ == BOTH:
                         unit = unit_bytes(shape, scale.dtype)
                         result["memory_ratio"] = (result["peak_bytes"] + 4 * unit) / (8 * unit)
-                run.add("shapes", **row, **{"pass": pass_}, implementation=i.name, label=i.label, **result)
+                run.add("shapes", i, **problem.sizes, **{"pass": pass_}, **result)
         del problem
 
 
@@ -115,8 +107,8 @@ def _shape(record: Record) -> Shape:
     return Shape(*(record[x] for x in "BTHD"))
 
 
-def table(records: list[Record], found_errors: list[Record]) -> Table:
-    """Ours with the part of the floor it reaches, and each peer's time with how many times slower it is."""
+def table(records: list[Record], found_errors: list[Record]) -> Iterator[Table]:
+    """One: ours with the part of the floor it reaches, and each peer's time with how many times slower it is."""
     short = {FORWARD: "f", BACKWARD: "b", BOTH: "f+b"}
     mine = {(_shape(r), r["pass"]): r for r in records if is_ours(r["implementation"]) and "ms" in r}
 
@@ -133,9 +125,10 @@ def table(records: list[Record], found_errors: list[Record]) -> Table:
         found = {head: f"{r['ms']:.3f} ({r['floor_fraction']:.2f})"}
         return found | ({"memory": f"{r['memory_ratio']:.3f}"} if r["pass"] == BOTH else {})
 
-    by_peer = sorted(records, key=lambda r: list(labels(records)).index(r["implementation"]))
+    peers = [r["implementation"] for r in records]
+    by_peer = sorted(records, key=lambda r: peers.index(r["implementation"]))
     title = "ms (part of the memory floor; peers: times slower than ours)"
-    return pivot(title, ["B, T, H, D"], [*by_peer, *found_errors], lambda r: (str(_shape(r)),), cells)
+    return pivot(title, {"B, T, H, D": lambda r: ", ".join(map(str, _shape(r)))}, [*by_peer, *found_errors], cells)
 
 
 def _worst(found: Record) -> str:
@@ -156,8 +149,7 @@ def by_length(records: list[Record]) -> list[Record]:
 def show(report: Report) -> Iterator[Shown]:
     """The table, and the time per token of the largest batch of each T."""
     records = report.find("shapes")
-    if records:
-        yield table(records, report.find("errors"))
+    yield from table(records, report.find("errors"))
     if drawn := by_length(records):
         yield time_per_token(drawn, report.environment)
 

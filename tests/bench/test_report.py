@@ -22,7 +22,7 @@ def test_environment_says_what_it_takes_to_repeat_the_run(cpu, monkeypatch):
     assert found["driver"] is None
     assert found["peers"] == {"lightning-attention": __version__}
     json.dumps(found)
-    assert environment(cpu, program="python -m benchmarks")["command"] == "python -m benchmarks bench op --out 'a b'"
+    assert environment(cpu, command=["python", "-m", "benchmarks", "a b"])["command"] == "python -m benchmarks 'a b'"
 
 
 def test_commit_is_the_checkouts_and_marks_changes(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """Time and memory of one shape: forward, backward, and both."""
 
+from __future__ import annotations
+
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +19,7 @@ from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """[B, T, H, D], with E = D."""
 
     B: int
@@ -25,24 +27,34 @@ class Shape:
     H: int
     D: int
 
-    def __str__(self) -> str:
-        return f"{self.B}, {self.T}, {self.H}, {self.D}"
-
 
 class Problem:
     """Random normal q, k, v and output gradient of a shape, with ALiBi decays."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.sizes = shape._asdict() | {"dtype": dtype}  # as a record has them
         generator = torch.Generator(device).manual_seed(0)
-        size = (shape.B, shape.T, shape.H, shape.D)
-        self.tensors = [torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(4)]
+        self.tensors = [torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(4)]
         self.log_decay = decay.alibi(shape.H).to(device)
 
     def inputs(self, peer: Peer, *, grad: bool) -> list[Tensor]:
         """q, k, v and the output's gradient, laid out as the peer wants them; ``grad``: q, k, v require theirs."""
         *qkv, do = (x.transpose(1, 2).contiguous() if peer.heads_first else x for x in self.tensors)
         return [*(x.detach().requires_grad_(grad) for x in qkv), do]
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same with other tensors, what ``change`` makes of each; ``sizes`` stay those of the whole."""
+        found = copy(self)
+        found.tensors = [change(x) for x in self.tensors]
+        return found
+
+    def results(self, peer: Peer) -> list[Tensor]:
+        """The output and the gradients of q, k and v, each [B, T, H, D]."""
+        q, k, v, do = self.inputs(peer, grad=True)
+        out = peer.attention()(q, k, v, self.log_decay)
+        found = [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
+        return [x.transpose(1, 2) for x in found] if peer.heads_first else found
 
     def call(self, peer: Peer, pass_: str) -> Call:
         """A call that runs one pass on tensors laid out as the implementation wants them."""

@@ -40,8 +40,10 @@ class Run:
     backend: str | None = None
     say: Callable[[str], object] = field(default=partial(print, flush=True))
 
-    def add(self, suite: str, **record: Any) -> None:
-        """Put a record into the report, and say what it is of and what came out."""
+    def add(self, suite: str, peer: Peer | None = None, **record: Any) -> None:
+        """Put a record, of an implementation if given, into the report; say what it is of and what came out."""
+        if peer is not None:
+            record = {"implementation": peer.name, "label": peer.label} | record
         words = []
         for key, value in self.report.add(suite, **record).items():
             if key not in ("suite", "label", "first_call_s", "peak_bytes"):
@@ -92,7 +94,7 @@ def run(
     peers: str | None = None,
     backend: str | None = None,
     out: Path,
-    program: str = "lightning-attention",
+    command: Sequence[str] | None = None,
 ) -> list[Record]:
     """Measure, write ``out/name-device.json`` as it goes, show it; the records of our own failures.
 
@@ -112,7 +114,7 @@ def run(
     if scale not in case.scales:
         raise OptionError("--quick" if quick else "--device", f"{name} has no such choice")
     chosen = _choose(case, name, peers, known_peers, device)
-    report = Report(out / f"{name}-{slug(device)}.json", environment(device, chosen, program))
+    report = Report(out / f"{name}-{slug(device)}.json", environment(device, chosen, command))
     at_work = Run(report, device, case.scales[scale], chosen, backend)
     if not first_process():
         at_work.say = len

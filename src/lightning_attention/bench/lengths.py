@@ -1,7 +1,8 @@
 """Time and memory per token against sequence length: that softmax attention's grows and ours does not."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape, measure
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ATTENTION, is_ours, ours
-from lightning_attention.bench.render import Figure, Line, Panel, Table, caption, length, number, pivot
+from lightning_attention.bench.render import Figure, Panel, Table, caption, length, lines, number, pivot
 from lightning_attention.bench.report import Record, Report
 
 EXPLANATION = (
@@ -60,19 +61,18 @@ def sweep(run: Run, suite: str = "lengths") -> None:
         problem = Problem(shape, scale.dtype, run.device)
         for pass_ in (FORWARD, BOTH):
             going = [i for i in [ours(run.backend), *run.peers] if (i.name, pass_) not in stopped]
-            expected = {
-                i.name: expected_s(*before[i.name, pass_], shape, i.softmax) for i in going if scale.lengths[0] < T
-            }
-            results: dict[str, dict[str, Any]] = {
-                name: {"skipped": f"a call would take about {s:.3g} s, more than {scale.limit_s:g} s"}
-                for name, s in expected.items()
-                if s > scale.limit_s and not is_ours(name)
-            }
+            results: dict[str, dict[str, Any]] = {}
+            for i in going:
+                if (i.name, pass_) in before and not is_ours(i.name):
+                    s = expected_s(*before[i.name, pass_], shape, i.softmax)
+                    if s > scale.limit_s:
+                        why = f"a call would take about {s:.3g} s, more than {scale.limit_s:g} s"
+                        results[i.name] = {"skipped": why}
             able = [i for i in going if i.name not in results]
             results |= measure(able, problem, pass_, seconds=scale.seconds)
             for i in going:
-                result, what = results[i.name], asdict(shape) | {"dtype": scale.dtype, "pass": pass_}
-                run.add(suite, **what, implementation=i.name, label=i.label, **result)
+                result = results[i.name]
+                run.add(suite, i, **problem.sizes, **{"pass": pass_}, **result)
                 if "ms" in result:
                     before[i.name, pass_] = result["ms"], shape
                 else:
@@ -84,11 +84,6 @@ def expected_s(ms: float, shape: Shape, next_shape: Shape, softmax: bool) -> flo
     """Seconds that a call is expected to take, by the milliseconds that one of another shape took."""
     growth = next_shape.B * next_shape.T / (shape.B * shape.T)
     return ms * 1e-3 * growth * (next_shape.T / shape.T if softmax else 1)
-
-
-def labels(records: list[Record]) -> dict[str, str]:
-    """Every implementation's name and label, in the order they were measured."""
-    return {r["implementation"]: r["label"] for r in records}
 
 
 def tables(records: list[Record]) -> Iterator[Table]:
@@ -106,7 +101,7 @@ def tables(records: list[Record]) -> Iterator[Table]:
 
     for pass_ in (FORWARD, BOTH):
         chosen = sorted((r for r in records if r["pass"] == pass_), key=lambda r: r["T"])
-        yield pivot(f"{pass_}, per token", ["T"], chosen, lambda r: (f"{r['T']:,}",), cells, words=0)
+        yield from pivot(f"{pass_}, per token", {"T": "T"}, chosen, cells, words=0)
 
 
 def spread(records: list[Record], pass_: str, first: int) -> float | None:
@@ -131,16 +126,11 @@ def time_per_token(records: list[Record], environment: dict[str, Any]) -> Figure
     drawn = [r for r in records if "ms" in r]
     panels = []
     for pass_ in (FORWARD, BOTH):
-        found: dict[str, list[Record]] = {}
-        for r in sorted((r for r in drawn if r["pass"] == pass_), key=lambda r: r["T"]):
-            found.setdefault(r["implementation"], []).append(r)
-        mine = {r["T"]: r["us_per_token"] for name, line in found.items() if is_ours(name) for r in line}
-        lines = [
-            Line(name, _label(line[-1], mine), [(r["T"], r["us_per_token"]) for r in line], is_ours(name))
-            for name, line in sorted(found.items(), key=lambda item: not is_ours(item[0]))
-        ]
+        chosen = [r for r in drawn if r["pass"] == pass_]
+        mine = {r["T"]: r["us_per_token"] for r in chosen if is_ours(r["implementation"])}
+        found = lines(chosen, "T", "us_per_token", partial(_label, mine))
         title = pass_.replace("+", " + ")
-        panels.append(Panel(title, "sequence length T (tokens)", "µs per token, all heads", lines))
+        panels.append(Panel(title, "sequence length T (tokens)", "µs per token, all heads", found))
     tokens = {r["B"] * r["T"] for r in records}
     batch = f"B·T = {tokens.pop():,}" if len(tokens) == 1 else "one sequence" if records[-1]["B"] == 1 else "batched"
     text = caption(environment, f"{records[0]['dtype']}, {records[0]['H']} heads of {records[0]['D']}, {batch}")
@@ -151,7 +141,7 @@ def time_per_token(records: list[Record], environment: dict[str, Any]) -> Figure
     return Figure("Time per token against sequence length", panels, text, EXPLANATION if softmax else "")
 
 
-def _label(last: Record, mine: dict[int, float]) -> str:
+def _label(mine: dict[int, float], last: Record) -> str:
     """The name of the line that ends there, and for a peer how its time compares with ours."""
     if is_ours(last["implementation"]) or last["T"] not in mine:
         return str(last["label"])
@@ -163,8 +153,7 @@ def _label(last: Record, mine: dict[int, float]) -> str:
 def show(report: Report, suite: str = "lengths") -> Iterator[Shown]:
     """The tables, how constant our time per token is, and the figure."""
     records = report.find(suite)
-    if records:
-        yield from tables(records)
+    yield from tables(records)
     if any("ms" in r for r in records):
         yield from constant(records)
         yield time_per_token(records, report.environment)

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 #: (q, k, v, log_decay) -> o, in the implementation's own layout
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-OURS = "lightning_attention"
+OURS, OUR_MODEL = "lightning_attention", "transnormer"
 ATTENTION = "attention"
 
 
@@ -45,13 +45,13 @@ class Peer:
         return forward
 
 
-def ours(backend: str | None = None) -> Peer:
-    """``lightning_attention`` on the named backend, or on the one that the device gets."""
+def ours(backend: str | None = None, **more: Any) -> Peer:
+    """``lightning_attention`` on the named backend, or on the device's, with ``more`` of its arguments."""
 
     def load() -> Forward:
         from lightning_attention import lightning_attention
 
-        return lambda q, k, v, log_decay: lightning_attention(q, k, v, log_decay, backend=backend).output
+        return lambda q, k, v, log_decay: lightning_attention(q, k, v, log_decay, backend=backend, **more).output
 
     name = OURS if backend is None else f"{OURS}:{backend}"
     return Peer(name, "lightning attention", "lightning-attention", {ATTENTION: load})
@@ -59,7 +59,7 @@ def ours(backend: str | None = None) -> Peer:
 
 def is_ours(name: str) -> bool:
     """Whether a record's implementation is ours, on whatever backend."""
-    return name.partition(":")[0] == OURS
+    return name.partition(":")[0] in (OURS, OUR_MODEL)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # noqa: ARG001

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
+
+from lightning_attention.bench.peers import is_ours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,19 +71,24 @@ class Table:
 
 def pivot(
     title: str,
-    heads: Sequence[str],
+    keys: Mapping[str, str | Callable[[Record], str]],
     records: Iterable[Record],
-    key: Callable[[Record], tuple[str, ...]],
     cells: Callable[[Record], Mapping[str, str]],
     words: int = 1,
-) -> Table:
-    """A row for each key, under ``heads``, then the cells of its records by the names of their columns."""
+) -> Iterator[Table]:
+    """A row for each combination of ``keys``, then the cells of its records by column; no table of no records.
+
+    ``keys``: by the heads of their columns, fields of the records or what to make of a record.
+    """
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for r in records:
-        rows.setdefault(key(r), {}).update(cells(r))
+        values = (r[key] if isinstance(key, str) else key(r) for key in keys.values())
+        row = tuple(value if isinstance(value, str) else f"{value:,}" for value in values)
+        rows.setdefault(row, {}).update(cells(r))
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    filled = [[*k, *(row.get(name, "") for name in columns)] for k, row in rows.items()]
-    return Table(title, [*heads, *columns], filled, words)
+    if rows:
+        filled = [[*k, *(row.get(name, "") for name in columns)] for k, row in rows.items()]
+        yield Table(title, [*keys, *columns], filled, words)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,21 @@ class Panel:
     y: str
     lines: Sequence[Line]
     fraction: bool = False
+
+
+def lines(
+    records: Iterable[Record],
+    x: str,
+    y: str,
+    label: Callable[[Record], str] = lambda last: last["label"],
+    dash: str = "-",
+) -> list[Line]:
+    """A line for each implementation, ours first: the field ``y`` against ``x``, labelled by its last record."""
+    found: dict[str, list[Record]] = {}
+    for r in sorted(records, key=lambda r: (not is_ours(r["implementation"]), r[x])):
+        found.setdefault(r["implementation"], []).append(r)
+    return [Line(name, label(line[-1]), [(r[x], r[y]) for r in line], is_ours(name), dash)
+            for name, line in found.items()]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,17 +87,17 @@ def driver() -> str | None:
 
 
 def environment(
-    device: torch.device, peers: Iterable[Peer] = (), program: str = "lightning-attention"
+    device: torch.device, peers: Iterable[Peer] = (), command: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Device, versions, command, commit and date: what someone needs to get the same figures.
 
-    ``program``: what the arguments of this process were given to.
+    ``command``: its words, ``lightning-attention`` with this process's arguments if not given.
     """
     import lightning_attention
 
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([*program.split(), *sys.argv[1:]]),
+        "command": shlex.join(command or ["lightning-attention", *sys.argv[1:]]),
         "commit": commit(),
         "device": device_name(device),
         "device_type": device.type,

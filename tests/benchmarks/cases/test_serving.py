@@ -124,7 +124,7 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tm
         assert r["copy_fraction"] == pytest.approx(moved / RATE / (r["ms"] * 1e-3), rel=1e-4)
 
     records = report.find(SUITE)
-    assert len(serving.table(records).rows) == 8
+    assert len(next(serving.table(records)).rows) == 8
     serving.figure(records, report.environment).save(tmp_path / "decode.png")
     assert matplotlib.image.imread(tmp_path / "decode.png").shape[1] > 1500
 
@@ -157,7 +157,7 @@ def test_a_missing_peer_is_reported_and_the_others_are_measured(report, run, mon
     assert missing[2]["error"].startswith("ModuleNotFoundError")
     assert all("ms" in r or "us" in r for r in report.find(SUITE, implementation=OURS))
     assert any("sglang is not installed" in line for line in said)
-    assert "failed" in str(serving.table(report.find(SUITE)))
+    assert "failed" in str(next(serving.table(report.find(SUITE))))
 
 
 def test_a_wrong_peer_is_not_timed(report, run, stand_ins):
