@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
         epilog=f"cases:\n{listed}",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    found.add_argument("case", nargs="*", choices=[[], *lines], metavar="CASE", help="what to measure; see below")
+    found.add_argument("case", nargs="*", metavar="CASE", help="what to measure; see below")
     found.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="show JSON files instead of measuring")
     found.add_argument("--peers", help=f"what to compare with, with commas: {', '.join(find.peers())}")
     found.add_argument("--quick", action="store_true", help="fewer and shorter, where the case has such a form")
@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    for name in options.case:
+        if name not in find.case_names():
+            parser().error(f"CASE is {name!r}; it must be one of {', '.join(find.case_names())}")
     if not options.case and not options.render:
         parser().print_help()
         return 2
@@ -57,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             failures += len(case.run(find.case(name), name, device, known_peers=find.peers(), command=command, **asked))
     except case.OptionError as error:
         parser().error(f"{error.option}: {error}")
+    except OSError as error:
+        parser().error(f"{error.strerror}: {error.filename}")
     return min(failures, 1)
 
 

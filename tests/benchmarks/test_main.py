@@ -33,7 +33,7 @@ def test_results_that_stand_are_shown(path, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "nan" not in out
     rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
-            "minimax layer": 18, "minimax model": 4}  # fmt: skip
+            "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3}  # fmt: skip
     shown = [r for name in suites if name in rows for r in [rows[name]]]
     tables = [line for line in out.splitlines() if line and set(line) == {"─"}]
     assert len(tables) == sum(2 if name in ("lengths", "constancy") else 1 for name in suites if name in rows)
@@ -65,7 +65,8 @@ def test_cases_are_measured_one_after_the_other(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("op",), "invalid choice: 'op'"),
+        (("op",), "CASE is 'op'; it must be one of constancy, "),
+        (("host", "--backend", "x"), "--backend: backend is 'x'; it must be one of "),
         (("serving", "--peers", "sdpa"), "'sdpa' is not among fla, seg_la, vllm"),
         (("serve", "--peers", "fla"), "'fla' cannot be compared with: serve has no peers"),
         (("shapes", "--peers", "seg_la"), "'seg_la' is not among fla, lightning_attn, sdpa"),
@@ -104,3 +105,10 @@ main(["host", "--device", "cpu", "--threads", "1", "--out", {str(tmp_path)!r}])
     assert done.returncode == 0, done.stderr
     assert "figure   not drawn: matplotlib is not installed" in done.stdout
     assert "softmax attention" in done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["host", "--out", str(tmp_path / "file" / "folder")])
+    assert f"Not a directory: {tmp_path / 'file' / 'folder'}" in capsys.readouterr().err

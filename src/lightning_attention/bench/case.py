@@ -13,6 +13,7 @@ import torch
 from lightning_attention.bench.peers import Peer, is_ours
 from lightning_attention.bench.render import Figure, Table
 from lightning_attention.bench.report import Record, Report, environment, first_process, slug
+from lightning_attention.ops import backends
 
 Shown = Table | Figure | str
 RESULTS = ("ms", "us", "error", "skipped")  # the first of these is what came out
@@ -110,6 +111,10 @@ def run(
         raise OptionError("case", f"{name} wants several processes: torchrun --nproc-per-node 2 -m benchmarks {name}")
     if backend is not None and not case.backends:
         raise OptionError("--backend", f"{name} has no such choice")
+    try:
+        backends.choose(backend, device)
+    except ValueError as error:
+        raise OptionError("--backend", str(error)) from None
     scale = f"{device.type} quick" if quick else device.type
     if scale not in case.scales:
         raise OptionError("--quick" if quick else "--device", f"{name} has no such choice")

@@ -53,5 +53,7 @@ def choose(backend: str | None, device: torch.device) -> str:
 
 @cache
 def get(name: str) -> Backend:
-    """The backend that ``choose`` named."""
+    """The backend of this name; ``choose`` says whether a device has it."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[name]()

@@ -88,7 +88,8 @@ def refuse_vmap(library: torch.library.Library, name: str) -> None:
 
     def rule(*_: Any) -> Any:
         raise NotImplementedError(
-            f"lightning_attention_{name} has no vmap: call it once, with the samples among its sequences"
+            f"lightning_attention_{name} has no vmap, because its sequences share what it works on: call it once, with "
+            "the samples among its sequences"
         )
 
     torch.library.register_vmap(f"lightning_attention::{name}", rule, lib=library)
