@@ -115,6 +115,13 @@ def lengths(cu_seqlens, slots, sequence, N, short):
 
 
 @triton.jit
+def segments_of(length, taken, segment_rows):
+    """How many segments sequences have, and how many boundary states."""
+    count = tl.where(taken, tl.maximum(tl.cdiv(length, segment_rows), 1), 0)
+    return count, tl.where(count > 1, count, 0)
+
+
+@triton.jit
 def write_segment(table, index, sequence, begin, end, is_first, is_last, boundary, here):
     row = table + index * 5
     tl.store(row, sequence, mask=here)
@@ -142,17 +149,16 @@ def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequence
     for n in range(0, N, BLOCK):
         sequence = n + tl.arange(0, BLOCK)
         start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
-        pieces = tl.where(taken, tl.maximum(tl.cdiv(length, segment_rows), 1), 0)
-        states = tl.where(pieces > 1, pieces, 0)
+        segments, states = segments_of(length, taken, segment_rows)
         boundary = used + tl.cumsum(states, 0) - states
         tl.store(first_boundary + sequence, boundary, mask=sequence < N)
         full = tl.where(taken, length // segment_rows, 0)
         index = placed + tl.cumsum(full, 0) - full
         for i in range(0, tl.max(full, 0)):
             begin = start + i * segment_rows
-            write_segment(segment_table, index + i, sequence, begin, begin + segment_rows, i == 0, i == pieces - 1,
+            write_segment(segment_table, index + i, sequence, begin, begin + segment_rows, i == 0, i == segments - 1,
                           boundary + i, i < full)  # fmt: skip
-        several = (pieces > 1).to(tl.int32)
+        several = (segments > 1).to(tl.int32)
         tl.store(split_sequences + split + tl.cumsum(several, 0) - 1, sequence, mask=several > 0)
         split += tl.sum(several, 0)
         used += tl.sum(states, 0)
@@ -168,12 +174,11 @@ def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequence
         for n in range(0, N, BLOCK):
             sequence = n + tl.arange(0, BLOCK)
             start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
-            pieces = tl.where(taken, tl.maximum(tl.cdiv(length, segment_rows), 1), 0)
-            states = tl.where(pieces > 1, pieces, 0)
+            segments, states = segments_of(length, taken, segment_rows)
             boundary = used + tl.cumsum(states, 0) - 1
             full = length // segment_rows
             rest = length - full * segment_rows
-            here = taken & (pieces > full) & (rest >= lower) & (rest < upper)
+            here = taken & (segments > full) & (rest >= lower) & (rest < upper)
             index = placed + tl.cumsum(here.to(tl.int32), 0) - 1
             begin = start + full * segment_rows
             write_segment(segment_table, index, sequence, begin, begin + rest, full == 0, full >= 0, boundary, here)

@@ -143,6 +143,17 @@ def store_output(out, token, head, column, q_row, state, scale, H, TILE: tl.cons
               TILE.columns)  # fmt: skip
 
 
+@triton.jit
+def read_token(state, q, k, v, out, token, head, column, whole, rest, scale, H, TILE: tl.constexpr):
+    """The state after a token, whose output is written."""
+    k_row = whole_row(k, token, head, TILE)
+    v_row = part_of_row(v, token, head, column, TILE)
+    q_row = whole_row(q, token, head, TILE)  # not after the step, where it would be waited for
+    state = step(state, k_row, v_row, whole, rest)
+    store_output(out, token, head, column, q_row, state, scale, H, TILE)
+    return state
+
+
 @dispatch.unspecialized(triton.jit)
 def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
                   v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
@@ -206,11 +217,7 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
                     weight = weight * whole + weight * rest
                     up = tl.minimum(tl.load(parents + first + up).to(tl.int64), up - 1)
                 S += start * weight
-        k_row = whole_row(keys, t, head, TILE)
-        v_row = part_of_row(values, t, head, column, TILE)
-        q_row = whole_row(queries, t, head, TILE)  # not after the step, where it would be waited for
-        S = step(S, k_row, v_row, whole, rest)
-        store_output(out, t, head, column, q_row, S, scale, H, TILE)
+        S = read_token(S, queries, keys, values, out, t, head, column, whole, rest, scale, H, TILE)
 
 
 @dispatch.unspecialized(triton.jit)
@@ -262,9 +269,5 @@ def short_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stri
     keys = Vectors(k, k_token_stride, k_head_stride)
     values = Vectors(v, v_token_stride, v_head_stride)
     for t in range(first, last):
-        k_row = whole_row(keys, t, head, TILE)
-        v_row = part_of_row(values, t, head, column, TILE)
-        q_row = whole_row(queries, t, head, TILE)
-        S = step(S, k_row, v_row, whole, rest)
-        store_output(out, t, head, column, q_row, S, scale, H, TILE)
+        S = read_token(S, queries, keys, values, out, t, head, column, whole, rest, scale, H, TILE)
     tl.store(where, S, mask=exists)
