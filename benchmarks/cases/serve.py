@@ -81,7 +81,7 @@ def measure(run: Run) -> None:
     the fastest of PyTorch's kernels for the shape; on a GPU it replays one CUDA graph, with no scheduling at all. Both
     have random weights, take the likeliest token, and fetch every step's tokens, on a GPU one step behind.
 
-    Of each: ``ms`` a step (median of some windows of steps, by the clock), ``min_ms``, ``max_ms``,
+    For each: ``ms`` a step (median of some windows of steps, by the clock), ``min_ms``, ``max_ms``,
     ``tokens_per_second``, ``state_bytes`` (what it keeps of the context) and, on a GPU, ``peak_bytes`` (of reading the
     prompt and generating, weights included; of the softmax model only of generating).
     """

@@ -58,7 +58,7 @@ def prefill(
         scan(
             plan, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=state, slots=slots, fresh=fresh
         )  # fmt: skip
-    # Before the pool is written to, for they may start from what is in it.
+    # Before the pool is written to, because they may start from what is in it.
     if snapshot_at is not None and snapshot_slots is not None and snapshot_at.numel() > 0:
         _snapshots(
             plan, chosen, *batch[1:3], log_decay, state, boundary_states, cu_seqlens, slots, fresh,

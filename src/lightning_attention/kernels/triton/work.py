@@ -106,7 +106,7 @@ def reach(rate, segment_rows):
 
 @triton.jit
 def rows_in_a_piece(rows, segment_rows, piece_rows, PACKED: tl.constexpr):
-    """In a segment of so many rows; the last of a packed sequence is one piece, for there may be very many of them."""
+    """In a segment of so many rows; the last of a packed sequence is one piece, because there may be very many."""
     if PACKED:
         piece_rows = tl.where(rows < segment_rows, segment_rows, piece_rows)
     return piece_rows
