@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,21 @@ COMMAND = [sys.executable, "-m", "lightning_attention_command", "train"]
 LONG = {"steps": 100_000, "eval_every": 0, "save_every": 0}
 
 
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_goes_on() -> Iterator[None]:
+    yield
+    while _started:
+        _started.pop().kill()
+
+
 def start(settings: dict, *more: str, **how) -> subprocess.Popen:
     """A run in a process of its own, four steps on."""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     process = subprocess.Popen([*COMMAND, *flags(settings), *more], cwd=ROOT, text=True, **how)
+    _started.append(process)
     metrics = Path(settings["out"]) / "metrics.jsonl"
     while len(read_metrics(metrics)) < 5 and process.poll() is None:
         time.sleep(0.02)
