@@ -95,14 +95,12 @@ def specialized(
     kernel[grid](*args, *constants, num_warps=warps, **FUSION)
 
 
-def unspecialized(jit: Any, but: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
-    """Compile a kernel once for all numbers and addresses, ``but`` for the alignment of those named; for ``run``."""
+def unspecialized(jit: Any) -> Callable[[Callable[..., None]], Any]:
+    """Compile a kernel once for all numbers and addresses; for ``run``."""
 
     def decorate(function: Callable[..., None]) -> Any:
         names = [
-            name
-            for name, parameter in signature(function).parameters.items()
-            if name not in but and not _is_constant(parameter.annotation)
+            name for name, parameter in signature(function).parameters.items() if not _is_constant(parameter.annotation)
         ]
         return jit(do_not_specialize=names)(function)
 

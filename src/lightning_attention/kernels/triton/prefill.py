@@ -37,7 +37,7 @@ def prefill(
     strides = state.stride()
     if strides[2:] != (E, 1):
         raise ValueError(
-            f"state has strides {list(state.stride())}; backend 'triton' wants each [D, E] contiguous, the last two "
+            f"state has strides {list(strides)}; backend 'triton' wants each [D, E] contiguous, the last two "
             f"[{E}, 1], to prefill"
         )
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
