@@ -33,7 +33,7 @@ def sweep_forward(
     count = plan.segment_count
     args = (
         *sweep.read(q, q_view, tiles, tiles.BD), *sweep.read(k, k_view, tiles, tiles.BD),
-        *sweep.read(v, v_view, tiles, tiles.TE), *sweep.write(out, out_view, tiles, tiles.TE), log_decay,
+        *sweep.read_tile(v, v_view, tiles, tiles.TE), *sweep.write(out, out_view, tiles, tiles.TE), log_decay,
         initial if plan.uses_initial_state else None, final, *strides, slots, fresh, boundary_states,
         plan.segment_table, plan.segments_per_sequence, plan.segment_rows, count, T, H, D, E, scale,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def attention_backward(
         return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
-    chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant)
+    chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True)
     tiles, _, (q_view, k_view, v_view, dout_view), (like_k, like_v) = chosen
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)

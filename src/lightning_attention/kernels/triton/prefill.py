@@ -87,7 +87,7 @@ def _snapshots(
     tiles, _, (_, k_view, v_view), _ = tiling
     sweep = sweep_for(tiles.sweep)
     args = (
-        *sweep.read(k, k_view, tiles, tiles.BD), *sweep.read(v, v_view, tiles, tiles.TE), log_decay, state,
+        *sweep.read(k, k_view, tiles, tiles.BD), *sweep.read_tile(v, v_view, tiles, tiles.TE), log_decay, state,
         *state.stride()[:2], slots, fresh, boundary_states, cu_seqlens, plan.first_boundary, snapshot_at.contiguous(),
         snapshot_slots.contiguous(), P, plan.segment_rows, T, H, D, E,
     )  # fmt: skip

@@ -32,8 +32,8 @@ def local_states(
     if after is not None or final is not None:  # a last segment of a sequence is a first one with time reversed
         count += plan.segment_count - plan.full_segments
     args = (
-        *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read(v, views[1], tiles, tiles.TE),
-        *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read(dout, views[3], tiles, tiles.TE), log_decay,
+        *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read_tile(v, views[1], tiles, tiles.TE),
+        *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read_tile(dout, views[3], tiles, tiles.TE), log_decay,
         local_before, local_after, final, plan.segment_table, plan.segments_per_sequence, plan.segment_rows,
         plan.piece_rows, count, T, H, D, E, scale,
     )  # fmt: skip

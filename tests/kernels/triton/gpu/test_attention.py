@@ -62,6 +62,10 @@ CASES = {
     "128, half precision": {"B": 2, "T": 1000, "H": 4, "D": 128, "dtype": FP16},
     "48 and 64, half precision, packed": {"lengths": PACKED, "padding": 9, "H": 2, "D": 48, "E": 64, "dtype": FP16},
     "192 and 256": {"T": 600, "D": 192, "E": 256},
+    "256 and 128, packed": {"lengths": PACKED, "padding": 100, "H": 8, "D": 256, "E": 128},
+    "256, half precision, segments": {"T": 9_000, "H": 1, "D": 256, "dtype": FP16},
+    "136 and 72, packed, segments": {"lengths": [5_000, 0, 3_999], "padding": 1, "H": 1, "D": 136, "E": 72},
+    "160, half precision, packed": {"lengths": PACKED, "padding": 9, "H": 2, "D": 160, "dtype": FP16},
     "64, float32": {"B": 2, "T": 1000, "H": 4, "D": 64, "dtype": FP32},
     "128, float32": {"T": 500, "D": 128, "dtype": FP32},
 }
@@ -111,8 +115,8 @@ LENGTH = st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]), st.intege
             "B": st.integers(1, 2),
             "T": st.one_of(LENGTH, st.integers(1500, 3000)),
             "H": st.integers(1, 5),
-            "D": st.sampled_from([80, 96, 112, 128]),  # and E: the widths that share their kernels
-            "E": st.sampled_from([72, 104, 128]),
+            "D": st.sampled_from([104, 112, 128]),  # and E: the widths that share their kernels
+            "E": st.sampled_from([104, 120, 128]),
             "kind": st.sampled_from([kind for kind in DECAYS if kind != "none"]),
             "lengths": st.one_of(st.none(), st.lists(LENGTH, min_size=1, max_size=5)),
             "padding": st.integers(0, 70),

@@ -1,11 +1,11 @@
 """The sweep for Hopper, in Gluon: what ``portable.py`` computes, with the copies and products placed by hand.
 
-A program has four warps and keeps one part of the transposed state in registers. The tensor copy engine fills
-two stages of shared memory; the state and the weighted columns of c are left operands from registers, so only the
-scores (8 KB) and the outputs (8 KB) are written to shared memory. 96 KB and at most 255 registers a thread: two
-programs fit on a multiprocessor, and one computes while the other waits. On an H200 at B 4, T 32768, H 32, D 128 that
-is 0.93 of the floor forward, where three stages and so one program reach 0.83, and the same loop left to Triton's own
-pipelining 0.75.
+A program keeps its part of the transposed state in registers. The tensor copy engine fills two stages of shared memory
+or more; the state and the weighted columns of c are left operands from registers, so only the scores (8 KB) and the
+outputs are written to shared memory. With four warps, 64 columns and 96 KB two programs fit on a multiprocessor, and
+one computes while the other waits. On an H200 at B 4, T 32768, H 32, D 128 that is 0.97 of the floor forward, where
+three stages and so one program reach 0.83, and the same loop left to Triton's own pipelining 0.75. With eight warps a
+program has 128 columns, and each warpgroup half of the scores.
 """
 
 from typing import Any, NamedTuple
@@ -46,23 +46,51 @@ class Output(NamedTuple):
     row_stride: gl.tensor
 
 
+class Input(NamedTuple):
+    """A tensor [B, T, H, width] that is read by all of its columns, in two parts: a matrix has a power of two of them.
+
+    192 is 128 and 64. ``rest`` is None where there is one part.
+    """
+
+    main: gl.tensor
+    rest: gl.tensor
+
+
+class Buffers(NamedTuple):
+    """Stages of shared memory: of b, a and c, and what says that their copies have come."""
+
+    b: gl.tensor
+    b_rest: gl.tensor
+    a: gl.tensor
+    a_rest: gl.tensor
+    c: gl.tensor
+    ready: gl.tensor
+
+
 @gluon.jit
-def fetch(a, b, c, a_smem, b_smem, c_smem, ready, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr,
-          TILE: gl.constexpr):  # fmt: skip
+def fetch(a, b, c, smem, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr, TILE: gl.constexpr,
+          OUTPUT: gl.constexpr):  # fmt: skip
     """Start the copies of a block into its stage."""
-    bar = ready.index(stage)
-    mbarrier.expect(bar, C * ((0 if a is None else WIDTH) + WIDTH + TILE) * 2, pred=pred)
-    copy_in(b, [rows.batch, start, rows.head, 0], bar, b_smem.index(stage), pred=pred)
-    if a is not None:
-        copy_in(a, [rows.batch, start, rows.head, 0], bar, a_smem.index(stage), pred=pred)
-    copy_in(c, [rows.batch, start, rows.head, rows.column], bar, c_smem.index(stage), pred=pred)
+    MAIN: gl.constexpr = main_part(WIDTH)
+    bar = smem.ready.index(stage)
+    mbarrier.expect(bar, C * ((WIDTH if OUTPUT else 0) + WIDTH + TILE) * 2, pred=pred)
+    copy_in(b.main, [rows.batch, start, rows.head, 0], bar, smem.b.index(stage), pred=pred)
+    if WIDTH > MAIN:
+        copy_in(b.rest, [rows.batch, start, rows.head, MAIN], bar, smem.b_rest.index(stage), pred=pred)
+    if OUTPUT:
+        copy_in(a.main, [rows.batch, start, rows.head, 0], bar, smem.a.index(stage), pred=pred)
+        if WIDTH > MAIN:
+            copy_in(a.rest, [rows.batch, start, rows.head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
+    copy_in(c, [rows.batch, start, rows.head, rows.column], bar, smem.c.index(stage), pred=pred)
 
 
 @gluon.jit
 def clear_tail(smem, tokens, C: gl.constexpr, BW: gl.constexpr):
     """Zero the rows of a block past its ``tokens``: they are another sequence's, or padding that may hold anything."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BW, BW // 8], [gl.num_warps(), 1], [1, 0])
-    R: gl.constexpr = 256 // BW * gl.num_warps()  # one vector a thread at a time: the loop has no registers to spare
+    # One vector a thread at a time: the loop has no registers to spare.
+    V: gl.constexpr = min(8, C * BW // (32 * gl.num_warps()))
+    R: gl.constexpr = 32 * V // BW * gl.num_warps()
+    layout: gl.constexpr = gl.BlockedLayout([1, V], [32 * V // BW, BW // V], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, R, gl.SliceLayout(1, layout))
     for r in gl.static_range(0, C, R):
         if r + R > tokens:
@@ -83,6 +111,12 @@ def store_tail(x, smem, stride, tokens, width, C: gl.constexpr, BW: gl.constexpr
             gl.store(x + (row + r)[:, None] * stride + col[None, :], smem.slice(r, R).load(layout), mask=inside)
 
 
+@gluon.constexpr_function
+def main_part(width):
+    """Columns of the first of two parts."""
+    return 64 if width < 128 else 128
+
+
 @gluon.jit
 def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexpr, PACKED: gl.constexpr,
           TRANSPOSED: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
@@ -92,21 +126,38 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     """
     C: gl.constexpr = TILES.C
     WIDTH: gl.constexpr = TILES.BE if TRANSPOSED else TILES.BD
+    MAIN: gl.constexpr = main_part(WIDTH)
+    REST: gl.constexpr = WIDTH - MAIN
     TILE: gl.constexpr = TILES.TD if TRANSPOSED else TILES.TE
-    STAGES: gl.constexpr = 2 * TILES.stages if a is None else TILES.stages  # without a there is room for twice as many
-    dtype: gl.constexpr = b.dtype
-    HALF: gl.constexpr = b.dtype == gl.float16
+    OUTPUT: gl.constexpr = out is not None
+    # Without a there is room for twice as many stages, or nearly.
+    MORE: gl.constexpr = min(2 * TILES.stages, (217 << 10) // (2 * TILES.C * (WIDTH + TILE)))
+    STAGES: gl.constexpr = TILES.stages if OUTPUT else MORE
+    WIDE: gl.constexpr = WIDTH > 128
+    dtype: gl.constexpr = c.dtype
+    HALF: gl.constexpr = c.dtype == gl.float16
+    WARPS: gl.constexpr = gl.num_warps()
     _, c_width = widths(shape, TRANSPOSED)
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    left_scores: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
+    # Every four warps have 64 rows of a product, so 64 columns of c; of the scores, which have 64 rows, some columns.
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, C * 4 // WARPS, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, C, 16])
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MAIN, 16])
+    left_out: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     left_state: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
 
-    b_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, WIDTH], b.layout)
+    b_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, MAIN], b.main.layout)
     c_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, TILE], c.layout)
     a_smem = b_smem
-    if a is not None:
-        a_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, WIDTH], a.layout)
+    b_rest_smem = b_smem
+    a_rest_smem = b_smem
+    if REST > 0:
+        rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, REST, 16])
+        left_rest: gl.constexpr = gl.DotOperandLayout(0, rest_layout, 2)
+        b_rest_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, REST], b.rest.layout)
+    if OUTPUT:
+        a_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, MAIN], a.main.layout)
+        if REST > 0:
+            a_rest_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, REST], a.rest.layout)
         p_smem = gl.allocate_shared_memory(dtype, [C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
         o_smem = gl.allocate_shared_memory(dtype, [1, C, 1, TILE], out.descriptor.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -114,6 +165,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     barrier()
+    smem = Buffers(b_smem, b_rest_smem, a_smem, a_rest_smem, c_smem, ready)
 
     stop = rows.stop
     blocks = (stop - rows.start + C - 1) // C
@@ -123,22 +175,29 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         first = rows.start + (blocks - 1) * C
         step = -C
     for s in gl.static_range(STAGES - 1):
-        fetch(a, b, c, a_smem, b_smem, c_smem, ready, s, rows, first + s * step, s < blocks, C, WIDTH, TILE)
+        fetch(a, b, c, smem, s, rows, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
-    b_col = gl.arange(0, WIDTH, gl.SliceLayout(0, state_layout))
-    state = first_state(gl.zeros([TILE, WIDTH], gl.float32, state_layout), begin, b_col, col, shape, TRANSPOSED)
+    b_col = gl.arange(0, MAIN, gl.SliceLayout(0, state_layout))
+    state = first_state(gl.zeros([TILE, MAIN], gl.float32, state_layout), begin, b_col, col, shape, TRANSPOSED)
+    if REST > 0:
+        rest_col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, rest_layout))
+        b_rest_col = MAIN + gl.arange(0, REST, gl.SliceLayout(0, rest_layout))
+        nought = gl.zeros([TILE, REST], gl.float32, rest_layout)
+        state_rest = first_state(nought, begin, b_rest_col, rest_col, shape, TRANSPOSED)
     unit, weight_scale = carried_units(rate, scale, HALF, REVERSE)
     if HALF and REVERSE:
         state *= gl.exp2(-unit)
+        if REST > 0:
+            state_rest *= gl.exp2(-unit)
     c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
-    if a is not None:
+    if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
         i = gl.arange(0, C, gl.SliceLayout(0, scores_layout))[None, :]
         gap = (j - i) if REVERSE else (i - j)
         mask = gl.where(gap >= 0, gl.exp2(rate * gl.maximum(gap, 0).to(gl.float32)) * scale, 0.0)
-        out_row = gl.arange(0, C, gl.SliceLayout(0, scores_layout))
-        nothing = gl.zeros([TILE, C], gl.float32, scores_layout)
+        out_row = gl.arange(0, C, gl.SliceLayout(0, out_layout))
+        nothing = gl.zeros([TILE, C], gl.float32, out_layout)
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
 
     lost_in_whole = what_is_lost(rate, C)
@@ -147,59 +206,93 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     for n in range(blocks):
         at = first + n * step
         tokens = gl.minimum(stop - at, C)
-        b_block = b_smem.index(stage).reshape([C, WIDTH])
+        b_block = b_smem.index(stage).reshape([C, MAIN])
         c_block = c_smem.index(stage).reshape([C, TILE])
+        if REST > 0:
+            b_rest = b_rest_smem.index(stage).reshape([C, REST])
         mbarrier.wait(ready.index(stage), phase)
         if PACKED:
             if tokens < C:
-                clear_tail(b_block, tokens, C, WIDTH)
+                clear_tail(b_block, tokens, C, MAIN)
+                if REST > 0:
+                    clear_tail(b_rest, tokens, C, REST)
                 clear_tail(c_block, tokens, C, TILE)
                 fence_async_shared()
                 barrier()
-        if a is not None:
-            a_block = a_smem.index(stage).reshape([C, WIDTH]).permute((1, 0))
+        if OUTPUT:
+            a_block = a_smem.index(stage).reshape([C, MAIN]).permute((1, 0))
             scores = warpgroup_mma(b_block, a_block, no_scores, use_acc=False, is_async=True)
+            if REST > 0:
+                a_rest = a_rest_smem.index(stage).reshape([C, REST]).permute((1, 0))
+                scores = warpgroup_mma(b_rest, a_rest, scores, is_async=True)
 
         # The stage before this one is free: what read it last was the product that made ``state``.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, a_smem, b_smem, c_smem, ready, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE)
-        if a is not None:
+        fetch(a, b, c, smem, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE, OUTPUT)
+        if OUTPUT:
             if HALF:  # rows of the state, each times a power of two that makes it fit
-                power, inverse = power_below(gl.max(gl.abs(state), 1))
-                left = gl.convert_layout((state * inverse[:, None]).to(dtype), left_scores)
+                largest = gl.max(gl.abs(state), 1)
+                if REST > 0:
+                    of_rest = gl.max(gl.abs(state_rest), 1)
+                    largest = gl.maximum(largest, gl.convert_layout(of_rest, gl.SliceLayout(1, state_layout)))
+                power, inverse = power_below(largest)
+                left = gl.convert_layout((state * inverse[:, None]).to(dtype), left_out)
             else:
-                left = gl.convert_layout(state.to(dtype), left_scores)
+                left = gl.convert_layout(state.to(dtype), left_out)
             o = warpgroup_mma(left, a_block, nothing, use_acc=False, is_async=True)
+            if REST > 0 and not WIDE:
+                if HALF:
+                    scaled = state_rest * gl.convert_layout(inverse, gl.SliceLayout(1, rest_layout))[:, None]
+                    left = gl.convert_layout(scaled.to(dtype), left_out)
+                else:
+                    left = gl.convert_layout(state_rest.to(dtype), left_out)
+                o = warpgroup_mma(left, a_rest, o, is_async=True)
 
         # λ^(m−1−r), or λ^(r+1) as λ^m over it: the same in every block, that would be kept in registers, 16 a thread,
         # which Triton 3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row of c is zero.
         across = rate * tokens.to(gl.float32)
-        to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
-        weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
-        weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
+        if not WIDE:
+            to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
+            weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
+            weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
 
-        if a is not None:
-            scores = warpgroup_mma_wait(1, deps=[scores])
+        if OUTPUT:
+            scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
             p_smem.store((scores * mask).to(dtype))
             fence_async_shared()
             barrier()
             o = warpgroup_mma_wait(0, deps=[o])
+            if WIDE:  # one part after the other: the state takes half of the registers
+                if HALF:
+                    scaled = state_rest * gl.convert_layout(inverse, gl.SliceLayout(1, rest_layout))[:, None]
+                    left = gl.convert_layout(scaled.to(dtype), left_out)
+                else:
+                    left = gl.convert_layout(state_rest.to(dtype), left_out)
+                o = warpgroup_mma(left, a_rest, o, is_async=True)
+                o = warpgroup_mma_wait(0, deps=[o])
             if HALF:
-                o = o * gl.convert_layout(power, gl.SliceLayout(1, scores_layout))[:, None]
+                o = o * gl.convert_layout(power, gl.SliceLayout(1, out_layout))[:, None]
             to_end = rate * gl.maximum(tokens - 1 - out_row, 0).to(gl.float32)
             if REVERSE:
                 o = o * gl.exp2(to_end + unit)[None, :]
             else:
                 o = o * (gl.exp2(across - to_end) * scale)[None, :]
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
+        if WIDE:
+            to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
+            weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
+            weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
         # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
         lost = lost_in_whole
         if tokens < C:
             lost = what_is_lost(rate, tokens)
         state = warpgroup_mma(weighted, b_block, state + state * lost, is_async=True)
-        if a is not None:
-            o = warpgroup_mma_wait(1, deps=[o])
+        if REST > 0:
+            left = gl.convert_layout(weighted, left_rest)
+            state_rest = warpgroup_mma(left, b_rest, state_rest + state_rest * lost, is_async=True)
+        if OUTPUT:
+            o = warpgroup_mma_wait(2 if REST > 0 else 1, deps=[o])
             tma.store_wait(0)
             barrier()
             o_smem.reshape([C, TILE]).permute((1, 0)).store(o.to(dtype))
@@ -211,13 +304,16 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
                            c_width - rows.column, C, TILE)  # fmt: skip
             else:
                 copy_out(out.descriptor, [rows.batch, at, rows.head, rows.column], o_smem)
-        state = warpgroup_mma_wait(0, deps=[state])
+        if REST > 0:
+            state, state_rest = warpgroup_mma_wait(0, deps=[state, state_rest])
+        else:
+            state = warpgroup_mma_wait(0, deps=[state])
         barrier()  # every warp is done with this stage: the next turn starts a copy into it
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    if a is not None:
+    if OUTPUT:
         tma.store_wait(0)
     barrier()
     for s in gl.static_range(STAGES):
@@ -225,27 +321,32 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     if end.final is not None:
         if end.is_stored:
             left, exists = state_pointers(end.final + end.final_offset, b_col, col, shape, TRANSPOSED)
-            state *= gl.exp2(unit)
-            gl.store(left, state.to(end.final.dtype.element_ty), mask=exists)
+            gl.store(left, (state * gl.exp2(unit)).to(end.final.dtype.element_ty), mask=exists)
+            if REST > 0:
+                left, exists = state_pointers(end.final + end.final_offset, b_rest_col, rest_col, shape, TRANSPOSED)
+                gl.store(left, (state_rest * gl.exp2(unit)).to(end.final.dtype.element_ty), mask=exists)
 
 
 @dispatch.unspecialized(gluon.jit)
-def forward_kernel(q, k, v, out, out_pointer, out_batch_stride: "i64", out_row_stride, log_decay, initial, final,
-                   state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, boundary_states, segment_table,
-                   segments_per_sequence, segment_rows, segment_count, T, H, D, E, scale, TILES: gl.constexpr,
-                   PERSISTENT: gl.constexpr):  # fmt: skip
-    roles.forward(sweep, q, k, v, Output(out, out_pointer, out_batch_stride, out_row_stride), log_decay,
+def forward_kernel(q, q_rest, k, k_rest, v, out, out_pointer, out_batch_stride: "i64", out_row_stride, log_decay,
+                   initial, final, state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, boundary_states,
+                   segment_table, segments_per_sequence, segment_rows, segment_count, T, H, D, E, scale,
+                   TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
+    roles.forward(sweep, Input(q, q_rest), Input(k, k_rest), v,
+                  Output(out, out_pointer, out_batch_stride, out_row_stride), log_decay,
                   Pool(initial, final, state_slot_stride, state_head_stride, slots, fresh), boundary_states,
                   Segmentation(segment_table, segments_per_sequence, segment_rows), Shape(T, H, D, E), scale,
                   segment_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
-def backward_kernel(q, k, v, dout, q_tile, k_tile, dout_tile, dq, dq_pointer, dq_batch_stride: "i64", dq_row_stride, dk,
-                    dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv, dv_pointer, dv_batch_stride: "i64",
-                    dv_row_stride, log_decay, initial, dfinal, dinitial, states_before, grads_after, segment_table,
-                    segments_per_sequence, segment_rows, T, H, D, E, scale, TILES: gl.constexpr):  # fmt: skip
-    roles.backward(sweep, Operands(q, k, v, dout), Operands(q_tile, k_tile, None, dout_tile),
+def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_tile, dout_tile, dq, dq_pointer,
+                    dq_batch_stride: "i64", dq_row_stride, dk, dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv,
+                    dv_pointer, dv_batch_stride: "i64", dv_row_stride, log_decay, initial, dfinal, dinitial,
+                    states_before, grads_after, segment_table, segments_per_sequence, segment_rows, T, H, D, E, scale,
+                    TILES: gl.constexpr):  # fmt: skip
+    whole = Operands(Input(q, q_rest), Input(k, k_rest), Input(v, v_rest), Input(dout, dout_rest))
+    roles.backward(sweep, whole, Operands(q_tile, k_tile, None, dout_tile),
                    Output(dq, dq_pointer, dq_batch_stride, dq_row_stride),
                    Output(dk, dk_pointer, dk_batch_stride, dk_row_stride),
                    Output(dv, dv_pointer, dv_batch_stride, dv_row_stride), log_decay, initial, dfinal, dinitial,
@@ -254,24 +355,33 @@ def backward_kernel(q, k, v, dout, q_tile, k_tile, dout_tile, dq, dq_pointer, dq
 
 
 @dispatch.unspecialized(gluon.jit)
-def states_kernel(k, v, q, dout, log_decay, local_before, local_after, final, segment_table, segments_per_sequence,
-                  segment_rows, piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
+def states_kernel(k, k_rest, v, q, q_rest, dout, log_decay, local_before, local_after, final, segment_table,
+                  segments_per_sequence, segment_rows, piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
                   PERSISTENT: gl.constexpr):  # fmt: skip
-    roles.states(sweep, k, v, q, dout, log_decay, local_before, local_after, final,
+    roles.states(sweep, Input(k, k_rest), v, Input(q, q_rest), dout, log_decay, local_before, local_after, final,
                  Segmentation(segment_table, segments_per_sequence, segment_rows), piece_rows, Shape(T, H, D, E), scale,
                  piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
-def snapshot_kernel(k, v, log_decay, pool, state_slot_stride: "i64", state_head_stride: "i64", slots, fresh,
+def snapshot_kernel(k, k_rest, v, log_decay, pool, state_slot_stride: "i64", state_head_stride: "i64", slots, fresh,
                     boundary_states, cu_seqlens, first_boundary, snapshot_at, snapshot_slots, per_sequence,
                     segment_rows, T, H, D, E, TILES: gl.constexpr):  # fmt: skip
-    roles.snapshot(sweep, k, v, log_decay, Pool(pool, pool, state_slot_stride, state_head_stride, slots, fresh),
+    roles.snapshot(sweep, Input(k, k_rest), v, log_decay,
+                   Pool(pool, pool, state_slot_stride, state_head_stride, slots, fresh),
                    boundary_states, cu_seqlens, first_boundary, snapshot_at, snapshot_slots, per_sequence, segment_rows,
                    Shape(T, H, D, E), TILES)  # fmt: skip
 
 
 def read(x: Tensor | None, view: TensorView, tiles: Tiles, width: int) -> tuple[Any, ...]:
+    if x is None:
+        return None, None
+    main = main_part(width)
+    rest = dispatch.Descriptor(x, view, tiles.C, width - main) if width > main else None
+    return dispatch.Descriptor(x, view, tiles.C, main), rest
+
+
+def read_tile(x: Tensor | None, view: TensorView, tiles: Tiles, width: int) -> tuple[Any, ...]:
     return (None if x is None else dispatch.Descriptor(x, view, tiles.C, width),)
 
 
@@ -280,4 +390,6 @@ def write(x: Tensor, view: TensorView, tiles: Tiles, width: int) -> tuple[Any, .
     return dispatch.Descriptor(x, view, tiles.C, width), x, batch, row
 
 
-SWEEP = Sweep(forward_kernel, backward_kernel, states_kernel, snapshot_kernel, read, read, write, dispatch.run)
+SWEEP = Sweep(
+    forward_kernel, backward_kernel, states_kernel, snapshot_kernel, read, read_tile, read_tile, write, dispatch.run
+)

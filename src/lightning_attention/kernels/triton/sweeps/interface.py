@@ -12,8 +12,9 @@ from lightning_attention.kernels.triton.tiling import TensorView, Tiles
 class Sweep(NamedTuple):
     """Kernels whose arguments differ in nothing but how they take a tensor [B, T, H, *].
 
-    ``read``: one that is read, or None; ``narrow``: one of these once more, in blocks of fewer columns; ``write``: a
-    contiguous one that is written. They are given the tensor, its view, the tiles and the columns of a block.
+    ``read``: one that is read, or None, by all of its columns; ``read_tile``: by those that a program has; ``narrow``:
+    the same of one that is also read by all; ``write``: a contiguous one that is written. They are given the tensor,
+    its view, the tiles and the columns of a block.
     """
 
     forward: Any
@@ -21,6 +22,7 @@ class Sweep(NamedTuple):
     states: Any
     snapshot: Any
     read: Callable[[Tensor | None, TensorView | None, Tiles, int], tuple[Any, ...]]
+    read_tile: Callable[[Tensor | None, TensorView | None, Tiles, int], tuple[Any, ...]]
     narrow: Callable[[Tensor, TensorView, Tiles, int], tuple[Any, ...]]
     write: Callable[[Tensor, TensorView, Tiles, int], tuple[Any, ...]]
     launch: Callable[[Any, tuple[int, int, int], Sequence[Any], tuple[Any, ...], int, int], None]

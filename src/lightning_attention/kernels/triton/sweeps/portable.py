@@ -213,5 +213,5 @@ def write(x: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 SWEEP = Sweep(
-    forward_kernel, backward_kernel, states_kernel, snapshot_kernel, read, narrow, write, dispatch.specialized
+    forward_kernel, backward_kernel, states_kernel, snapshot_kernel, read, read, narrow, write, dispatch.specialized
 )
