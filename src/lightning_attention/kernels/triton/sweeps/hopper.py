@@ -96,6 +96,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     STAGES: gl.constexpr = 2 * TILES.stages if a is None else TILES.stages  # without a there is room for twice as many
     dtype: gl.constexpr = b.dtype
     HALF: gl.constexpr = b.dtype == gl.float16
+    gl.static_assert(rows.borders is None, "documents are not told apart here yet")
     _, c_width = widths(shape, TRANSPOSED)
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
@@ -232,34 +233,36 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
 @dispatch.unspecialized(gluon.jit)
 def forward_kernel(q, k, v, out, out_pointer, out_batch_stride: "i64", out_row_stride, log_decay, initial, final,
                    state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, boundary_states, segment_table,
-                   segments_per_sequence, segment_rows, segment_count, T, H, D, E, scale, TILES: gl.constexpr,
-                   PERSISTENT: gl.constexpr):  # fmt: skip
+                   segments_per_sequence, segment_rows, begins, ends, segment_count, T, H, D, E, scale,
+                   TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
     roles.forward(sweep, q, k, v, Output(out, out_pointer, out_batch_stride, out_row_stride), log_decay,
                   Pool(initial, final, state_slot_stride, state_head_stride, slots, fresh), boundary_states,
-                  Segmentation(segment_table, segments_per_sequence, segment_rows), Shape(T, H, D, E), scale,
-                  segment_count, TILES, PERSISTENT)  # fmt: skip
+                  Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
+                  scale, segment_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
 def backward_kernel(q, k, v, dout, q_tile, k_tile, dout_tile, dq, dq_pointer, dq_batch_stride: "i64", dq_row_stride, dk,
                     dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv, dv_pointer, dv_batch_stride: "i64",
                     dv_row_stride, log_decay, initial, dfinal, dinitial, states_before, grads_after, segment_table,
-                    segments_per_sequence, segment_rows, T, H, D, E, scale, TILES: gl.constexpr):  # fmt: skip
+                    segments_per_sequence, segment_rows, begins, ends, T, H, D, E, scale,
+                    TILES: gl.constexpr):  # fmt: skip
     roles.backward(sweep, Operands(q, k, v, dout), Operands(q_tile, k_tile, None, dout_tile),
                    Output(dq, dq_pointer, dq_batch_stride, dq_row_stride),
                    Output(dk, dk_pointer, dk_batch_stride, dk_row_stride),
                    Output(dv, dv_pointer, dv_batch_stride, dv_row_stride), log_decay, initial, dfinal, dinitial,
-                   states_before, grads_after, Segmentation(segment_table, segments_per_sequence, segment_rows),
-                   Shape(T, H, D, E), scale, TILES)  # fmt: skip
+                   states_before, grads_after,
+                   Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
+                   scale, TILES)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
 def states_kernel(k, v, q, dout, log_decay, local_before, local_after, final, segment_table, segments_per_sequence,
-                  segment_rows, piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
+                  segment_rows, begins, ends, piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
                   PERSISTENT: gl.constexpr):  # fmt: skip
     roles.states(sweep, k, v, q, dout, log_decay, local_before, local_after, final,
-                 Segmentation(segment_table, segments_per_sequence, segment_rows), piece_rows, Shape(T, H, D, E), scale,
-                 piece_count, TILES, PERSISTENT)  # fmt: skip
+                 Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), piece_rows,
+                 Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
