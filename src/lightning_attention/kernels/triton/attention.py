@@ -35,7 +35,7 @@ def sweep_forward(
         *sweep.read(q, q_view, tiles, tiles.BD), *sweep.read(k, k_view, tiles, tiles.BD),
         *sweep.read_tile(v, v_view, tiles, tiles.TE), *sweep.write(out, out_view, tiles, tiles.TE), log_decay,
         initial if plan.uses_initial_state else None, final, *strides, slots, fresh, boundary_states,
-        plan.segment_table, plan.segments_per_sequence, plan.segment_rows, count, T, H, D, E, scale,
+        *plan.segmentation, count, T, H, D, E, scale,
     )  # fmt: skip
     grid = (min(count, segments_in_flight or count) * H * -(-E // tiles.TE), 1, 1)
     constants = (tiles, segments_in_flight is not None)
@@ -62,7 +62,8 @@ def attention(
     chosen = tiling(q, k, v, batch_invariant=batch_invariant)
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
+    has_states = initial_state is not None or output_final_state
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states)
     boundary_states = None
     if segments.is_split:
         (local,), (boundary_states,) = segments.allocate_states(k, E)
@@ -101,7 +102,8 @@ def attention_backward(
     tiles, _, (q_view, k_view, v_view, dout_view), (like_k, like_v) = chosen
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
+    has_states = initial_state is not None or dfinal is not None
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, True)
     states_before = grads_after = None
     if segments.is_split:
         (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, E, 2)
@@ -120,7 +122,7 @@ def attention_backward(
         *read(dout, dout_view, tiles, BE), *narrow(q, q_view, tiles, TD), *narrow(k, k_view, tiles, TD),
         *narrow(dout, dout_view, tiles, TE), *write(dq, like_k, tiles, TD), *write(dk, like_k, tiles, TD),
         *write(dv, like_v, tiles, TE), log_decay, initial, ahead, dinitial, states_before, grads_after,
-        segments.segment_table, segments.segments_per_sequence, segments.segment_rows, T, H, D, E, scale,
+        *segments.segmentation, T, H, D, E, scale,
     )  # fmt: skip
     grid = (segments.segment_count * programs, 1, 1)
     sweep.launch(sweep.backward, grid, args, (tiles,), tiles.warps, k.get_device())

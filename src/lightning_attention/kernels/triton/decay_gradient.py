@@ -21,7 +21,15 @@ from lightning_attention.kernels.triton.plan import Plan
 from lightning_attention.kernels.triton.roles import Begin, first_state
 from lightning_attention.kernels.triton.sweeps.portable import Input, load_rows, read, rows_of
 from lightning_attention.kernels.triton.tiling import Tiles, with_tile
-from lightning_attention.kernels.triton.work import Segmentation, Shape, find_segment, is_whole_sequence
+from lightning_attention.kernels.triton.work import (
+    Segmentation,
+    Shape,
+    find_segment,
+    is_past,
+    is_whole_sequence,
+    is_within,
+    nearest_border,
+)
 
 
 def decay_gradient(
@@ -37,19 +45,19 @@ def decay_gradient(
     partial = torch.empty(plan.segment_count, H, -(-E // tiles.TE), dtype=torch.float32, device=v.device)
     args = (
         *read(q), *read(k), *read(v), *read(dout), log_decay, initial, dfinal, states_before, grads_after, partial,
-        plan.segment_table, plan.segments_per_sequence, plan.segment_rows, T, H, D, E, scale,
+        *plan.segmentation, T, H, D, E, scale,
     )  # fmt: skip
     dispatch.specialized(decay_gradient_kernel, (partial.numel(), 1, 1), args, (tiles,), tiles.warps, q.get_device())
     return partial.sum((0, 2))
 
 
-@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "T"])
+@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "T"])
 def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", k, k_batch_stride: "i64",
                           k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride,
                           v_head_stride: "i64", dout, dout_batch_stride: "i64", dout_row_stride,
                           dout_head_stride: "i64", log_decay, initial, dfinal, states_before, grads_after, partial,
-                          segment_table, segments_per_sequence, segment_rows, T, H, D, E, scale,
-                          TILES: tl.constexpr):  # fmt: skip
+                          segment_table, segments_per_sequence, segment_rows, begins, ends, T, H, D, E,
+                          scale, TILES: tl.constexpr):  # fmt: skip
     """partial [segment_count, H, tiles]: each program's part of the sum.
 
     float16 inputs are multiplied in TF32, which has their bits and float32's range: R grows like T^1.5 where nothing
@@ -66,7 +74,7 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
     column = pid % tiles * TE
     head = pid // tiles % H
     shape = Shape(T, H, D, E)
-    plan = Segmentation(segment_table, segments_per_sequence, segment_rows)
+    plan = Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends)
     segment = find_segment(plan, pid // tiles // H, T)
     if segment.sequence < 0:
         tl.store(partial + pid, 0.0)
@@ -99,12 +107,23 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
         vt = tl.trans(load_rows(v_rows, at, segment.stop, column, E, C, TE, TILES.even_TE, v_row_stride).to(DTYPE))
         gt = tl.trans(load_rows(dout_rows, at, segment.stop, column, E, C, TE, TILES.even_TE, dout_row_stride))
         scores = tl.dot(kt, qt, input_precision=PRECISION) * mask
+        if begins is not None:
+            border = tl.load(begins + at + row, mask=row < tokens, other=0)
+            scores = tl.where(is_within((at + row)[:, None], border[None, :], False), scores, 0.0)
         out = tl.dot(drift.to(qt.dtype), qt, input_precision=PRECISION) * from_start[None, :]
         out += tl.dot(state.to(qt.dtype), qt, input_precision=PRECISION) * (from_start * (row + 1))[None, :]
+        if begins is not None:
+            out = tl.where(is_past(border, at, at + tokens, False)[None, :], out, 0.0)
         out = tl.dot(vt, scores.to(vt.dtype), out, input_precision=PRECISION)
         total += tl.sum(out * gt.to(tl.float32), 0)
         rest = tl.maximum(tokens - 1 - row, 0)
         to_end = tl.exp2(rate * rest)
+        if begins is not None:
+            nearest = nearest_border(begins, at, at + tokens, False)
+            is_kept = is_past(nearest, at, at + tokens, False)
+            state = tl.where(is_kept, state, 0.0)
+            drift = tl.where(is_kept, drift, 0.0)
+            to_end = tl.where(is_within(at + row, nearest, False), to_end, 0.0)
         whole, rest_of_one = whole_and_rest(rate * tokens * 0.6931471805599453)
         drift += state * tokens
         drifting = (vt.to(tl.float32) * (to_end * rest)[None, :]).to(vt.dtype)
@@ -116,5 +135,8 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
     ahead = first_state(
         zero, Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole), d, e, shape, False
     )
+    if ends is not None:  # the gradient may be of a document that begins there
+        last = tl.maximum(segment.stop - 1, segment.start)
+        ahead = tl.where(tl.load(ends + last) > segment.stop, ahead, 0.0)
     result += tl.sum(tl.sum(drift * ahead, 1), 0)
     tl.store(partial + pid, result)

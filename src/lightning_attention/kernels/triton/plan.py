@@ -1,6 +1,6 @@
 """How the sequences of a call are split into segments that are swept at once."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,8 @@ class Plan(NamedTuple):
     segment's; segments_per_sequence: of a dense batch; segment_count: of all sequences, at most; full_segments: those
     that may not be their sequence's last, at most; is_split: whether any sequence may have two; boundary_count: how
     many states lie between segments, at most. Of a packed batch, as ``plan_kernel`` writes them: segment_table
-    [segment_count, 5], first_boundary [N + 1] and split_sequences.
+    [segment_count, 5], first_boundary [N + 1] and split_sequences. Of documents, as ``documents_kernel`` does: begins
+    and, for a backward pass, ends [T + 1].
     """
 
     segment_rows: int
@@ -35,6 +36,13 @@ class Plan(NamedTuple):
     segment_table: Tensor | None = None
     first_boundary: Tensor | None = None
     split_sequences: Tensor | None = None
+    begins: Tensor | None = None
+    ends: Tensor | None = None
+
+    @property
+    def segmentation(self) -> tuple[Any, ...]:
+        """As kernels take it: the fields of ``work.Segmentation``."""
+        return self.segment_table, self.segments_per_sequence, self.segment_rows, self.begins, self.ends
 
     @property
     def uses_initial_state(self) -> bool:
@@ -91,15 +99,57 @@ def plan_packed(
     return Plan(rows, tiling.piece_rows(rows, width), 0, count, full, rows < T, 2 * full, table, first, split)
 
 
+def plan_documents(cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, reverse: bool) -> Plan:
+    """For a packed batch whose states nobody has or wants: one sequence of T rows, in which masks part documents.
+
+    What it costs does not depend on their lengths. ``reverse``: whether it is swept with time reversed, too.
+    """
+    dense = plan_dense(1, T, width, chosen, programs, False)
+    N = cu_seqlens.shape[0] - 1
+    begins, *ends = torch.empty(1 + reverse, T + 1, dtype=torch.int32, device=cu_seqlens.device).unbind()
+    args = (cu_seqlens, begins, ends[0] if reverse else None, N, 1 << N.bit_length() >> 1, T)
+    dispatch.run(documents_kernel, (T // 256 + 1, 1, 1), args, (256,), 4, cu_seqlens.get_device())
+    return dense._replace(begins=begins, ends=args[2])
+
+
 def plan(
-    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool
+    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool,
+    has_states: bool, reverse: bool = False,
 ) -> Plan:  # fmt: skip
-    """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``, of k [B, T, H, D] and v [B, T, H, E]."""
+    """Of k [B, T, H, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
+
+    ``has_states``: whether sequences have states, or gradients of them, that the call is given or returns.
+    """
     B, T, _, D = k.shape
     width = max(D, v.shape[3])
     if cu_seqlens is None:
         return plan_dense(B, T, width, chosen, programs, batch_invariant)
-    return plan_packed(cu_seqlens, T, width, chosen, programs, batch_invariant)
+    if has_states or batch_invariant:
+        return plan_packed(cu_seqlens, T, width, chosen, programs, batch_invariant)
+    return plan_documents(cu_seqlens, T, width, chosen, programs, reverse)
+
+
+@dispatch.unspecialized(triton.jit)
+def documents_kernel(cu_seqlens, begins, ends, N, step, T, BLOCK: tl.constexpr):
+    """Where the document of each row begins and ends, [T + 1] each; ``step``: the power of two at or below N, or 0.
+
+    Rows past the last document, and row T, are of one more that ends at T: so begins[T] is how many rows have a
+    document. A search in N takes its binary digits: 14 loads, one after another, where there are 9000.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    document = tl.zeros([BLOCK], tl.int32)
+    begin = tl.zeros([BLOCK], tl.int32)
+    while step > 0:
+        ahead = document + step
+        there = tl.load(cu_seqlens + ahead, mask=ahead <= N, other=0).to(tl.int32)
+        reached = (ahead <= N) & (there <= row)
+        document = tl.where(reached, ahead, document)
+        begin = tl.where(reached, there, begin)
+        step = step // 2
+    tl.store(begins + row, begin, mask=row <= T)
+    if ends is not None:
+        end = tl.load(cu_seqlens + document + 1, mask=document < N, other=0).to(tl.int32)
+        tl.store(ends + row, tl.where(document < N, end, T), mask=row <= T)
 
 
 @triton.jit

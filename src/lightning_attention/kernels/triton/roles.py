@@ -6,6 +6,12 @@ A ``SWEEP`` is the loop of ``sweeps/portable.py`` or ``sweeps/hopper.py``:
 
 a, b, c and out are whatever that loop reads and writes tensors by; without a, it has no output but a state. Where
 PACKED the rows past ``rows.stop`` may be another sequence's; where TRANSPOSED b's columns are E's and c's D's.
+
+A packed batch may be swept as one sequence, whose rows know their documents by ``rows.borders``. Then a score counts
+where b's row ``is_within`` the border of a's, and the state that enters a block counts for rows whose border
+``is_past`` the block. In the state that leaves it, the one that entered is kept if the block's ``nearest_border``
+``is_past`` the block, and the rows that are ``is_within`` that border are added. What does not count is left out, not
+multiplied by 0: it may be NaN.
 """
 
 from typing import NamedTuple
@@ -29,13 +35,18 @@ from lightning_attention.kernels.triton.work import (
 
 
 class Rows(NamedTuple):
-    """Rows start … stop of one head, and the first of the columns of c that the program has."""
+    """Rows start … stop of one head, and the first of the columns of c that the program has.
+
+    borders [T] int32: where the document of each row begins or, for a reverse sweep, ends (the row past its last); None
+    where all of the rows are of one document.
+    """
 
     batch: tl.tensor
     head: tl.tensor
     start: tl.tensor
     stop: tl.tensor
     column: tl.tensor
+    borders: tl.tensor
 
 
 class Begin(NamedTuple):
@@ -114,12 +125,12 @@ def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary
                     head, column, TILES: tl.constexpr):  # fmt: skip
     segment = find_segment(plan, index, shape.T)
     if segment.sequence >= 0:
-        PACKED: tl.constexpr = plan.segment_table is not None
+        PACKED: tl.constexpr = plan.segment_table is not None or plan.begins is not None
         SPLIT: tl.constexpr = boundary_states is not None
         is_whole = is_whole_sequence(segment, plan, SPLIT)
         of_sequence = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
         of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
-        SWEEP(q, k, v, out, Rows(segment.batch, head, segment.start, segment.stop, column),
+        SWEEP(q, k, v, out, Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, segment.sequence),
                     boundary_states, of_segment, is_whole), End(pool.final, of_sequence, segment.is_last), shape,
               log2_decay(log_decay, head), scale, TILES, PACKED, False, False)  # fmt: skip
@@ -163,7 +174,7 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     segment = find_segment(plan, pid // roles // shape.H, shape.T)
     if segment.sequence < 0:
         return
-    PACKED: tl.constexpr = plan.segment_table is not None
+    PACKED: tl.constexpr = plan.segment_table is not None or plan.begins is not None
     SPLIT: tl.constexpr = states_before is not None
     is_whole = is_whole_sequence(segment, plan, SPLIT)
     rate = log2_decay(log_decay, head)
@@ -174,17 +185,17 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     forward_from = Begin(initial, of_sequence, is_whole, states_before, of_segment, is_whole)
     reverse_from = Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole)
     if role < e_tiles:
-        SWEEP(whole.k, whole.q, tile.dout, dv, Rows(segment.batch, head, start, stop, role * TILES.TE),
+        SWEEP(whole.k, whole.q, tile.dout, dv, Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends),
               reverse_from, End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
               True)  # fmt: skip
     elif role < e_tiles + d_tiles:
         column = (role - e_tiles) * TILES.TD
-        SWEEP(whole.dout, whole.v, tile.k, dq, Rows(segment.batch, head, start, stop, column), forward_from,
-              End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
+        SWEEP(whole.dout, whole.v, tile.k, dq, Rows(segment.batch, head, start, stop, column, plan.begins),
+              forward_from, End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
     else:
         column = (role - e_tiles - d_tiles) * TILES.TD
-        SWEEP(whole.v, whole.dout, tile.q, dk, Rows(segment.batch, head, start, stop, column), reverse_from,
-              End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
+        SWEEP(whole.v, whole.dout, tile.q, dk, Rows(segment.batch, head, start, stop, column, plan.ends),
+              reverse_from, End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
 @triton.jit
@@ -197,9 +208,10 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
     """
     segment = find_piece(plan, piece_rows, index, shape.T)
     if segment.sequence >= 0:
-        PACKED: tl.constexpr = plan.segment_table is not None
+        PACKED: tl.constexpr = plan.segment_table is not None or plan.begins is not None
         rate = log2_decay(log_decay, head)
-        rows = rows_in_a_piece(segment.stop - segment.start, plan.segment_rows, piece_rows, PACKED)
+        rows = rows_in_a_piece(segment.stop - segment.start, plan.segment_rows, piece_rows,
+                               plan.segment_table is not None)  # fmt: skip
         ends = segment.is_last
         if REVERSE:
             ends = segment.is_first
@@ -208,9 +220,9 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
             rows = tl.where(is_whole, plan.segment_rows, rows)
         matters = reach(rate, plan.segment_rows)
         if REVERSE:
-            start, stop = piece_from_start(segment, rows, matters)
+            start, stop = piece_from_start(segment, rows, matters, plan.ends)
         else:
-            start, stop = piece_from_end(segment, rows, matters)
+            start, stop = piece_from_end(segment, rows, matters, plan.begins)
         place = (segment.boundary_index.to(tl.int64) * segment.pieces + segment.piece) * shape.H + head
         target = local_states + place * shape.D * shape.E
         if final is not None:
@@ -221,7 +233,7 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         else:
             wanted = (not ends) & (start < stop)
         if wanted:
-            SWEEP(None, b, c, None, Rows(segment.batch, head, start, stop, column),
+            SWEEP(None, b, c, None, Rows(segment.batch, head, start, stop, column, None),
                   Begin(None, 0, False, None, 0, True), End(target, 0, True), shape, rate, scale, TILES, PACKED, False,
                   REVERSE)  # fmt: skip
 
@@ -284,7 +296,8 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
         boundary = (tl.load(first_boundary + sequence) + segment).to(tl.int64) * shape.H + head
         of_sequence = state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
         target = state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
-        SWEEP(None, k, v, None, Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE),
+        SWEEP(None, k, v, None,
+              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, sequence), boundary_states,
                     boundary * shape.D * shape.E, is_whole),
               End(pool.final, target, True), shape, log2_decay(log_decay, head), 1.0, TILES, True, False,

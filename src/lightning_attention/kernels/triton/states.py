@@ -34,8 +34,7 @@ def local_states(
     args = (
         *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read_tile(v, views[1], tiles, tiles.TE),
         *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read_tile(dout, views[3], tiles, tiles.TE), log_decay,
-        local_before, local_after, final, plan.segment_table, plan.segments_per_sequence, plan.segment_rows,
-        plan.piece_rows, count, T, H, D, E, scale,
+        local_before, local_after, final, *plan.segmentation, plan.piece_rows, count, T, H, D, E, scale,
     )  # fmt: skip
     programs = H * -(-E // tiles.TE) * (1 if before is None or after is None else 2)
     grid = (min(count, segments_in_flight or count) * programs, 1, 1)
@@ -57,7 +56,7 @@ def states(
     chosen = tiling(k, k, v, batch_invariant=batch_invariant)
     tiles, _, (_, *views), _ = chosen
     programs = H * -(-E // tiles.TE)
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, True)
     (local,), (boundary,) = segments.allocate_states(k, E) if segments.is_split else ((final,), (final,))
     if reverse:
         local_states(segments, tiles, log_decay, 1.0, None, (k, v), None, local, (None, None, *views), final)

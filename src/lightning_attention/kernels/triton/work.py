@@ -16,11 +16,13 @@ class Shape(NamedTuple):
 
 
 class Segmentation(NamedTuple):
-    """How sequences are cut into segments, as ``plan.Plan`` has it; no table for a dense batch."""
+    """How sequences are cut into segments, as ``plan.Plan`` has it; no table for a dense batch or for documents."""
 
     segment_table: tl.tensor
     segments_per_sequence: tl.tensor
     segment_rows: tl.tensor
+    begins: tl.tensor
+    ends: tl.tensor
 
 
 class Segment(NamedTuple):
@@ -69,6 +71,8 @@ def find_segment(plan, index, T, piece=0, pieces=1):
         stop = tl.minimum(start + plan.segment_rows, T)
         ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
         batch = sequence
+        if plan.begins is not None:
+            stop = tl.maximum(tl.minimum(stop, tl.load(plan.begins + T)), start)
     return Segment(sequence, batch, start, stop, (ends & 1) != 0, (ends & 2) != 0, boundary_index, piece, pieces)
 
 
@@ -113,17 +117,50 @@ def rows_in_a_piece(rows, segment_rows, piece_rows, PACKED: tl.constexpr):
 
 
 @triton.jit
-def piece_from_end(segment, rows, reach):
+def nearest_border(borders, start, stop, REVERSE: tl.constexpr):
+    """Where the document begins that is the last in rows start … stop; with time reversed, where the first one ends."""
+    row = tl.maximum(stop - 1, start)
+    if REVERSE:
+        row = start
+    return tl.load(borders + row)
+
+
+@triton.jit
+def is_past(border, start, stop, REVERSE: tl.constexpr):
+    """Whether a document with this border has rows before rows start … stop; with time reversed, after them."""
+    if REVERSE:
+        past = border > stop
+    else:
+        past = border < start
+    return past
+
+
+@triton.jit
+def is_within(row, border, REVERSE: tl.constexpr):
+    """Whether a row is not before where a document begins; with time reversed, not after where it ends."""
+    if REVERSE:
+        within = row < border
+    else:
+        within = row >= border
+    return within
+
+
+@triton.jit
+def piece_from_end(segment, rows, reach, begins):
     """Those of a piece's rows that matter to the state after the segment; maybe none."""
     start = tl.maximum(segment.start, segment.stop - reach)
+    if begins is not None:
+        start = tl.maximum(start, nearest_border(begins, segment.start, segment.stop, False))
     stop = segment.stop - segment.piece * rows
     return tl.maximum(start, stop - rows), stop
 
 
 @triton.jit
-def piece_from_start(segment, rows, reach):
+def piece_from_start(segment, rows, reach, ends):
     """With time reversed: those that matter to the state before the segment."""
     stop = tl.minimum(segment.stop, segment.start + reach)
+    if ends is not None:
+        stop = tl.minimum(stop, nearest_border(ends, segment.start, segment.stop, True))
     start = segment.start + segment.piece * rows
     return start, tl.minimum(stop, start + rows)
 

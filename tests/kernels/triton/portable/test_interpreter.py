@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
-from tests.support import Problem, Solution, make_problem, problems, relative_error, solve_exactly
+from tests.support import Problem, Solution, cumulative, make_problem, problems, relative_error, solve_exactly
 
 pytestmark = interpreted
 NAN = float("nan")
@@ -119,6 +119,55 @@ def test_without_final_states(interpreter: Interpreter, initial: bool):
     for segments in (False, True):
         got = interpreter.solve(problem, segments=segments, final=False).solution
         assert not replace(got, final_state=expected.final_state).misses(expected, magnitude)
+
+
+# Blocks have 16 rows, and 64 in half precision; segments, two blocks.
+DOCUMENTS = {
+    "of 1 and of 7 tokens": {"lengths": [1] * 5 + [7] * 12, "padding": 9, "D": 20, "E": 24, "scale": -2.0},
+    "borders at edges, longer than a segment": {"lengths": [0, 16, 16, 0, 32, 5, 27, 64, 3, 70, 0], "padding": 40},
+    "half precision": {"lengths": [64, 64, 7, 57, 200, 1], "padding": 9, "D": 17, "dtype": torch.float16, "scale": 0.1},
+    "half precision, forgotten at once": {"lengths": [7] * 20, "E": 20, "dtype": torch.float16, "kind": "strong"},
+    "one, and segments of padding": {"lengths": [50], "padding": 90, "H": 1, "kind": "none"},
+}
+
+
+def without_states(problem: Problem) -> Problem:
+    return replace(problem, initial_state=None, dfinal=torch.zeros_like(problem.dfinal))
+
+
+def misses_without_states(got: Solution, problem: Problem) -> dict[str, float]:
+    expected, magnitude = solve_exactly(problem), solve_exactly(problem.absolute())
+    return replace(got, final_state=expected.final_state).misses(expected, magnitude)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_documents_parted_by_masks(interpreter: Interpreter, case: str, segments: bool):
+    """Packed batches whose states nobody has or wants."""
+    problem = without_states(make_problem(**DOCUMENTS[case]))
+    run = interpreter.solve(padded_with(NAN, problem), segments=segments, final=False)
+    assert not misses_without_states(run.solution, problem)
+    assert run.scans == 2 * segments
+
+
+def _borders(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    from lightning_attention.kernels.triton.plan import plan_documents
+    from lightning_attention.kernels.triton.tiling import tiling
+
+    x = torch.empty(1, T, 1, 16)
+    plan = plan_documents(cu_seqlens, T, 16, tiling(x, x, x), 1, True)
+    return plan.begins, plan.ends
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [300], [0, 1, 255, 0, 256, 3, 0], [3] * 200 + [0] * 90])
+def test_borders_of_documents(interpreter: Interpreter, lengths: list[int]):
+    lengths = [*lengths, 5]  # the last: padding
+    cuts = cumulative(lengths)
+    expected = cuts[:-1], cuts[1:]
+    got = interpreter.call(_borders, cuts[:-1], sum(lengths))
+    for borders, of_documents in zip(got, expected, strict=True):
+        assert torch.equal(borders[:-1].long(), of_documents.repeat_interleave(torch.tensor(lengths)))
+    assert got[0][-1] == cuts[-2]  # how many rows have a document
 
 
 @pytest.mark.parametrize("reverse", [False, True])

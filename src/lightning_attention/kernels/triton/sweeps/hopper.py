@@ -330,37 +330,38 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
 @dispatch.unspecialized(gluon.jit)
 def forward_kernel(q, q_rest, k, k_rest, v, out, out_pointer, out_batch_stride: "i64", out_row_stride, log_decay,
                    initial, final, state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, boundary_states,
-                   segment_table, segments_per_sequence, segment_rows, segment_count, T, H, D, E, scale,
+                   segment_table, segments_per_sequence, segment_rows, begins, ends, segment_count, T, H, D, E, scale,
                    TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
     roles.forward(sweep, Input(q, q_rest), Input(k, k_rest), v,
                   Output(out, out_pointer, out_batch_stride, out_row_stride), log_decay,
                   Pool(initial, final, state_slot_stride, state_head_stride, slots, fresh), boundary_states,
-                  Segmentation(segment_table, segments_per_sequence, segment_rows), Shape(T, H, D, E), scale,
-                  segment_count, TILES, PERSISTENT)  # fmt: skip
+                  Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
+                  scale, segment_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
 def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_tile, dout_tile, dq, dq_pointer,
                     dq_batch_stride: "i64", dq_row_stride, dk, dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv,
                     dv_pointer, dv_batch_stride: "i64", dv_row_stride, log_decay, initial, dfinal, dinitial,
-                    states_before, grads_after, segment_table, segments_per_sequence, segment_rows, T, H, D, E, scale,
-                    TILES: gl.constexpr):  # fmt: skip
+                    states_before, grads_after, segment_table, segments_per_sequence, segment_rows, begins, ends, T, H, D, E,
+                    scale, TILES: gl.constexpr):  # fmt: skip
     whole = Operands(Input(q, q_rest), Input(k, k_rest), Input(v, v_rest), Input(dout, dout_rest))
     roles.backward(sweep, whole, Operands(q_tile, k_tile, None, dout_tile),
                    Output(dq, dq_pointer, dq_batch_stride, dq_row_stride),
                    Output(dk, dk_pointer, dk_batch_stride, dk_row_stride),
                    Output(dv, dv_pointer, dv_batch_stride, dv_row_stride), log_decay, initial, dfinal, dinitial,
-                   states_before, grads_after, Segmentation(segment_table, segments_per_sequence, segment_rows),
-                   Shape(T, H, D, E), scale, TILES)  # fmt: skip
+                   states_before, grads_after,
+                   Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
+                   scale, TILES)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
 def states_kernel(k, k_rest, v, q, q_rest, dout, log_decay, local_before, local_after, final, segment_table,
-                  segments_per_sequence, segment_rows, piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
-                  PERSISTENT: gl.constexpr):  # fmt: skip
+                  segments_per_sequence, segment_rows, begins, ends, piece_rows, piece_count, T, H, D, E, scale,
+                  TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
     roles.states(sweep, Input(k, k_rest), v, Input(q, q_rest), dout, log_decay, local_before, local_after, final,
-                 Segmentation(segment_table, segments_per_sequence, segment_rows), piece_rows, Shape(T, H, D, E), scale,
-                 piece_count, TILES, PERSISTENT)  # fmt: skip
+                 Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), piece_rows,
+                 Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)

@@ -23,7 +23,7 @@ from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import advance, carried_units, power_below, whole_and_rest
 from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
-from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape
+from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape, is_past, is_within, nearest_border
 
 
 class Input(NamedTuple):
@@ -101,6 +101,8 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
         # Rows from the start of the block, 1..m, and to its end, m−1..0; a row past the end is clamped, and zero in c.
         from_start = row + 1
         to_end = tl.maximum(tokens - 1 - row, 0)
+        if rows.borders is not None:
+            border = tl.load(rows.borders + at + row, mask=row < tokens, other=0)
         if a is not None:
             a_rows = rows_of(a, rows.batch, rows.head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
@@ -114,6 +116,9 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
                 o = o * tl.exp2(rate * (to_end + elapsed) + unit)[None, :]
             else:
                 o = o * (tl.exp2(rate * (from_start + elapsed) + unit) * scale)[None, :]
+            if rows.borders is not None:
+                scores = tl.where(is_within((at + row)[:, None], border[None, :], REVERSE), scores, 0.0)
+                o = tl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
             o = tl.dot(ct, scores.to(ct.dtype), o, input_precision=PRECISION)
             out_rows = out.pointer + rows.batch * out.batch_stride + rows.head * c_width
             where = out_rows + (at + row).to(tl.int64)[:, None] * (shape.H * c_width) + col[None, :]
@@ -128,7 +133,17 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
         weight = to_end
         if REVERSE:
             weight = from_start
-        weighted = (ct.to(tl.float32) * (tl.exp2(rate * (weight - elapsed)) * weight_scale)[None, :]).to(ct.dtype)
+        if rows.borders is not None:
+            nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
+            is_kept = is_past(nearest, at, at + tokens, REVERSE)
+            state = tl.where(is_kept, state, 0.0)
+            if TILES.lazy:
+                elapsed = tl.where(is_kept, elapsed, 0)
+        weighted = ct.to(tl.float32)
+        weights = tl.exp2(rate * (weight - elapsed)) * weight_scale
+        if rows.borders is not None:
+            weights = tl.where(is_within(at + row, nearest, REVERSE), weights, 0.0)
+        weighted = (weighted * weights[None, :]).to(ct.dtype)
         if PRECISION == "ieee":  # one sum a block rounds a long state less often than one a row
             state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
         else:
@@ -141,50 +156,51 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
 
 
 @triton.jit(do_not_specialize=["state_slot_stride", "state_head_stride", "segments_per_sequence", "segment_rows",
-                               "segment_count", "T"])  # fmt: skip
+                               "begins", "ends", "segment_count", "T"])  # fmt: skip
 def forward_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", k, k_batch_stride: "i64", k_row_stride,
                    k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride, v_head_stride: "i64", out,
                    out_batch_stride: "i64", log_decay, initial, final, state_slot_stride: "i64",
                    state_head_stride: "i64", slots, fresh, boundary_states, segment_table, segments_per_sequence,
-                   segment_rows, segment_count, T, H, D, E, scale, TILES: tl.constexpr,
+                   segment_rows, begins, ends, segment_count, T, H, D, E, scale, TILES: tl.constexpr,
                    PERSISTENT: tl.constexpr):  # fmt: skip
     roles.forward(sweep, Input(q, q_batch_stride, q_row_stride, q_head_stride),
                   Input(k, k_batch_stride, k_row_stride, k_head_stride),
                   Input(v, v_batch_stride, v_row_stride, v_head_stride), Output(out, out_batch_stride), log_decay,
                   Pool(initial, final, state_slot_stride, state_head_stride, slots, fresh), boundary_states,
-                  Segmentation(segment_table, segments_per_sequence, segment_rows), Shape(T, H, D, E), scale,
-                  segment_count, TILES, PERSISTENT)  # fmt: skip
+                  Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
+                  scale, segment_count, TILES, PERSISTENT)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "T"])
+@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "T"])
 def backward_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", k, k_batch_stride: "i64",
                     k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride, v_head_stride: "i64",
                     dout, dout_batch_stride: "i64", dout_row_stride, dout_head_stride: "i64", dq,
                     dq_batch_stride: "i64", dk, dk_batch_stride: "i64", dv, dv_batch_stride: "i64", log_decay, initial,
                     dfinal, dinitial, states_before, grads_after, segment_table, segments_per_sequence, segment_rows,
-                    T, H, D, E, scale, TILES: tl.constexpr):  # fmt: skip
+                    begins, ends, T, H, D, E, scale, TILES: tl.constexpr):  # fmt: skip
     operands = Operands(Input(q, q_batch_stride, q_row_stride, q_head_stride),
                         Input(k, k_batch_stride, k_row_stride, k_head_stride),
                         Input(v, v_batch_stride, v_row_stride, v_head_stride),
                         Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride))  # fmt: skip
     roles.backward(sweep, operands, operands, Output(dq, dq_batch_stride), Output(dk, dk_batch_stride),
                    Output(dv, dv_batch_stride), log_decay, initial, dfinal, dinitial, states_before, grads_after,
-                   Segmentation(segment_table, segments_per_sequence, segment_rows), Shape(T, H, D, E), scale,
-                   TILES)  # fmt: skip
+                   Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
+                   scale, TILES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "piece_rows", "piece_count", "T"])
+@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "piece_rows", "piece_count",
+                               "T"])  # fmt: skip
 def states_kernel(k, k_batch_stride: "i64", k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride,
                   v_head_stride: "i64", q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", dout,
                   dout_batch_stride: "i64", dout_row_stride, dout_head_stride: "i64", log_decay, local_before,
-                  local_after, final, segment_table, segments_per_sequence, segment_rows, piece_rows, piece_count, T, H,
-                  D, E, scale, TILES: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
+                  local_after, final, segment_table, segments_per_sequence, segment_rows, begins, ends, piece_rows,
+                  piece_count, T, H, D, E, scale, TILES: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
     roles.states(sweep, Input(k, k_batch_stride, k_row_stride, k_head_stride),
                  Input(v, v_batch_stride, v_row_stride, v_head_stride),
                  Input(q, q_batch_stride, q_row_stride, q_head_stride),
                  Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride), log_decay, local_before,
-                 local_after, final, Segmentation(segment_table, segments_per_sequence, segment_rows), piece_rows,
-                 Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
+                 local_after, final, Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends),
+                 piece_rows, Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "fresh", "cu_seqlens", "first_boundary", "snapshot_at", "snapshot_slots",
