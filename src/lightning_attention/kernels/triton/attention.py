@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
-from lightning_attention.kernels.triton.decay_gradient import decay_gradient
+from lightning_attention.kernels.triton.decay_gradient import NO_FLOWS, Flows, decay_gradient
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
-from lightning_attention.kernels.triton.tiling import Tiling, tiling
+from lightning_attention.kernels.triton.tiling import Tiling, tiling, with_flows
 
 
 def sweep_forward(
@@ -113,6 +113,10 @@ def attention_backward(
             segments, log_decay, cu_seqlens, N, T, (local_before, states_before), (local_after, grads_after),
             initial_state, dfinal,
         )  # fmt: skip
+    flows = NO_FLOWS
+    if need_dlog_decay:
+        tiles = with_flows(tiles)
+        flows = Flows.of(segments, q, v, d_tiles)
     sweep = sweep_for(tiles.sweep)
     read, narrow, write = sweep.read, sweep.narrow, sweep.write
     BD, BE, TD, TE = tiles.BD, tiles.BE, tiles.TD, tiles.TE
@@ -122,7 +126,7 @@ def attention_backward(
         *read(dout, dout_view, tiles, BE), *narrow(q, q_view, tiles, TD), *narrow(k, k_view, tiles, TD),
         *narrow(dout, dout_view, tiles, TE), *write(dq, like_k, tiles, TD), *write(dk, like_k, tiles, TD),
         *write(dv, like_v, tiles, TE), log_decay, initial, ahead, dinitial, states_before, grads_after,
-        *segments.segmentation, T, H, D, E, scale,
+        *flows, *segments.segmentation, T, H, D, E, scale,
     )  # fmt: skip
     grid = (segments.segment_count * programs, 1, 1)
     sweep.launch(sweep.backward, grid, args, (tiles,), tiles.warps, k.get_device())
@@ -130,7 +134,5 @@ def attention_backward(
         clear_padding(cu_seqlens, T, dq, dk, dv)
     dlog_decay = None
     if need_dlog_decay:
-        dlog_decay = decay_gradient(
-            segments, tiles, q, k, v, dout, log_decay, initial, ahead, states_before, grads_after, scale
-        )
+        dlog_decay = decay_gradient(segments, flows, T, initial_state, dinitial, states_before, grads_after)
     return dq, dk, dv, dlog_decay, dinitial

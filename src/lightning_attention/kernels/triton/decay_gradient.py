@@ -1,14 +1,18 @@
-"""The gradient of log_decay, computed only where it is asked for.
+"""The gradient of log_decay, from sums that the sweeps of a backward pass have at hand.
 
-Written as Σ_t t (q_t · dq_t − k_t · dk_t) it is a difference of sums that grow with the sequence, and useless in low
-precision. Here the derivative of the state goes forward with the state: with R = ∂S/∂log λ, and i, r = 1..m in a block,
+A token decays by one step what is carried past it. So the gradient is Σ_t F_t, where F_t, the flow past t, is ⟨state
+before t, its gradient⟩: all that tokens before t contribute to outputs from t on. Between two tokens it gains what the
+first one sends, k · dk, and loses what it gets, q · dq. The sum over a group of m rows that begins at g is then
 
-    ∂o_i = Σ_j (i−j) λ^(i−j) (q_i · k_j) v_j + λ^i q_i (R + i S)
-    R ← λ^m (R + m S) + Σ_r (m−r) λ^(m−r) k_rᵀ v_r
+    Σ F_t = m F_g + Σ_t (rows from t to the end of the group) (k_t · dk_t − q_t · dq_t)
 
-every weight is positive, and the result is Σ_t do_t · ∂o_t plus the final state's ⟨dS, R⟩. A segment starts from R = 0:
-what it does to the state after it is weighed with that state's gradient, which the backward pass has.
+The sweeps for dq and dk sum the second term, in float32 (``work.Flow``), and keep the state and its gradient at the
+groups' borders, whose inner product is F_g. Over long sequences the second term alone would be a difference of large
+sums: groups of 512 rows bound what rounding adds up to. Where a decay is strong nearly all of it would cancel within a
+block: pairs of one block are therefore left out of it, and the sweep for dq sums (i − j) times what j sends to i.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,127 +20,93 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
-from lightning_attention.kernels.triton.numerics import log2_decay, whole_and_rest
 from lightning_attention.kernels.triton.plan import Plan
-from lightning_attention.kernels.triton.roles import Begin, first_state
-from lightning_attention.kernels.triton.sweeps.portable import Input, load_rows, read, rows_of
-from lightning_attention.kernels.triton.tiling import Tiles, with_tile
-from lightning_attention.kernels.triton.work import (
-    Segmentation,
-    Shape,
-    find_segment,
-    is_past,
-    is_whole_sequence,
-    is_within,
-    nearest_border,
-)
+from lightning_attention.kernels.triton.work import GROUP_ROWS, Segmentation, find_segment
+
+BLOCK = 4096  # numbers of a state that a program multiplies
+
+
+class Flows(NamedTuple):
+    """What the sweeps leave: states and their gradients at the borders of groups, and sums [segments, H, programs]."""
+
+    states: Tensor | None
+    grads: Tensor | None
+    sums: Tensor | None
+
+    @classmethod
+    def of(cls, plan: Plan, q: Tensor, v: Tensor, tiles_of_D: int) -> "Flows":
+        """For a backward pass of q [B, T, H, D] and v [B, T, H, E]."""
+        B, T, H, D = q.shape
+        groups = B * (-(-T // GROUP_ROWS.value))
+        # In 16 bits they cost a twentieth of what else a backward pass moves; float16 could not hold them.
+        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        states = torch.empty(2, groups, H, D, v.shape[3], dtype=dtype, device=q.device)
+        sums = torch.zeros(plan.segment_count, H, 2 * tiles_of_D, dtype=torch.float32, device=q.device)
+        return cls(*states.unbind(), sums)
+
+
+NO_FLOWS = Flows(None, None, None)
 
 
 def decay_gradient(
-    plan: Plan, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, log_decay: Tensor | None,
-    initial: Tensor | None, dfinal: Tensor | None, states_before: Tensor | None, grads_after: Tensor | None,
-    scale: float,
+    plan: Plan, flows: Flows, T: int, initial: Tensor | None, dinitial: Tensor | None, states_before: Tensor | None,
+    grads_after: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[H] float32, from the states that a backward pass of the same plan has used."""
-    _, T, H, D = k.shape
-    E = v.shape[3]
-    tiles = tiles._replace(C=16 if q.dtype == torch.float16 else min(tiles.C, 32), stages=2)
-    tiles = with_tile(tiles, D, E, min(tiles.TE, 32))
-    partial = torch.empty(plan.segment_count, H, -(-E // tiles.TE), dtype=torch.float32, device=v.device)
+    """[H] float32, after a backward pass of the plan has written its part of the ``flows``."""
+    states, grads, sums = flows
+    assert states is not None
+    assert sums is not None
+    _, H, D, E = states.shape
+    groups = -(-min(plan.segment_rows, T) // GROUP_ROWS.value)
+    parts = -(-D * E // BLOCK)
+    partial = torch.empty(plan.segment_count, groups, H, parts, dtype=torch.float32, device=states.device)
     args = (
-        *read(q), *read(k), *read(v), *read(dout), log_decay, initial, dfinal, states_before, grads_after, partial,
-        *plan.segmentation, T, H, D, E, scale,
+        states, grads, initial, dinitial, states_before, grads_after, partial, *plan.segmentation, groups,
+        T, H, D * E,
     )  # fmt: skip
-    dispatch.specialized(decay_gradient_kernel, (partial.numel(), 1, 1), args, (tiles,), tiles.warps, q.get_device())
-    return partial.sum((0, 2))
+    dispatch.run(flow_kernel, (parts, H, plan.segment_count * groups), args, (BLOCK,), 4, states.get_device())
+    return partial.sum((0, 1, 3)) + sums.sum((0, 2))
 
 
-@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "T"])
-def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", k, k_batch_stride: "i64",
-                          k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride,
-                          v_head_stride: "i64", dout, dout_batch_stride: "i64", dout_row_stride,
-                          dout_head_stride: "i64", log_decay, initial, dfinal, states_before, grads_after, partial,
-                          segment_table, segments_per_sequence, segment_rows, begins, ends, T, H, D, E,
-                          scale, TILES: tl.constexpr):  # fmt: skip
-    """partial [segment_count, H, tiles]: each program's part of the sum.
+@dispatch.unspecialized(triton.jit)
+def flow_kernel(states, grads, initial, dinitial, states_before, grads_after, partial, segment_table,
+                segments_per_sequence, segment_rows, begins, ends, groups, T, H, SIZE,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """partial [segments, groups, H, parts]: m F_g of each group, a part of a state each.
 
-    float16 inputs are multiplied in TF32, which has their bits and float32's range: R grows like T^1.5 where nothing
-    decays, past 65504 from T = 1024 on, and with strong decays all of it is next to nothing.
+    Where a segment begins, F is what the scan left of both states, or of the first in a sequence the initial state's.
     """
-    DTYPE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float16 else q.dtype.element_ty
-    C: tl.constexpr = TILES.C
-    BD: tl.constexpr = TILES.BD
-    TE: tl.constexpr = TILES.TE
-    PRECISION: tl.constexpr = TILES.precision
-    SPLIT: tl.constexpr = states_before is not None
-    tiles = tl.cdiv(E, TE)
-    pid = tl.program_id(0)
-    column = pid % tiles * TE
-    head = pid // tiles % H
-    shape = Shape(T, H, D, E)
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    index = tl.program_id(2)
+    col = part * BLOCK + tl.arange(0, BLOCK)
+    inside = col < SIZE
+    group = index % groups
     plan = Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends)
-    segment = find_segment(plan, pid // tiles // H, T)
-    if segment.sequence < 0:
-        tl.store(partial + pid, 0.0)
-        return
-    rate = log2_decay(log_decay, head)
-    q_rows = rows_of(Input(q, q_batch_stride, q_row_stride, q_head_stride), segment.batch, head)
-    k_rows = rows_of(Input(k, k_batch_stride, k_row_stride, k_head_stride), segment.batch, head)
-    v_rows = rows_of(Input(v, v_batch_stride, v_row_stride, v_head_stride), segment.batch, head)
-    dout_rows = rows_of(Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride), segment.batch, head)
-    of_sequence = (segment.sequence.to(tl.int64) * H + head) * D * E
-    of_segment = (segment.boundary_index.to(tl.int64) * H + head) * D * E
-    is_whole = is_whole_sequence(segment, plan, SPLIT)
-    d = tl.arange(0, BD)
-    e = column + tl.arange(0, TE)
-    zero = tl.zeros([TE, BD], tl.float32)
-    state = first_state(
-        zero, Begin(initial, of_sequence, is_whole, states_before, of_segment, is_whole), d, e, shape, False
-    )
-    drift = zero
-    total = tl.zeros([C], tl.float32)
-    row = tl.arange(0, C)
-    gap = row[None, :] - row[:, None]
-    mask = tl.where(gap >= 0, tl.exp2(rate * tl.maximum(gap, 0)) * gap, 0.0)
-    from_start = tl.exp2(rate * (row + 1))
-    for n in tl.range(0, tl.cdiv(segment.stop - segment.start, C), num_stages=TILES.stages):
-        at = segment.start + n * C
-        tokens = tl.minimum(segment.stop - at, C)
-        qt = tl.trans(load_rows(q_rows, at, segment.stop, 0, D, C, BD, TILES.even_BD, q_row_stride).to(DTYPE))
-        kt = load_rows(k_rows, at, segment.stop, 0, D, C, BD, TILES.even_BD, k_row_stride).to(DTYPE)
-        vt = tl.trans(load_rows(v_rows, at, segment.stop, column, E, C, TE, TILES.even_TE, v_row_stride).to(DTYPE))
-        gt = tl.trans(load_rows(dout_rows, at, segment.stop, column, E, C, TE, TILES.even_TE, dout_row_stride))
-        scores = tl.dot(kt, qt, input_precision=PRECISION) * mask
-        if begins is not None:
-            border = tl.load(begins + at + row, mask=row < tokens, other=0)
-            scores = tl.where(is_within((at + row)[:, None], border[None, :], False), scores, 0.0)
-        out = tl.dot(drift.to(qt.dtype), qt, input_precision=PRECISION) * from_start[None, :]
-        out += tl.dot(state.to(qt.dtype), qt, input_precision=PRECISION) * (from_start * (row + 1))[None, :]
-        if begins is not None:
-            out = tl.where(is_past(border, at, at + tokens, False)[None, :], out, 0.0)
-        out = tl.dot(vt, scores.to(vt.dtype), out, input_precision=PRECISION)
-        total += tl.sum(out * gt.to(tl.float32), 0)
-        rest = tl.maximum(tokens - 1 - row, 0)
-        to_end = tl.exp2(rate * rest)
-        if begins is not None:
-            nearest = nearest_border(begins, at, at + tokens, False)
-            is_kept = is_past(nearest, at, at + tokens, False)
-            state = tl.where(is_kept, state, 0.0)
-            drift = tl.where(is_kept, drift, 0.0)
-            to_end = tl.where(is_within(at + row, nearest, False), to_end, 0.0)
-        whole, rest_of_one = whole_and_rest(rate * tokens * 0.6931471805599453)
-        drift += state * tokens
-        drifting = (vt.to(tl.float32) * (to_end * rest)[None, :]).to(vt.dtype)
-        drift = tl.dot(drifting, kt, drift * whole + drift * rest_of_one, input_precision=PRECISION)
-        weighted = (vt.to(tl.float32) * to_end[None, :]).to(vt.dtype)
-        state = tl.dot(weighted, kt, state * whole + state * rest_of_one, input_precision=PRECISION)
-    result = scale * tl.sum(total, 0)
-    # What the segment does to the state after it, weighed with that state's gradient.
-    ahead = first_state(
-        zero, Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole), d, e, shape, False
-    )
-    if ends is not None:  # the gradient may be of a document that begins there
-        last = tl.maximum(segment.stop - 1, segment.start)
-        ahead = tl.where(tl.load(ends + last) > segment.stop, ahead, 0.0)
-    result += tl.sum(tl.sum(drift * ahead, 1), 0)
-    tl.store(partial + pid, result)
+    segment = find_segment(plan, index // groups, T)
+    at = segment.start + group * GROUP_ROWS
+    rows = tl.minimum(segment.stop - at, GROUP_ROWS)
+    wanted = (segment.sequence >= 0) & (rows > 0)
+    if begins is not None:  # no document goes on across the border
+        if wanted:
+            wanted = tl.load(begins + at) < at
+    product = tl.zeros([BLOCK], tl.float32)
+    if wanted:
+        if group > 0:
+            place = segment.batch * tl.cdiv(T, GROUP_ROWS) + at // GROUP_ROWS
+            where = (place.to(tl.int64) * H + head) * SIZE + col
+            product = tl.load(states + where, mask=inside, other=0.0).to(tl.float32) * tl.load(
+                grads + where, mask=inside, other=0.0).to(tl.float32)  # fmt: skip
+        else:
+            if segment.is_first:
+                if dinitial is not None:
+                    where = (segment.sequence.to(tl.int64) * H + head) * SIZE + col
+                    product = tl.load(initial + where, mask=inside, other=0.0) * tl.load(
+                        dinitial + where, mask=inside, other=0.0)  # fmt: skip
+            else:
+                if states_before is not None:
+                    where = (segment.boundary_index.to(tl.int64) * H + head) * SIZE + col
+                    product = tl.load(states_before + where, mask=inside, other=0.0) * tl.load(
+                        grads_after + where - H * SIZE, mask=inside, other=0.0)  # fmt: skip
+    number = (index * H + head) * tl.num_programs(0) + part
+    tl.store(partial + number, tl.sum(product, 0) * tl.maximum(rows, 0))

@@ -2,9 +2,10 @@
 
 A ``SWEEP`` is the loop of ``sweeps/portable.py`` or ``sweeps/hopper.py``:
 
-    SWEEP(a, b, c, out, rows, begin, end, shape, rate, scale, TILES, PACKED, TRANSPOSED, REVERSE)
+    SWEEP(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES, PACKED, TRANSPOSED, REVERSE)
 
-a, b, c and out are whatever that loop reads and writes tensors by; without a, it has no output but a state. Where
+a, b, c and out are whatever that loop reads and writes tensors by; without a, it has no output but a state. ``flow``,
+None where nobody asks for the gradient of log_decay, says what it leaves for that. Where
 PACKED the rows past ``rows.stop`` may be another sequence's; where TRANSPOSED b's columns are E's and c's D's.
 
 A packed batch may be swept as one sequence, whose rows know their documents by ``rows.borders``. Then a score counts
@@ -21,6 +22,8 @@ import triton.language as tl
 
 from lightning_attention.kernels.triton.numerics import log2_decay
 from lightning_attention.kernels.triton.work import (
+    GROUP_ROWS,
+    Flow,
     find_piece,
     find_segment,
     find_snapshot,
@@ -130,7 +133,7 @@ def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary
         is_whole = is_whole_sequence(segment, plan, SPLIT)
         of_sequence = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
         of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
-        SWEEP(q, k, v, out, Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins),
+        SWEEP(q, k, v, out, None, Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, segment.sequence),
                     boundary_states, of_segment, is_whole), End(pool.final, of_sequence, segment.is_last), shape,
               log2_decay(log_decay, head), scale, TILES, PACKED, False, False)  # fmt: skip
@@ -159,7 +162,8 @@ def forward(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary_states,
 
 @triton.jit
 def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, dfinal, dinitial, states_before,
-             grads_after, plan, shape, scale, TILES: tl.constexpr):  # fmt: skip
+             grads_after, flow_states, flow_grads, flow_sums, plan, shape, scale,
+             TILES: tl.constexpr):  # fmt: skip
     """dv = reverse sweep(k, q, dout); dq = sweep(dout, v, k); dk = reverse sweep(v, dout, q), one role a program.
 
     The roles of a segment are neighbours, so that what one reads the others find in L2. ``whole`` and ``tile`` are the
@@ -184,18 +188,28 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     stop = segment.stop
     forward_from = Begin(initial, of_sequence, is_whole, states_before, of_segment, is_whole)
     reverse_from = Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole)
+    of_dq = None
+    of_dk = None
+    if flow_sums is not None:
+        stride = shape.H.to(tl.int64) * shape.D * shape.E
+        offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + head * shape.D * shape.E
+        sums = flow_sums + (pid // roles * 2 * d_tiles + role - e_tiles)
+        of_dq = Flow(tile.q, flow_states, offset, stride, sums)
+        of_dk = Flow(tile.k, flow_grads, offset, stride, sums)
     if role < e_tiles:
-        SWEEP(whole.k, whole.q, tile.dout, dv, Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends),
+        SWEEP(whole.k, whole.q, tile.dout, dv, None, Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends),
               reverse_from, End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
               True)  # fmt: skip
     elif role < e_tiles + d_tiles:
         column = (role - e_tiles) * TILES.TD
-        SWEEP(whole.dout, whole.v, tile.k, dq, Rows(segment.batch, head, start, stop, column, plan.begins),
-              forward_from, End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
+        SWEEP(whole.dout, whole.v, tile.k, dq, of_dq,
+              Rows(segment.batch, head, start, stop, column, plan.begins), forward_from,
+              End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
     else:
         column = (role - e_tiles - d_tiles) * TILES.TD
-        SWEEP(whole.v, whole.dout, tile.q, dk, Rows(segment.batch, head, start, stop, column, plan.ends),
-              reverse_from, End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
+        SWEEP(whole.v, whole.dout, tile.q, dk, of_dk,
+              Rows(segment.batch, head, start, stop, column, plan.ends), reverse_from,
+              End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
 @triton.jit
@@ -233,7 +247,7 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         else:
             wanted = (not ends) & (start < stop)
         if wanted:
-            SWEEP(None, b, c, None, Rows(segment.batch, head, start, stop, column, None),
+            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None),
                   Begin(None, 0, False, None, 0, True), End(target, 0, True), shape, rate, scale, TILES, PACKED, False,
                   REVERSE)  # fmt: skip
 
@@ -296,7 +310,7 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
         boundary = (tl.load(first_boundary + sequence) + segment).to(tl.int64) * shape.H + head
         of_sequence = state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
         target = state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
-        SWEEP(None, k, v, None,
+        SWEEP(None, k, v, None, None,
               Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, sequence), boundary_states,
                     boundary * shape.D * shape.E, is_whole),

@@ -102,6 +102,15 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
     return Tiles("hopper", 64, BD, BE, 64, 64, 4, 3 if wide <= 80 else 2, 2)
 
 
+def with_flows(tiles: Tiles) -> Tiles:
+    """The same where a sweep reads one more tile: with fewer stages, if Hopper's shared memory has not room for all."""
+    if tiles.sweep != "hopper" or tiles.per_multiprocessor > 1:
+        return tiles
+    a_row = 2 * (2 * max(tiles.BD, tiles.BE) + 2 * tiles.TD)
+    room = (226 << 10) - 2 * tiles.C * (tiles.C + tiles.TD)
+    return tiles._replace(stages=min(tiles.stages, room // (tiles.C * a_row)))
+
+
 def with_tile(tiles: Tiles, D: int, E: int, tile: int) -> Tiles:
     """The same for the portable sweep, with this many columns a program."""
     BD, BE = padded(D), padded(E)
@@ -203,8 +212,8 @@ def segment_rows(programs: int, T: int, C: int, resident_programs: int) -> int:
 
     ``programs`` is how many one segment of every sequence makes, ``resident_programs`` how many run at once. More
     segments fill the last wave better. Their price is measured (H200, D = 128, ALiBi decays): a pass over k and v for
-    their states, 0.1 of a wave, and the states' way through memory, as much as 1500 rows. At B 1, T 131072, H 32, 8
-    segments take 1.37 ms forward, 4 take 1.40 and 32 take 1.58; at H 8, 16 take 0.43, 8 take 0.57 and 64 take 0.57.
+    their states, a tenth, and the states' way through memory, as much as 1500 rows. At B 1, T 131072, H 32, 4 segments
+    take 1.16 ms forward, 8 take 1.22 and 12 take 1.27; at H 8, 16 take 0.36, 11 take 0.41 and 33 take 0.41.
     """
     best, rows = float("inf"), -(-T // C) * C
     for n in {1} | {waves * resident_programs // programs for waves in range(1, 17)}:
@@ -215,7 +224,7 @@ def segment_rows(programs: int, T: int, C: int, resident_programs: int) -> int:
         waves = -(-n * programs // resident_programs)
         cost = waves * resident_programs / (n * programs)
         if n > 1:
-            cost *= 1 + 0.1 / waves + 1500 / length
+            cost *= 1.1 + 1500 / length
         if cost < best:
             best, rows = cost, length
     return rows

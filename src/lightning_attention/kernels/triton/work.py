@@ -42,6 +42,24 @@ class Segment(NamedTuple):
     pieces: tl.tensor
 
 
+class Flow(NamedTuple):
+    """What a sweep leaves for the gradient of log_decay (``decay_gradient.py``).
+
+    partner: the tensor whose gradient the sweep writes, as c is given; states: where it keeps its state at the borders
+    of groups, [batches · groups, H, D, E], from ``offset`` on; sum: where it writes its part of the sum.
+    """
+
+    partner: tl.tensor
+    states: tl.tensor
+    offset: tl.tensor
+    stride: tl.tensor
+    sum: tl.tensor
+
+
+#: Rows in a group: a multiple of every block.
+GROUP_ROWS = tl.constexpr(512)
+
+
 class Pool(NamedTuple):
     """States of sequences: sequence i's in row ``slots[i]``, or i; where ``fresh[i]`` it starts from zero."""
 
@@ -163,6 +181,25 @@ def piece_from_start(segment, rows, reach, ends):
         stop = tl.minimum(stop, nearest_border(ends, segment.start, segment.stop, True))
     start = segment.start + segment.piece * rows
     return start, tl.minimum(stop, start + rows)
+
+
+@triton.jit
+def starts_group(rows, at):
+    """Whether a group begins with the block at a row; the first one of a segment does not count."""
+    return (at > rows.start) & ((at - rows.start) % GROUP_ROWS == 0)
+
+
+@triton.jit
+def rows_to_group_end(rows, stop):
+    """From the end of a block to that of its group."""
+    group = (stop - 1 - rows.start) // GROUP_ROWS
+    return tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - stop
+
+
+@triton.jit
+def flow_state(flow, at):
+    """Where a sweep keeps its state at the group that begins at a row: no other one begins in the same GROUP_ROWS."""
+    return flow.states + flow.offset + (at // GROUP_ROWS).to(tl.int64) * flow.stride
 
 
 @triton.jit

@@ -26,7 +26,17 @@ from lightning_attention.kernels.triton.numerics import carried_units, power_bel
 from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles
-from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape
+from lightning_attention.kernels.triton.work import (
+    Pool,
+    Segmentation,
+    Shape,
+    flow_state,
+    is_past,
+    is_within,
+    nearest_border,
+    rows_to_group_end,
+    starts_group,
+)
 
 # Their names until Triton 3.6, where the new ones do not exist.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -57,23 +67,25 @@ class Input(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Stages of shared memory: of b, a and c, and what says that their copies have come."""
+    """Stages of shared memory: of b, a, c and the flow's partner, and what says that their copies have come."""
 
     b: gl.tensor
     b_rest: gl.tensor
     a: gl.tensor
     a_rest: gl.tensor
     c: gl.tensor
+    partner: gl.tensor
     ready: gl.tensor
 
 
 @gluon.jit
-def fetch(a, b, c, smem, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr, TILE: gl.constexpr,
+def fetch(a, b, c, flow, smem, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr, TILE: gl.constexpr,
           OUTPUT: gl.constexpr):  # fmt: skip
     """Start the copies of a block into its stage."""
     MAIN: gl.constexpr = main_part(WIDTH)
     bar = smem.ready.index(stage)
-    mbarrier.expect(bar, C * ((WIDTH if OUTPUT else 0) + WIDTH + TILE) * 2, pred=pred)
+    columns: gl.constexpr = WIDTH + TILE + (WIDTH if OUTPUT else 0) + (0 if flow is None else TILE)
+    mbarrier.expect(bar, C * columns * 2, pred=pred)
     copy_in(b.main, [rows.batch, start, rows.head, 0], bar, smem.b.index(stage), pred=pred)
     if WIDTH > MAIN:
         copy_in(b.rest, [rows.batch, start, rows.head, MAIN], bar, smem.b_rest.index(stage), pred=pred)
@@ -82,6 +94,8 @@ def fetch(a, b, c, smem, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.co
         if WIDTH > MAIN:
             copy_in(a.rest, [rows.batch, start, rows.head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
     copy_in(c, [rows.batch, start, rows.head, rows.column], bar, smem.c.index(stage), pred=pred)
+    if flow is not None:
+        copy_in(flow.partner, [rows.batch, start, rows.head, rows.column], bar, smem.partner.index(stage), pred=pred)
 
 
 @gluon.jit
@@ -118,7 +132,25 @@ def main_part(width):
 
 
 @gluon.jit
-def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexpr, PACKED: gl.constexpr,
+def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.constexpr, TILE: gl.constexpr,
+                TRANSPOSED: gl.constexpr):  # fmt: skip
+    """Write a program's part of a state, of one or two parts, times a factor."""
+    MAIN: gl.constexpr = main_part(WIDTH)
+    WARPS: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MAIN, 16])
+    col = column + gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    where, exists = state_pointers(base, gl.arange(0, MAIN, gl.SliceLayout(0, layout)), col, shape, TRANSPOSED)
+    gl.store(where, (state * factor).to(base.dtype.element_ty), mask=exists)
+    if WIDTH > MAIN:
+        rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH - MAIN, 16])
+        b_col = MAIN + gl.arange(0, WIDTH - MAIN, gl.SliceLayout(0, rest_layout))
+        col = column + gl.arange(0, TILE, gl.SliceLayout(1, rest_layout))
+        where, exists = state_pointers(base, b_col, col, shape, TRANSPOSED)
+        gl.store(where, (state_rest * factor).to(base.dtype.element_ty), mask=exists)
+
+
+@gluon.jit
+def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.constexpr, PACKED: gl.constexpr,
           TRANSPOSED: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
     """The loop, as ``roles.py`` calls it: from ``first_state`` to the state at ``end``.
 
@@ -134,6 +166,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     MORE: gl.constexpr = min(2 * TILES.stages, (217 << 10) // (2 * TILES.C * (WIDTH + TILE)))
     STAGES: gl.constexpr = TILES.stages if OUTPUT else MORE
     WIDE: gl.constexpr = WIDTH > 128
+    BORDERS: gl.constexpr = rows.borders is not None
     dtype: gl.constexpr = c.dtype
     HALF: gl.constexpr = c.dtype == gl.float16
     WARPS: gl.constexpr = gl.num_warps()
@@ -160,12 +193,15 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
             a_rest_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, REST], a.rest.layout)
         p_smem = gl.allocate_shared_memory(dtype, [C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
         o_smem = gl.allocate_shared_memory(dtype, [1, C, 1, TILE], out.descriptor.layout)
+    partner_smem = b_smem
+    if flow is not None:
+        partner_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, TILE], c.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     barrier()
-    smem = Buffers(b_smem, b_rest_smem, a_smem, a_rest_smem, c_smem, ready)
+    smem = Buffers(b_smem, b_rest_smem, a_smem, a_rest_smem, c_smem, partner_smem, ready)
 
     stop = rows.stop
     blocks = (stop - rows.start + C - 1) // C
@@ -175,7 +211,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         first = rows.start + (blocks - 1) * C
         step = -C
     for s in gl.static_range(STAGES - 1):
-        fetch(a, b, c, smem, s, rows, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, flow, smem, s, rows, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, MAIN, gl.SliceLayout(0, state_layout))
@@ -185,6 +221,8 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         b_rest_col = MAIN + gl.arange(0, REST, gl.SliceLayout(0, rest_layout))
         nought = gl.zeros([TILE, REST], gl.float32, rest_layout)
         state_rest = first_state(nought, begin, b_rest_col, rest_col, shape, TRANSPOSED)
+    else:
+        state_rest = state
     unit, weight_scale = carried_units(rate, scale, HALF, REVERSE)
     if HALF and REVERSE:
         state *= gl.exp2(-unit)
@@ -193,12 +231,15 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
     if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
-        i = gl.arange(0, C, gl.SliceLayout(0, scores_layout))[None, :]
-        gap = (j - i) if REVERSE else (i - j)
+        score_row = gl.arange(0, C, gl.SliceLayout(0, scores_layout))
+        gap = (j - score_row[None, :]) if REVERSE else (score_row[None, :] - j)
         mask = gl.where(gap >= 0, gl.exp2(rate * gl.maximum(gap, 0).to(gl.float32)) * scale, 0.0)
         out_row = gl.arange(0, C, gl.SliceLayout(0, out_layout))
         nothing = gl.zeros([TILE, C], gl.float32, out_layout)
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
+    if flow is not None:
+        crossing = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, out_layout))
+        lagging = gl.zeros([C], gl.float32, gl.SliceLayout(1, scores_layout))
 
     lost_in_whole = what_is_lost(rate, C)
     stage = 0
@@ -210,6 +251,14 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         c_block = c_smem.index(stage).reshape([C, TILE])
         if REST > 0:
             b_rest = b_rest_smem.index(stage).reshape([C, REST])
+        if BORDERS:
+            nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
+            is_kept = is_past(nearest, at, at + tokens, REVERSE)
+        if flow is not None:
+            if not REVERSE:
+                if starts_group(rows, at):
+                    store_state(flow_state(flow, at), state, state_rest, 1.0, rows.column, shape, WIDTH, TILE,
+                                TRANSPOSED)  # fmt: skip
         mbarrier.wait(ready.index(stage), phase)
         if PACKED:
             if tokens < C:
@@ -225,11 +274,15 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
             if REST > 0:
                 a_rest = a_rest_smem.index(stage).reshape([C, REST]).permute((1, 0))
                 scores = warpgroup_mma(b_rest, a_rest, scores, is_async=True)
+            if flow is not None:
+                partner = partner_smem.index(stage).reshape([C, TILE]).permute((1, 0))
+                if not REVERSE:
+                    within = warpgroup_mma(c_block, partner, no_scores, use_acc=False, is_async=True)
 
         # The stage before this one is free: what read it last was the product that made ``state``.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, smem, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, flow, smem, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE, OUTPUT)
         if OUTPUT:
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 largest = gl.max(gl.abs(state), 1)
@@ -255,11 +308,21 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         if not WIDE:
             to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
             weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
+            if BORDERS:
+                weight = gl.where(is_within(at + c_row, nearest, REVERSE), weight, 0.0)
             weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
 
         if OUTPUT:
             scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
-            p_smem.store((scores * mask).to(dtype))
+            p = scores * mask
+            if BORDERS:
+                if not is_kept:  # the block has rows of several documents, or of one that begins or ends with it
+                    border = gl.load(rows.borders + at + gl.minimum(score_row, tokens - 1))
+                    p = gl.where(is_within(at + j, border[None, :], REVERSE), p, 0.0)
+            if flow is not None and not REVERSE:
+                within = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[within])
+                lagging += gl.sum(p * within * gap.to(gl.float32), 1)
+            p_smem.store(p.to(dtype))
             fence_async_shared()
             barrier()
             o = warpgroup_mma_wait(0, deps=[o])
@@ -278,11 +341,28 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
                 o = o * gl.exp2(to_end + unit)[None, :]
             else:
                 o = o * (gl.exp2(across - to_end) * scale)[None, :]
+            if BORDERS:
+                if not is_kept:
+                    border = gl.load(rows.borders + at + gl.minimum(out_row, tokens - 1))
+                    o = gl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
+            if flow is not None:  # what is sent on past the edge of the block, or got from there
+                sent_on = o * partner.load(out_layout).to(gl.float32)
+                if PACKED:
+                    sent_on = gl.where((out_row < tokens)[None, :], sent_on, 0.0)
+                to_group_end = gl.maximum(tokens - 1 - out_row, 0) + rows_to_group_end(rows, at + tokens)
+                crossing += gl.sum(sent_on * to_group_end.to(gl.float32)[None, :], 1)
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
         if WIDE:
             to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
             weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
+            if BORDERS:
+                weight = gl.where(is_within(at + c_row, nearest, REVERSE), weight, 0.0)
             weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
+        if BORDERS:
+            if not is_kept:
+                state = gl.zeros([TILE, MAIN], gl.float32, state_layout)
+                if REST > 0:
+                    state_rest = gl.zeros([TILE, REST], gl.float32, rest_layout)
         # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
         lost = lost_in_whole
         if tokens < C:
@@ -308,6 +388,11 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
             state, state_rest = warpgroup_mma_wait(0, deps=[state, state_rest])
         else:
             state = warpgroup_mma_wait(0, deps=[state])
+        if flow is not None:
+            if REVERSE:
+                if starts_group(rows, at):
+                    store_state(flow_state(flow, at), state, state_rest, gl.exp2(unit), rows.column, shape, WIDTH,
+                                TILE, TRANSPOSED)  # fmt: skip
         barrier()  # every warp is done with this stage: the next turn starts a copy into it
         stage += 1
         if stage == STAGES:
@@ -318,13 +403,15 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     barrier()
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(s))  # another segment's may be made in the same place
+    if flow is not None:
+        total = gl.sum(crossing, 0)
+        if not REVERSE:
+            total = gl.sum(lagging, 0) - total
+        gl.store(flow.sum, total)
     if end.final is not None:
         if end.is_stored:
-            left, exists = state_pointers(end.final + end.final_offset, b_col, col, shape, TRANSPOSED)
-            gl.store(left, (state * gl.exp2(unit)).to(end.final.dtype.element_ty), mask=exists)
-            if REST > 0:
-                left, exists = state_pointers(end.final + end.final_offset, b_rest_col, rest_col, shape, TRANSPOSED)
-                gl.store(left, (state_rest * gl.exp2(unit)).to(end.final.dtype.element_ty), mask=exists)
+            store_state(end.final + end.final_offset, state, state_rest, gl.exp2(unit), rows.column, shape, WIDTH, TILE,
+                        TRANSPOSED)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
@@ -343,14 +430,15 @@ def forward_kernel(q, q_rest, k, k_rest, v, out, out_pointer, out_batch_stride: 
 def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_tile, dout_tile, dq, dq_pointer,
                     dq_batch_stride: "i64", dq_row_stride, dk, dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv,
                     dv_pointer, dv_batch_stride: "i64", dv_row_stride, log_decay, initial, dfinal, dinitial,
-                    states_before, grads_after, segment_table, segments_per_sequence, segment_rows, begins, ends, T, H, D, E,
-                    scale, TILES: gl.constexpr):  # fmt: skip
+                    states_before, grads_after, flow_states, flow_grads, flow_sums, segment_table,
+                    segments_per_sequence, segment_rows, begins, ends, T, H, D, E, scale,
+                    TILES: gl.constexpr):  # fmt: skip
     whole = Operands(Input(q, q_rest), Input(k, k_rest), Input(v, v_rest), Input(dout, dout_rest))
     roles.backward(sweep, whole, Operands(q_tile, k_tile, None, dout_tile),
                    Output(dq, dq_pointer, dq_batch_stride, dq_row_stride),
                    Output(dk, dk_pointer, dk_batch_stride, dk_row_stride),
                    Output(dv, dv_pointer, dv_batch_stride, dv_row_stride), log_decay, initial, dfinal, dinitial,
-                   states_before, grads_after,
+                   states_before, grads_after, flow_states, flow_grads, flow_sums,
                    Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
                    scale, TILES)  # fmt: skip
 

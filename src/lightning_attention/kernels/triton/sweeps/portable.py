@@ -23,7 +23,17 @@ from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import advance, carried_units, power_below, whole_and_rest
 from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
-from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape, is_past, is_within, nearest_border
+from lightning_attention.kernels.triton.work import (
+    Pool,
+    Segmentation,
+    Shape,
+    flow_state,
+    is_past,
+    is_within,
+    nearest_border,
+    rows_to_group_end,
+    starts_group,
+)
 
 
 class Input(NamedTuple):
@@ -60,7 +70,7 @@ def rows_of(x, batch, head):
 
 
 @triton.jit
-def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexpr, PACKED: tl.constexpr,  # noqa: ARG001
+def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.constexpr, PACKED: tl.constexpr,  # noqa: ARG001
           TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
     """The loop, as ``roles.py`` calls it: from ``first_state`` to the state at ``end``.
 
@@ -85,6 +95,9 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
     if HALF and REVERSE:
         state *= tl.exp2(-unit)
     elapsed = 0
+    if flow is not None:
+        partner_rows = rows_of(flow.partner, rows.batch, rows.head)
+        total = tl.zeros([C], tl.float32)
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -119,6 +132,21 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
             if rows.borders is not None:
                 scores = tl.where(is_within((at + row)[:, None], border[None, :], REVERSE), scores, 0.0)
                 o = tl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
+            if flow is not None:
+                partner = tl.trans(load_rows(partner_rows, at, stop, column, c_width, C, TILE, EVEN_C,
+                                             flow.partner.row_stride))  # fmt: skip
+                sent_on = tl.sum(o * partner.to(tl.float32), 0)  # or got from there: past the edge of the block
+                if REVERSE:
+                    total += sent_on * (to_end + rows_to_group_end(rows, at + tokens))
+                else:
+                    total -= sent_on * (to_end + rows_to_group_end(rows, at + tokens))
+                    within = tl.dot(tl.trans(ct), partner, input_precision=PRECISION)
+                    total += tl.sum(scores * within * gap, 0)
+                    if starts_group(rows, at):
+                        where, exists = state_pointers(
+                            flow_state(flow, at), tl.arange(0, WIDTH), col, shape, TRANSPOSED
+                        )
+                        tl.store(where, (state * tl.exp2(rate * elapsed)).to(flow.states.dtype.element_ty), mask=exists)
             o = tl.dot(ct, scores.to(ct.dtype), o, input_precision=PRECISION)
             out_rows = out.pointer + rows.batch * out.batch_stride + rows.head * c_width
             where = out_rows + (at + row).to(tl.int64)[:, None] * (shape.H * c_width) + col[None, :]
@@ -148,6 +176,14 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
             state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
         else:
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
+        if flow is not None:
+            if REVERSE:
+                if starts_group(rows, at):
+                    where, exists = state_pointers(flow_state(flow, at), tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+                    kept = state * tl.exp2(rate * elapsed + unit)
+                    tl.store(where, kept.to(flow.states.dtype.element_ty), mask=exists)
+    if flow is not None:
+        tl.store(flow.sum, tl.sum(total, 0))
     if end.final is not None:
         if end.is_stored:
             left, exists = state_pointers(end.final + end.final_offset, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
@@ -176,16 +212,18 @@ def backward_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64"
                     k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride, v_head_stride: "i64",
                     dout, dout_batch_stride: "i64", dout_row_stride, dout_head_stride: "i64", dq,
                     dq_batch_stride: "i64", dk, dk_batch_stride: "i64", dv, dv_batch_stride: "i64", log_decay, initial,
-                    dfinal, dinitial, states_before, grads_after, segment_table, segments_per_sequence, segment_rows,
-                    begins, ends, T, H, D, E, scale, TILES: tl.constexpr):  # fmt: skip
+                    dfinal, dinitial, states_before, grads_after, flow_states, flow_grads, flow_sums, segment_table,
+                    segments_per_sequence, segment_rows, begins, ends, T, H, D, E, scale,
+                    TILES: tl.constexpr):  # fmt: skip
     operands = Operands(Input(q, q_batch_stride, q_row_stride, q_head_stride),
                         Input(k, k_batch_stride, k_row_stride, k_head_stride),
                         Input(v, v_batch_stride, v_row_stride, v_head_stride),
                         Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride))  # fmt: skip
     roles.backward(sweep, operands, operands, Output(dq, dq_batch_stride), Output(dk, dk_batch_stride),
                    Output(dv, dv_batch_stride), log_decay, initial, dfinal, dinitial, states_before, grads_after,
-                   Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
-                   scale, TILES)  # fmt: skip
+                   flow_states, flow_grads, flow_sums,
+                   Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends),
+                   Shape(T, H, D, E), scale, TILES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "piece_rows", "piece_count",
