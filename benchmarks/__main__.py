@@ -28,6 +28,7 @@ def parser() -> ArgumentParser:
     found.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="show JSON files instead of measuring")
     found.add_argument("--peers", help=f"what to compare with, with commas: {', '.join(find.peers())}")
     found.add_argument("--quick", action="store_true", help="fewer and shorter, where the case has such a form")
+    found.add_argument("--only", metavar="PATTERN", help="the rows whose names this regular expression is found in")
     found.add_argument("--backend", help="triton, tiled or reference; by device if not given")
     found.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one, if not given")
     found.add_argument("--threads", type=int, help="threads that PyTorch computes with on a CPU")
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    asked = {name: getattr(options, name) for name in ("quick", "peers", "backend", "out")}
+    asked = {name: getattr(options, name) for name in ("quick", "peers", "backend", "only", "out")}
     command, failures = ["python", "-m", "benchmarks", *arguments], 0
     try:
         device = case.find_device(options.device)
