@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import find
+from benchmarks.harness import find, nothing
 from lightning_attention.bench import case
 from lightning_attention.bench.report import Report
 
@@ -28,8 +28,12 @@ def parser() -> ArgumentParser:
     found.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="show JSON files instead of measuring")
     found.add_argument("--peers", help=f"what to compare with, with commas: {', '.join(find.peers())}")
     found.add_argument("--quick", action="store_true", help="fewer and shorter, where the case has such a form")
+    found.add_argument("--only", metavar="PATTERN", help="the rows whose names this regular expression is found in")
     found.add_argument("--backend", help="triton, tiled or reference; by device if not given")
     found.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one, if not given")
+    found.add_argument(
+        "--driver", choices=("none",), help="on a CUDA that does nothing: the host's time, without a GPU"
+    )
     found.add_argument("--threads", type=int, help="threads that PyTorch computes with on a CPU")
     found.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the files (%(default)s)")
     return found
@@ -50,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for name in find.case_names():
             case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
+    if options.driver == "none" and not nothing.in_place():
+        if lacking := nothing.missing():
+            parser().error(f"--driver none needs {lacking}")
+        return nothing.run(["-m", "benchmarks", *arguments])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    asked = {name: getattr(options, name) for name in ("quick", "peers", "backend", "out")}
+    asked = {name: getattr(options, name) for name in ("quick", "peers", "backend", "only", "out")}
     command, failures = ["python", "-m", "benchmarks", *arguments], 0
     try:
         device = case.find_device(options.device)

@@ -6,22 +6,18 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from benchmarks.harness.errors import COMPARED, errors, reference
 from benchmarks.harness.timing import copy_rate
 from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, measure, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.lengths import time_per_token
-from lightning_attention.bench.peers import ATTENTION, Peer, is_ours, ours
+from lightning_attention.bench.peers import ATTENTION, is_ours, ours
 from lightning_attention.bench.render import Table, pivot
 from lightning_attention.bench.report import Record, Report
-from lightning_attention.check import relative_error
 
 #: Tensors of B·T·H·D numbers that must be read or written: q k v o; q k v do dq dk dv.
 FLOOR_UNITS = {FORWARD: 4, BACKWARD: 7, BOTH: 11}
-
-#: What errors are taken of, in this order.
-COMPARED = ("output", "dq", "dk", "dv")
 
 #: Softmax attention takes seconds a call past this length, and says nothing new.
 SOFTMAX_MAX_LENGTH = 65_536
@@ -51,27 +47,6 @@ def unit_bytes(shape: Shape, dtype: torch.dtype) -> int:
 def floor_ms(shape: Shape, pass_: str, dtype: torch.dtype, bytes_per_second: float) -> float:
     """Milliseconds to move what the definition reads and writes, once, at the given rate."""
     return FLOOR_UNITS[pass_] * unit_bytes(shape, dtype) / bytes_per_second * 1e3
-
-
-def _slice(x: Tensor) -> Tensor:
-    """The last sequence's first head, which forgets fastest, and last head, which forgets slowest."""
-    return x[-1:, :, sorted({0, x.shape[2] - 1})]
-
-
-def reference(problem: Problem) -> dict[str, Tensor]:
-    """Output and gradients of the slice in float64.
-
-    By the tiled backend, which the tests hold against the recurrence: the recurrence itself would take minutes.
-    """
-    sliced = problem.changed(lambda x: _slice(x).double())
-    sliced.log_decay = _slice(problem.log_decay[None, None])[0, 0]
-    return dict(zip(COMPARED, sliced.results(ours("tiled")), strict=True))
-
-
-def errors(problem: Problem, peer: Peer, wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Relative Frobenius errors of the implementation's output and gradients on the slice."""
-    found = zip(COMPARED, problem.results(peer), strict=True)
-    return {name: relative_error(_slice(x), wanted[name]) for name, x in found}
 
 
 def measure_shapes(run: Run) -> None:

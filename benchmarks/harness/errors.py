@@ -1,9 +1,46 @@
-"""An error against its budget, as a record says it."""
+"""Errors against float64: measured in the same run, and against a budget, as a record says it."""
 
 from typing import Any
+
+from torch import Tensor
+
+from lightning_attention.bench.attention import Problem
+from lightning_attention.bench.peers import Peer, ours
+from lightning_attention.check import relative_error
+
+#: What errors are taken of, in this order.
+COMPARED = ("output", "dq", "dk", "dv", "dlog_decay")
 
 
 def within(budget: float, error: float) -> dict[str, Any]:
     """The relative error as fields of a record; one past its budget makes the record a failure."""
     wrong = {} if error <= budget else {"error": f"relative error {error:.1e}, allowed {budget:.0e}"}
     return {"relative_error": error} | wrong
+
+
+def _slice(x: Tensor, problem: Problem) -> Tensor:
+    """The first head, which forgets fastest, and the last, which forgets slowest.
+
+    Of the last sequence alone, unless all of them are in the gradient of log_decay.
+    """
+    heads = sorted({0, problem.shape.H - 1})
+    if x.ndim == 1:
+        return x[heads]
+    return (x if problem.learnable else x[-1:])[:, :, heads]
+
+
+def reference(problem: Problem, exact: Peer | None = None) -> dict[str, Tensor]:
+    """Output and gradients of the slice in float64.
+
+    By the tiled backend, which the tests hold against the recurrence: the recurrence itself would take minutes.
+    ``exact``: another way to call it.
+    """
+    sliced = problem.changed(lambda x: _slice(x, problem).double())
+    sliced.log_decay = None if problem.log_decay is None else _slice(problem.log_decay, problem)
+    return dict(zip(COMPARED, sliced.results(exact or ours("tiled")), strict=False))
+
+
+def errors(problem: Problem, peer: Peer, wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius errors of the implementation's output and gradients on the slice."""
+    found = zip(COMPARED, problem.results(peer), strict=False)
+    return {name: relative_error(_slice(x, problem), wanted[name]) for name, x in found}

@@ -47,3 +47,35 @@ def host_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
         call()
         samples.append((time.perf_counter_ns() - start) / 1e3)
     return statistics.median(samples)
+
+
+def busy_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
+    """Microseconds of the processor that a call takes, all threads of the process together.
+
+    The least of means over 20 calls: what other processes do to the machine is hardly in it, and no waiting of a thread
+    for another.
+    """
+    samples = []
+    for _ in range(-(-repeats // 20)):
+        synchronize(device)
+        start = time.process_time_ns()
+        for _ in range(20):
+            call()
+        samples.append((time.process_time_ns() - start) / 20e3)
+    return min(samples)
+
+
+def in_flight_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
+    """Microseconds a call, of 20 made one after another and then waited for (median).
+
+    It is the host's time or the device's, whichever is longer.
+    """
+    samples = []
+    for _ in range(-(-repeats // 20)):
+        synchronize(device)
+        start = time.perf_counter_ns()
+        for _ in range(20):
+            call()
+        synchronize(device)
+        samples.append((time.perf_counter_ns() - start) / 20e3)
+    return statistics.median(samples)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.pool import DECODE, Batch, Bound
-from lightning_attention.bench.peers import ATTENTION, Forward, Peer
+from lightning_attention.bench.peers import ATTENTION, PACKED_ATTENTION, Forward, Peer
 
 
-def _attention() -> Forward:
+def _attention(cu_seqlens: Tensor | None = None) -> Forward:
     chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
-    return lambda q, k, v, log_decay: chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
+    bounds = None if cu_seqlens is None else cu_seqlens.long()
+    return lambda q, k, v, log_decay: chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0, cu_seqlens=bounds)[0]
 
 
 def _decode(b: Batch) -> Bound:
@@ -32,6 +33,6 @@ def _decode(b: Batch) -> Bound:
 
 # Its final state is float32 whatever the initial one is.
 PEERS = (
-    Peer("fla", "flash-linear-attention", "flash-linear-attention", {ATTENTION: _attention, DECODE: _decode},
-         states=(torch.float32,)),
+    Peer("fla", "flash-linear-attention", "flash-linear-attention",
+         {ATTENTION: _attention, PACKED_ATTENTION: _attention, DECODE: _decode}, states=(torch.float32,)),
 )  # fmt: skip

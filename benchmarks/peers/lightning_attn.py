@@ -2,12 +2,21 @@
 
 from importlib import import_module
 
+import torch
+from torch import Tensor
+
 from lightning_attention.bench.peers import ATTENTION, Forward, Peer
 
 
 def _attention() -> Forward:
     lightning_attn_func = import_module("lightning_attn.ops").lightning_attn_func
-    return lambda q, k, v, log_decay: lightning_attn_func(q, k, v, -log_decay.view(-1, 1, 1))
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+        slopes = torch.zeros(q.shape[1], device=q.device) if log_decay is None else -log_decay
+        out: Tensor = lightning_attn_func(q, k, v, slopes.view(-1, 1, 1))
+        return out
+
+    return forward
 
 
 PEERS = (Peer("lightning_attn", "lightning_attn", "lightning-attn", {ATTENTION: _attention}, heads_first=True),)

@@ -13,7 +13,8 @@ from lightning_attention.bench.render import Figure
 from lightning_attention.bench.report import Report
 
 RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
-CASES = ["constancy", "host", "lengths", "minimax", "packed", "sequence_parallel", "serve", "serving", "shapes"]
+CASES = ["cases", "constancy", "host", "lengths", "minimax", "packed", "sequence_parallel", "serve", "serving",
+         "shapes"]  # fmt: skip
 
 
 def test_a_case_is_a_file():
@@ -65,13 +66,16 @@ def test_cases_are_measured_one_after_the_other(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("op",), "CASE is 'op'; it must be one of constancy, "),
+        (("op",), "CASE is 'op'; it must be one of cases, "),
         (("host", "--backend", "x"), "--backend: backend is 'x'; it must be one of "),
         (("serving", "--peers", "sdpa"), "'sdpa' is not among fla, seg_la, vllm"),
         (("serve", "--peers", "fla"), "'fla' cannot be compared with: serve has no peers"),
         (("shapes", "--peers", "seg_la"), "'seg_la' is not among fla, lightning_attn, sdpa"),
         (("serving", "--backend", "tiled"), "--backend: serving has no such choice"),
         (("shapes", "--quick"), "--quick: shapes has no such choice"),
+        (("shapes", "--only", "x"), "--only: shapes has no such choice"),
+        (("cases", "--only", "no such row"), "--only: 'no such row' is in none of the rows: main case: "),
+        (("cases", "--only", "("), "--only: '(' is no regular expression: "),
         (("sequence_parallel",), "torchrun --nproc-per-node 2 -m benchmarks sequence_parallel"),
     ],
 )

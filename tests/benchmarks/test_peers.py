@@ -4,11 +4,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks.cases.shapes import errors, reference
+from benchmarks.cases.cases import Row
 from benchmarks.harness import find
+from benchmarks.harness.errors import errors, reference
 from lightning_attention import lightning_attention
 from lightning_attention.bench.attention import FORWARD, Problem, Shape, measure
-from lightning_attention.bench.peers import OURS, Peer, ours
+from lightning_attention.bench.peers import OURS, PACKED_ATTENTION, Peer, ours
 
 SHAPE = Shape(2, 33, 3, 16)
 
@@ -38,9 +39,10 @@ def test_a_peer_is_a_file():
 def test_the_peers_signatures_give_the_same_function(name, problem, monkeypatch):
     """Both packages need a GPU; stand-ins with their documented signatures show that the arguments mean the same."""
 
-    def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
+    def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, cu_seqlens=None):
         assert g is None
-        return lightning_attention(q, k, v, g_gamma, scale=scale).output, None
+        assert cu_seqlens is None or cu_seqlens.dtype == torch.int64
+        return lightning_attention(q, k, v, g_gamma, scale=scale, cu_seqlens=cu_seqlens).output, None
 
     def lightning_attn_func(q, k, v, s):
         assert s.shape == (3, 1, 1)
@@ -51,6 +53,11 @@ def test_the_peers_signatures_give_the_same_function(name, problem, monkeypatch)
     _module(monkeypatch, "lightning_attn.ops", lightning_attn_func=lightning_attn_func)
     (peer,) = find.peers()[name]
     assert max(errors(problem, peer, reference(problem)).values()) < 1e-5
+    if PACKED_ATTENTION in peer.operations:
+        row = Row("packed", 1, 12, 3, 16, 8, dtype=torch.float32, lengths=(7, 5))
+        packed = row.problem(problem.device)
+        (peer,) = row.others([peer], problem.device)
+        assert max(errors(packed, peer, reference(packed, row.exact(problem.device))).values()) < 1e-5
 
 
 def test_a_missing_peer_is_reported_and_the_others_are_measured(problem, monkeypatch):

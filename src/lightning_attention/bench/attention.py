@@ -29,14 +29,23 @@ class Shape(NamedTuple):
 
 
 class Problem:
-    """Random normal q, k, v and output gradient of a shape, with ALiBi decays."""
+    """Random normal q, k, v and output gradient of a shape.
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+    ``E``: columns of v, D if not given. ``log_decay``: ALiBi's if not given. ``learnable``: it requires grad.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, *, E: int | None = None,
+        log_decay: Callable[[int], Tensor | None] = decay.alibi, learnable: bool = False,
+    ) -> None:  # fmt: skip
+        self.shape, self.dtype, self.device, self.learnable = shape, dtype, device, learnable
         self.sizes = shape._asdict() | {"dtype": dtype}  # as a record has them
         generator = torch.Generator(device).manual_seed(0)
-        self.tensors = [torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(4)]
-        self.log_decay = decay.alibi(shape.H).to(device)
+        widths = shape.D, shape.D, E or shape.D, E or shape.D
+        self.tensors = [torch.randn(*shape[:3], width, generator=generator, dtype=dtype, device=device)
+                        for width in widths]  # fmt: skip
+        found = log_decay(shape.H)
+        self.log_decay = None if found is None else found.to(device)
 
     def inputs(self, peer: Peer, *, grad: bool) -> list[Tensor]:
         """q, k, v and the output's gradient, laid out as the peer wants them; ``grad``: q, k, v require theirs."""
@@ -49,23 +58,33 @@ class Problem:
         found.tensors = [change(x) for x in self.tensors]
         return found
 
+    def _decay(self, *, grad: bool) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """log_decay, and what of it gradients are asked for."""
+        if self.log_decay is None or not (self.learnable and grad):
+            return self.log_decay, ()
+        learned = self.log_decay.detach().requires_grad_()
+        return learned, (learned,)
+
     def results(self, peer: Peer) -> list[Tensor]:
-        """The output and the gradients of q, k and v, each [B, T, H, D]."""
+        """The output and the gradients of q, k and v, each [B, T, H, *], and of a learnable log_decay, [H]."""
         q, k, v, do = self.inputs(peer, grad=True)
-        out = peer.attention()(q, k, v, self.log_decay)
-        found = [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
-        return [x.transpose(1, 2) for x in found] if peer.heads_first else found
+        log_decay, learned = self._decay(grad=True)
+        out = peer.attention()(q, k, v, log_decay)
+        found = [out.detach(), *torch.autograd.grad(out, (q, k, v, *learned), do)]
+        return [x.transpose(1, 2) if x.ndim == 4 else x for x in found] if peer.heads_first else found
 
     def call(self, peer: Peer, pass_: str) -> Call:
         """A call that runs one pass on tensors laid out as the implementation wants them."""
-        forward, log_decay = peer.attention(), self.log_decay
-        q, k, v, do = self.inputs(peer, grad=pass_ != FORWARD)
+        forward, grad = peer.attention(), pass_ != FORWARD
+        q, k, v, do = self.inputs(peer, grad=grad)
+        log_decay, learned = self._decay(grad=grad)
         if pass_ == FORWARD:
             return lambda: forward(q, k, v, log_decay)
+        wanted = q, k, v, *learned
         if pass_ == BACKWARD:
             out = forward(q, k, v, log_decay)
-            return lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
-        return lambda: torch.autograd.grad(forward(q, k, v, log_decay), (q, k, v), do)
+            return lambda: torch.autograd.grad(out, wanted, do, retain_graph=True)
+        return lambda: torch.autograd.grad(forward(q, k, v, log_decay), wanted, do)
 
 
 def result_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A case: something to measure, and what is shown of its records. One way to run every one of them."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ class Run:
     """What a case gets: where to measure, how much (``scale``, one of its own), whom to compare with, where to report.
 
     ``peers`` are other people's implementations, those that have one of the case's operations and were asked for.
+    ``only``: the names of the scale's rows that were asked for, or None for all.
     """
 
     report: Report
@@ -40,6 +42,7 @@ class Run:
     peers: Sequence[Peer] = ()
     backend: str | None = None
     say: Callable[[str], object] = field(default=partial(print, flush=True))
+    only: Collection[str] | None = None
 
     def add(self, suite: str, peer: Peer | None = None, **record: Any) -> None:
         """Put a record, of an implementation if given, into the report; say what it is of and what came out."""
@@ -61,7 +64,8 @@ class Case:
     ``scales``: the sizes for ``"cpu"`` and ``"cuda"``, and for ``"cpu quick"`` and ``"cuda quick"`` where ``--quick``
     means something. ``operations``: what a peer must have to take part. ``peers``: the names of those that take part
     when none are named. ``backends``: whether ``--backend`` means something. ``needs``: packages beside torch.
-    ``ranks``: it wants several processes, started by torchrun.
+    ``ranks``: it wants several processes, started by torchrun. ``rows``: the names of a scale's rows, from which
+    ``--only`` chooses.
     """
 
     measure: Callable[[Run], None]
@@ -72,6 +76,7 @@ class Case:
     backends: bool = False
     needs: tuple[str, ...] = ()
     ranks: bool = False
+    rows: Callable[[Any], Iterable[str]] | None = None
 
 
 def find_device(name: str | None) -> torch.device:
@@ -94,12 +99,14 @@ def run(
     quick: bool = False,
     peers: str | None = None,
     backend: str | None = None,
+    only: str | None = None,
     out: Path,
     command: Sequence[str] | None = None,
 ) -> list[Record]:
     """Measure, write ``out/name-device.json`` as it goes, show it; the records of our own failures.
 
-    ``peers``: names with commas; each stands for the implementations that ``known_peers`` has under it.
+    ``peers``: names with commas; each stands for the implementations that ``known_peers`` has under it. ``only``: a
+    regular expression that is found in the names of the rows to measure.
 
     Raises:
         OptionError: the case cannot be run with these options; nothing has been written then.
@@ -119,8 +126,9 @@ def run(
     if scale not in case.scales:
         raise OptionError("--quick" if quick else "--device", f"{name} has no such choice")
     chosen = _choose(case, name, peers, known_peers, device)
+    rows = None if only is None else _rows(case, name, only, case.scales[scale])
     report = Report(out / f"{name}-{slug(device)}.json", environment(device, chosen, command))
-    at_work = Run(report, device, case.scales[scale], chosen, backend)
+    at_work = Run(report, device, case.scales[scale], chosen, backend, only=rows)
     if not first_process():
         at_work.say = len
     case.measure(at_work)
@@ -144,6 +152,19 @@ def show(shown: Iterable[Shown], path: Path) -> None:
         else:
             x.save(path)
             print(f"figure   {path}")
+
+
+def _rows(case: Case, name: str, only: str, scale: Any) -> list[str]:
+    if case.rows is None:
+        raise OptionError("--only", f"{name} has no such choice")
+    names = list(case.rows(scale))
+    try:
+        found = [row for row in names if re.search(only, row)]
+    except re.error as error:
+        raise OptionError("--only", f"{only!r} is no regular expression: {error}") from None
+    if not found:
+        raise OptionError("--only", f"{only!r} is in none of the rows: {'; '.join(names)}")
+    return found
 
 
 def _choose(

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 #: (q, k, v, log_decay) -> o, in the implementation's own layout
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 OURS, OUR_MODEL = "lightning_attention", "transnormer"
-ATTENTION = "attention"
+ATTENTION, PACKED_ATTENTION = "attention", "packed attention"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Peer:
     """What an implementation is, and how each operation that it has is called.
 
     ``operations``: by name, a function that imports the package and prepares calls. ``"attention"`` takes nothing and
-    gives a :data:`Forward`; what others take and give stands with the case that measures them.
+    gives a :data:`Forward`, ``"packed attention"`` takes cu_seqlens [N + 1] int32 and gives one for B = 1; what others
+    take and give stands with the case that measures them.
 
     ``heads_first``: attention takes [B, H, T, D] instead of [B, T, H, D]. ``softmax``: it computes softmax attention,
     so its time grows with T² and its numbers are not compared. ``states``: the types of state that it takes.
@@ -62,7 +63,7 @@ def is_ours(name: str) -> bool:
     return name.partition(":")[0] in (OURS, OUR_MODEL)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # noqa: ARG001
+def _softmax(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:  # noqa: ARG001
     return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -73,7 +74,7 @@ def _load_softmax(backend: str | None) -> Forward:
         return _softmax
     chosen = getattr(SDPBackend, backend)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
         with sdpa_kernel(chosen):
             return _softmax(q, k, v, log_decay)
 

@@ -1,8 +1,11 @@
 import sys
 
+import torch
+
 from benchmarks.cases import host
 from benchmarks.harness import find
-from lightning_attention.bench.attention import BOTH, FORWARD
+from benchmarks.harness.pool import DECODE
+from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.peers import OURS
 
 
@@ -11,8 +14,19 @@ def test_host_gives_microseconds_or_why_not(report, run, monkeypatch):
     host.measure(run(5, find.peers()["fla"]))
     assert all(1 < r["us"] < 1e6 for r in report.find("host", implementation=OURS))
     assert all("ModuleNotFoundError" in r["error"] for r in report.find("host", implementation="fla"))
+    assert [r["pass"] for r in report.find("host", implementation=OURS)] == [FORWARD, BOTH, DECODE]
+    assert all(0 < r["busy_us"] < 1e6 for r in report.find("host") if "us" in r)
     (table,) = host.show(report)
-    assert len(table.rows) == 2
+    assert [row[0] for row in table.rows] == [
+        "lightning attention",
+        "an empty autograd.Function",
+        "flash-linear-attention",
+    ]
+
+
+def test_the_empty_function_is_one_of_three_inputs(cpu):
+    problem = Problem(Shape(1, 4, 2, 8), torch.bfloat16, cpu)
+    assert [x.shape for x in problem.results(host.EMPTY)] == [(1, 4, 2, 8)] * 4
 
 
 def test_the_table_says_what_failed(report):
