@@ -116,7 +116,7 @@ def attention_backward(
     flows = NO_FLOWS
     if need_dlog_decay:
         tiles = with_flows(tiles)
-        flows = Flows.of(segments, q, v, d_tiles)
+        flows = Flows.of(segments, tiles, q)
     sweep = sweep_for(tiles.sweep)
     read, narrow, write = sweep.read, sweep.narrow, sweep.write
     BD, BE, TD, TE = tiles.BD, tiles.BE, tiles.TD, tiles.TE
@@ -134,5 +134,7 @@ def attention_backward(
         clear_padding(cu_seqlens, T, dq, dk, dv)
     dlog_decay = None
     if need_dlog_decay:
-        dlog_decay = decay_gradient(segments, flows, T, initial_state, dinitial, states_before, grads_after)
+        dlog_decay = decay_gradient(
+            segments, tiles, flows, T, D, E, log_decay, initial_state, dinitial, states_before, grads_after
+        )
     return dq, dk, dv, dlog_decay, dinitial

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """Rows start … stop of one head, and the first of the columns of c that the program has.
 
     borders [T] int32: where the document of each row begins or, for a reverse sweep, ends (the row past its last); None
-    where all of the rows are of one document.
+    where all of the rows are of one document. ends: where it ends, in a backward pass.
     """
 
     batch: tl.tensor
@@ -50,6 +50,7 @@ class Rows(NamedTuple):
     stop: tl.tensor
     column: tl.tensor
     borders: tl.tensor
+    ends: tl.tensor
 
 
 class Begin(NamedTuple):
@@ -133,7 +134,8 @@ def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary
         is_whole = is_whole_sequence(segment, plan, SPLIT)
         of_sequence = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
         of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
-        SWEEP(q, k, v, out, None, Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins),
+        SWEEP(q, k, v, out, None,
+              Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins, plan.ends),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, segment.sequence),
                     boundary_states, of_segment, is_whole), End(pool.final, of_sequence, segment.is_last), shape,
               log2_decay(log_decay, head), scale, TILES, PACKED, False, False)  # fmt: skip
@@ -191,24 +193,27 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     of_dq = None
     of_dk = None
     if flow_sums is not None:
-        stride = shape.H.to(tl.int64) * shape.D * shape.E
-        offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + head * shape.D * shape.E
+        SIZE: tl.constexpr = TILES.TD * TILES.BE
+        stride = shape.H.to(tl.int64) * d_tiles * SIZE
+        tile_index = (role - e_tiles) % d_tiles
+        offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + (head * d_tiles + tile_index) * SIZE
         sums = flow_sums + (pid // roles * 2 * d_tiles + role - e_tiles)
         of_dq = Flow(tile.q, flow_states, offset, stride, sums)
         of_dk = Flow(tile.k, flow_grads, offset, stride, sums)
     if role < e_tiles:
-        SWEEP(whole.k, whole.q, tile.dout, dv, None, Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends),
-              reverse_from, End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
+        SWEEP(whole.k, whole.q, tile.dout, dv, None,
+              Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends, plan.ends), reverse_from,
+              End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
               True)  # fmt: skip
     elif role < e_tiles + d_tiles:
         column = (role - e_tiles) * TILES.TD
         SWEEP(whole.dout, whole.v, tile.k, dq, of_dq,
-              Rows(segment.batch, head, start, stop, column, plan.begins), forward_from,
+              Rows(segment.batch, head, start, stop, column, plan.begins, plan.ends), forward_from,
               End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
     else:
         column = (role - e_tiles - d_tiles) * TILES.TD
         SWEEP(whole.v, whole.dout, tile.q, dk, of_dk,
-              Rows(segment.batch, head, start, stop, column, plan.ends), reverse_from,
+              Rows(segment.batch, head, start, stop, column, plan.ends, plan.ends), reverse_from,
               End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
@@ -247,7 +252,7 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         else:
             wanted = (not ends) & (start < stop)
         if wanted:
-            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None),
+            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None, None),
                   Begin(None, 0, False, None, 0, True), End(target, 0, True), shape, rate, scale, TILES, PACKED, False,
                   REVERSE)  # fmt: skip
 
@@ -311,7 +316,7 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
         of_sequence = state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
         target = state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
         SWEEP(None, k, v, None, None,
-              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None),
+              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None, None),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, sequence), boundary_states,
                     boundary * shape.D * shape.E, is_whole),
               End(pool.final, target, True), shape, log2_decay(log_decay, head), 1.0, TILES, True, False,

@@ -46,7 +46,7 @@ class Flow(NamedTuple):
     """What a sweep leaves for the gradient of log_decay (``decay_gradient.py``).
 
     partner: the tensor whose gradient the sweep writes, as c is given; states: where it keeps its state at the borders
-    of groups, [batches · groups, H, D, E], from ``offset`` on; sum: where it writes its part of the sum.
+    of groups, from ``offset`` on and ``stride`` apart; sum: where it writes its part of the sum.
     """
 
     partner: tl.tensor
@@ -190,10 +190,36 @@ def starts_group(rows, at):
 
 
 @triton.jit
-def rows_to_group_end(rows, stop):
-    """From the end of a block to that of its group."""
-    group = (stop - 1 - rows.start) // GROUP_ROWS
-    return tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - stop
+def reaches_past(rate, C: tl.constexpr, dtype: tl.constexpr):
+    """Whether what enters a block of C rows matters beyond it, to the precision that products have."""
+    BITS: tl.constexpr = 24.0 if dtype == tl.float32 else 7.0
+    return rate * C > -BITS
+
+
+@triton.jit
+def rows_in_blocks(rows, block, start, row, C: tl.constexpr):
+    """How many rows lie from ``start`` on in the group of a block, and in blocks that are all of the row's document."""
+    group = (block - rows.start) // GROUP_ROWS
+    count = tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - start
+    if rows.ends is not None:
+        of_document = (tl.load(rows.ends + tl.minimum(row, rows.stop - 1)) - start) // C * C
+        count = tl.maximum(tl.minimum(count, of_document), 0)
+    return count
+
+
+@triton.jit
+def rows_crossed(rows, at, tokens, row, is_far, C: tl.constexpr, REVERSE: tl.constexpr):
+    """How many decays count for what the rows of a block send on past it (dk) or get from before it (dq).
+
+    Those within the block, and of the blocks that are crossed as a whole those of its group: for dk they are added; for
+    dq, which stays in the block, taken off.
+    """
+    if REVERSE:
+        far = rows_in_blocks(rows, at, at + tokens, at + row, C)
+        crossed = tl.maximum(tokens - 1 - row, 0) + tl.where(is_far, far, 0)
+    else:
+        crossed = row + 1 - tl.where(is_far, rows_in_blocks(rows, at, at, at + row, C), 0)
+    return crossed
 
 
 @triton.jit

@@ -31,7 +31,8 @@ from lightning_attention.kernels.triton.work import (
     is_past,
     is_within,
     nearest_border,
-    rows_to_group_end,
+    reaches_past,
+    rows_crossed,
     starts_group,
 )
 
@@ -98,6 +99,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
     if flow is not None:
         partner_rows = rows_of(flow.partner, rows.batch, rows.head)
         total = tl.zeros([C], tl.float32)
+        numbers = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        is_far = reaches_past(rate, C, tl.float32 if PRECISION == "ieee" else tl.float16)
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -136,17 +139,13 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
                 partner = tl.trans(load_rows(partner_rows, at, stop, column, c_width, C, TILE, EVEN_C,
                                              flow.partner.row_stride))  # fmt: skip
                 sent_on = tl.sum(o * partner.to(tl.float32), 0)  # or got from there: past the edge of the block
-                if REVERSE:
-                    total += sent_on * (to_end + rows_to_group_end(rows, at + tokens))
-                else:
-                    total -= sent_on * (to_end + rows_to_group_end(rows, at + tokens))
+                total += sent_on * rows_crossed(rows, at, tokens, row, is_far, C, REVERSE)
+                if not REVERSE:
                     within = tl.dot(tl.trans(ct), partner, input_precision=PRECISION)
                     total += tl.sum(scores * within * gap, 0)
-                    if starts_group(rows, at):
-                        where, exists = state_pointers(
-                            flow_state(flow, at), tl.arange(0, WIDTH), col, shape, TRANSPOSED
-                        )
-                        tl.store(where, (state * tl.exp2(rate * elapsed)).to(flow.states.dtype.element_ty), mask=exists)
+                    if starts_group(rows, at) & is_far:
+                        kept = state * tl.exp2(rate * elapsed)
+                        tl.store(flow_state(flow, at) + numbers, kept.to(flow.states.dtype.element_ty))
             o = tl.dot(ct, scores.to(ct.dtype), o, input_precision=PRECISION)
             out_rows = out.pointer + rows.batch * out.batch_stride + rows.head * c_width
             where = out_rows + (at + row).to(tl.int64)[:, None] * (shape.H * c_width) + col[None, :]
@@ -178,10 +177,9 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
         if flow is not None:
             if REVERSE:
-                if starts_group(rows, at):
-                    where, exists = state_pointers(flow_state(flow, at), tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+                if starts_group(rows, at) & is_far:
                     kept = state * tl.exp2(rate * elapsed + unit)
-                    tl.store(where, kept.to(flow.states.dtype.element_ty), mask=exists)
+                    tl.store(flow_state(flow, at) + numbers, kept.to(flow.states.dtype.element_ty))
     if flow is not None:
         tl.store(flow.sum, tl.sum(total, 0))
     if end.final is not None:
