@@ -62,7 +62,7 @@ def attention(
     chosen = tiling(q, k, v, batch_invariant=batch_invariant)
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, output_final_state)
     boundary_states = None
     if segments.is_split:
         (local,), (boundary_states,) = segments.allocate_states(k, E)

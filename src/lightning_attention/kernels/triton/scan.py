@@ -31,22 +31,32 @@ def scan(
     args = (
         local_before, local_after, states_before, grads_after, initial, dfinal, final, *strides, slots, fresh,
         log_decay, cu_seqlens, plan.first_boundary, plan.split_sequences, plan.segments_per_sequence,
-        plan.segment_rows, plan.piece_rows, T, H, D * E,
+        plan.segment_rows, plan.piece_rows, plan.last_piece_rows, T, H, D * E,
     )  # fmt: skip
     grid = (N if plan.split_sequences is None else plan.split_sequences.shape[0], H, -(-D * E // block))
     dispatch.run(scan_kernel, grid, args, (PIECES, block), 4, some.get_device())
 
 
 @triton.jit
-def local_state(local_states, segment, rows, head, col, inside, rate, segment_rows, piece_rows, H, SIZE,
-                PACKED: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+def joined(state, local, whole, rest):
+    """λ^n S + local, λ^n = whole + rest, in fused products and sums: said outright, it rounds the same in every kernel.
+
+    Where a state between segments is the last one of its call, the same state is made by another kernel.
+    """
+    change = tl.fma(tl.full(state.shape, rest, tl.float32), state, local)
+    return tl.fma(tl.full(state.shape, whole, tl.float32), state, change)
+
+
+@triton.jit
+def local_state(local_states, segment, rows, head, col, inside, rate, segment_rows, piece_rows, last_piece_rows, H,
+                SIZE, PIECES: tl.constexpr):  # fmt: skip
     """What a segment of so many rows leaves by itself, from what its pieces do, the ones next to its end first.
 
     All loads at once: one after another, each would wait for the one before.
     """
     i = tl.arange(0, PIECES)
     pieces = tl.cdiv(segment_rows, piece_rows)
-    in_piece = rows_in_a_piece(rows, segment_rows, piece_rows, PACKED)
+    in_piece = rows_in_a_piece(rows, segment_rows, piece_rows, last_piece_rows)
     written = tl.cdiv(tl.minimum(reach(rate, segment_rows), rows), in_piece)
     where = local_states + ((segment.to(tl.int64) * pieces + i) * H + head)[:, None] * SIZE + col[None, :]
     states = tl.load(where, mask=(i < written)[:, None] & inside[None, :], other=0.0)
@@ -56,8 +66,8 @@ def local_state(local_states, segment, rows, head, col, inside, rate, segment_ro
 @dispatch.unspecialized(triton.jit)
 def scan_kernel(local_before, local_after, states_before, grads_after, initial, dfinal, final,
                 state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, log_decay, cu_seqlens, first_boundary,
-                split_sequences, segments_per_sequence, segment_rows, piece_rows, T, H, SIZE, PIECES: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                split_sequences, segments_per_sequence, segment_rows, piece_rows, last_piece_rows, T, H, SIZE,
+                PIECES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """From what pieces leave by themselves to the states between segments.
 
     states_before[s] = λ^len(s−1) states_before[s−1] + local[s−1], and the mirror of it for the gradients. States are
@@ -77,8 +87,7 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
     begin = sequence * segments_per_sequence
     end = begin + segments_per_sequence
     length = T
-    PACKED: tl.constexpr = cu_seqlens is not None
-    if PACKED:
+    if cu_seqlens is not None:
         begin = tl.load(first_boundary + sequence)
         end = tl.load(first_boundary + sequence + 1)
         length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
@@ -92,36 +101,36 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
             if starts_from_initial(fresh, sequence):
                 where = initial + state_offset(slots, sequence, state_slot_stride, head, state_head_stride) + col
                 state = tl.load(where, mask=inside).to(tl.float32)
-        local = local_state(local_before, begin, segment_rows, head, col, inside, rate, segment_rows, piece_rows, H,
-                            SIZE, PACKED, PIECES)  # fmt: skip
+        local = local_state(local_before, begin, segment_rows, head, col, inside, rate, segment_rows, piece_rows,
+                            last_piece_rows, H, SIZE, PIECES)  # fmt: skip
         for i in range(0, end - begin - 1):
             s = begin + i
             ahead_rows = segment_rows
             if final is not None:  # which is all that the last segment's matters to
                 ahead_rows = tl.where(s + 2 == end, rows, segment_rows)
-            ahead = local_state(local_before, s + 1, ahead_rows, head, col, inside, rate, segment_rows, piece_rows, H,
-                                SIZE, PACKED, PIECES)  # fmt: skip
+            ahead = local_state(local_before, s + 1, ahead_rows, head, col, inside, rate, segment_rows, piece_rows,
+                                last_piece_rows, H, SIZE, PIECES)  # fmt: skip
             tl.debug_barrier()  # what another thread has yet to read may be the same memory
             tl.store(states_before + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-            state = whole * state + (rest * state + local)
+            state = joined(state, local, whole, rest)
             local = ahead
         tl.debug_barrier()
         tl.store(states_before + ((end - 1).to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
         if final is not None:
-            tl.store(final + of_sequence, last_whole * state + (last_rest * state + local), mask=inside)
+            tl.store(final + of_sequence, joined(state, local, last_whole, last_rest), mask=inside)
     if local_after is not None:
         state = tl.zeros([BLOCK], tl.float32)
         if dfinal is not None:
             state = tl.load(dfinal + of_sequence, mask=inside)
-        local = local_state(local_after, end - 1, rows, head, col, inside, rate, segment_rows, piece_rows, H, SIZE,
-                            PACKED, PIECES)  # fmt: skip
+        local = local_state(local_after, end - 1, rows, head, col, inside, rate, segment_rows, piece_rows,
+                            last_piece_rows, H, SIZE, PIECES)  # fmt: skip
         for i in range(0, end - begin):
             s = end - 1 - i
             ahead = local_state(local_after, tl.maximum(s - 1, begin), segment_rows, head, col, inside, rate,
-                                segment_rows, piece_rows, H, SIZE, PACKED, PIECES)  # fmt: skip
+                                segment_rows, piece_rows, last_piece_rows, H, SIZE, PIECES)  # fmt: skip
             tl.debug_barrier()  # what another thread has yet to read may be the same memory
             tl.store(grads_after + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-            state = last_whole * state + (last_rest * state + local)
+            state = joined(state, local, last_whole, last_rest)
             local = ahead
             last_whole = whole
             last_rest = rest

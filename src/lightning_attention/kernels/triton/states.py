@@ -35,7 +35,7 @@ def local_states(
         *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read(v, views[1], tiles, tiles.TE),
         *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read(dout, views[3], tiles, tiles.TE), log_decay,
         local_before, local_after, final, plan.segment_table, plan.segments_per_sequence, plan.segment_rows,
-        plan.piece_rows, count, T, H, D, E, scale,
+        plan.piece_rows, plan.last_piece_rows, count, T, H, D, E, scale,
     )  # fmt: skip
     programs = H * -(-E // tiles.TE) * (1 if before is None or after is None else 2)
     grid = (min(count, segments_in_flight or count) * programs, 1, 1)

@@ -255,11 +255,11 @@ def backward_kernel(q, k, v, dout, q_tile, k_tile, dout_tile, dq, dq_pointer, dq
 
 @dispatch.unspecialized(gluon.jit)
 def states_kernel(k, v, q, dout, log_decay, local_before, local_after, final, segment_table, segments_per_sequence,
-                  segment_rows, piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
+                  segment_rows, piece_rows, last_piece_rows, piece_count, T, H, D, E, scale, TILES: gl.constexpr,
                   PERSISTENT: gl.constexpr):  # fmt: skip
     roles.states(sweep, k, v, q, dout, log_decay, local_before, local_after, final,
-                 Segmentation(segment_table, segments_per_sequence, segment_rows), piece_rows, Shape(T, H, D, E), scale,
-                 piece_count, TILES, PERSISTENT)  # fmt: skip
+                 Segmentation(segment_table, segments_per_sequence, segment_rows), piece_rows, last_piece_rows,
+                 Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)
