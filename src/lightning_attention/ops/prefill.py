@@ -46,10 +46,10 @@ def lightning_attention_prefill(
         snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``, none of them in ``slots``; negative: none.
         batch_invariant: give a prompt's outputs and states the bits of ``lightning_attention(batch_invariant=True)`` on
             the whole prompt, whatever else is in the batch and in however many calls it is read: every call but the
-            prompt's last must bring a multiple of ``lightning_attention.INVARIANT_CHUNK`` tokens of it, and the pool
-            be float32 (float64 for float64 inputs). A snapshot has the bits that a call would leave which ended there,
-            so a prefix may be gone on from where it is such a multiple. Single tokens are read as prompts, not as
-            decode does.
+            prompt's last must bring a multiple of ``lightning_attention.INVARIANT_CHUNK`` tokens of it, because the
+            state at the next multiple cannot be had to the bit from one elsewhere. The pool must be float32 (float64
+            for float64 inputs). A snapshot has the bits that a call would leave which ended there. Single tokens are
+            read as prompts are, not as decode does. docs/numerics.md has more, and the price.
 
     Returns:
         [T, H, E] in q's dtype.

@@ -116,9 +116,12 @@ def _read(prompt: Problem, cuts: list[int], snapshot_at: int) -> tuple[Tensor, T
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, torch.float16])
 def test_chunks_have_the_bits_of_training(interpreter: Interpreter, dtype: torch.dtype):
-    """Of prompts that end with a segment, a token after one, and within one; and of snapshots."""
+    """Of prompts that end with a segment, a token after one, and within one; of a short one in blocks; of snapshots."""
     chunk = chunk_of(dtype)
-    for T, cuts, at in ((2 * chunk, [chunk], -1), (2 * chunk + 1, [2 * chunk], chunk), (chunk + 9, [], chunk + 5)):
+    for T, cuts, at in (
+        (2 * chunk, [chunk], -1), (2 * chunk + 1, [2 * chunk], chunk), (chunk + 9, [], chunk + 5),
+        (chunk - 9, [chunk // 2], -1),
+    ):  # fmt: skip
         prompt = make_problem(T=T, H=1, D=20, dtype=dtype, initial=dtype == FP32)
         out, state, snapshot = interpreter.call(_read, prompt, cuts, at)
         expected, final = interpreter.call(_attended, prompt)
