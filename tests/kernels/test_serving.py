@@ -29,11 +29,13 @@ class Calls:
         self.cuts, self.slots = cumulative(LENGTHS), torch.tensor(SLOTS)
 
     def decode(self, pool: Tensor) -> Tensor:
-        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5)
+        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5, False)
 
     def prefill(self, pool: Tensor) -> Tensor:
         at, to = torch.tensor([[2, 5], [64, 1], [1, 0], [0, 9]]), torch.tensor([[1, -1], [3, 5], [6, -1], [6, -1]])
-        return self.backend.prefill(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to)
+        return self.backend.prefill(
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to, False
+        )
 
     def verify(self, pool: Tensor) -> Tensor:
         return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5)

@@ -87,16 +87,24 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
     }
     tree = {"parents": torch.tensor([-1, 0, 0, 1, -1, -1, 0])}
     return {
-        "decode": (lightning_attention_decode, (q[:3], k[:3], v[:3], log_decay, pool), {"slots": slots, "scale": 0.5}),
-        "prefill": (lightning_attention_prefill, (q, k, v, log_decay, pool), {**packed, **snapshots, "scale": 0.5}),
+        "decode": (
+            lightning_attention_decode,
+            (q[:3], k[:3], v[:3], log_decay, pool),
+            {"slots": slots, "scale": 0.5, "batch_invariant": True},
+        ),
+        "prefill": (
+            lightning_attention_prefill,
+            (q, k, v, log_decay, pool),
+            {**packed, **snapshots, "scale": 0.5, "batch_invariant": True},
+        ),
         "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5}),
         "commit": (lightning_attention_commit, (k, v, log_decay, pool), {**packed, "accepted": accepted}),
     }
 
 
 OPERATORS = {
-    "decode": "slots scale",
-    "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots",
+    "decode": "slots scale batch_invariant",
+    "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant",
     "verify": "cu_seqlens slots parents scale",
     "commit": "cu_seqlens accepted slots parents",
 }

@@ -66,7 +66,9 @@ def lightning_attention(
             rank. The function differentiated is the sum of the ranks' losses: q, k and v get their gradients, and
             log_decay and initial_state get this rank's share, whose sum over the ranks is the gradient. Every rank
             must run the backward pass. docs/distributed.md says what travels.
-        batch_invariant: make the bits of a sequence's results independent of what else is in the batch.
+        batch_invariant: make the bits of a sequence's outputs, states and gradients (but that of log_decay, a sum over
+            the batch) independent of what else is in the batch: alone, in a batch, packed, and, of outputs and states,
+            read by ``lightning_attention_prefill(batch_invariant=True)``. docs/numerics.md has the price.
         backend: "triton", "tiled" or "reference"; None chooses by device.
 
     Returns:

@@ -63,7 +63,7 @@ def attention(
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
     has_states = initial_state is not None or output_final_state
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, output_final_state)
     boundary_states = None
     if segments.is_split:
         (local,), (boundary_states,) = segments.allocate_states(k, E)
@@ -103,7 +103,7 @@ def attention_backward(
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
     has_states = initial_state is not None or dfinal is not None
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, True)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, reverse=True)
     states_before = grads_after = None
     if segments.is_split:
         (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, E, 2)

@@ -65,8 +65,9 @@ def over_states(
 
 @dispatch.on_its_device
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
+    batch_invariant: bool,
+) -> Tensor:  # fmt: skip
     N, H, D = q.shape
     E = v.shape[2]
     widest = columns(D, E, q.dtype)
@@ -78,6 +79,7 @@ def decode(
         q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
         dispatch.dense(log_decay), H, scale,
     )  # fmt: skip
-    TILE = narrower(widest, N, H, state.dtype)
+    # Columns decide in which order a program sums over D.
+    TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     over_states(decode_kernel, (N, H, D, E), args, state, strides, TILE, widest)
     return out

@@ -218,8 +218,8 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
 
 
 @triton.jit
-def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan, piece_rows, shape, scale, index, head,
-                column, TILES: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
+def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan, piece_rows, last_piece_rows, shape,
+                scale, index, head, column, TILES: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
     """The state that a piece would leave by itself.
 
     A sequence's last segment leaves none between segments. ``final`` is for what sequences leave: there a segment that
@@ -229,8 +229,7 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
     if segment.sequence >= 0:
         PACKED: tl.constexpr = plan.segment_table is not None or plan.begins is not None
         rate = log2_decay(log_decay, head)
-        rows = rows_in_a_piece(segment.stop - segment.start, plan.segment_rows, piece_rows,
-                               plan.segment_table is not None)  # fmt: skip
+        rows = rows_in_a_piece(segment.stop - segment.start, plan.segment_rows, piece_rows, last_piece_rows)
         ends = segment.is_last
         if REVERSE:
             ends = segment.is_first
@@ -259,22 +258,24 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
 
 @triton.jit
 def states_in_direction(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_after, final, plan,
-                        piece_rows, shape, scale, index, head, role, TILES: tl.constexpr):  # fmt: skip
+                        piece_rows, last_piece_rows, shape, scale, index, head, role,
+                        TILES: tl.constexpr):  # fmt: skip
     tiles = tl.cdiv(shape.E, TILES.TE)
     if local_after is None:
-        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, shape, scale, index, head,
-                    role * TILES.TE, TILES, False)  # fmt: skip
+        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, last_piece_rows, shape, scale, index,
+                    head, role * TILES.TE, TILES, False)  # fmt: skip
     elif local_before is None or role < tiles:
-        piece_state(SWEEP, q, dout, log_decay, local_after, final, plan, piece_rows, shape, scale, index, head,
-                    role * TILES.TE, TILES, True)  # fmt: skip
+        piece_state(SWEEP, q, dout, log_decay, local_after, final, plan, piece_rows, last_piece_rows, shape, scale,
+                    index, head, role * TILES.TE, TILES, True)  # fmt: skip
     else:
-        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, shape, scale, index, head,
-                    (role - tiles) * TILES.TE, TILES, False)  # fmt: skip
+        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, last_piece_rows, shape, scale, index,
+                    head, (role - tiles) * TILES.TE, TILES, False)  # fmt: skip
 
 
 @triton.jit
-def states(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows, shape,
-           scale, piece_count, TILES: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
+def states(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows,
+           last_piece_rows, shape, scale, piece_count, TILES: tl.constexpr,
+           PERSISTENT: tl.constexpr):  # fmt: skip
     """What pieces of segments would leave by themselves: the state after k and v, with time reversed its gradient.
 
     ``local_before`` is for the one, ``local_after`` for the other; a program has TE columns of one of them.
@@ -290,10 +291,10 @@ def states(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_af
     if PERSISTENT:
         for index in range(first, piece_count, tl.num_programs(0) // programs // shape.H):
             states_in_direction(SWEEP, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows,
-                                shape, scale, index, head, role, TILES)  # fmt: skip
+                                last_piece_rows, shape, scale, index, head, role, TILES)  # fmt: skip
     else:
-        states_in_direction(SWEEP, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows, shape,
-                            scale, first, head, role, TILES)  # fmt: skip
+        states_in_direction(SWEEP, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows,
+                            last_piece_rows, shape, scale, first, head, role, TILES)  # fmt: skip
 
 
 @triton.jit
@@ -309,7 +310,7 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
     index = pid // tiles // shape.H
     sequence = index // per_sequence
     start, rows, segment, wanted = find_snapshot(
-        cu_seqlens, pool.slots, snapshot_at, snapshot_slots, index, sequence, segment_rows)  # fmt: skip
+        cu_seqlens, pool.slots, first_boundary, snapshot_at, snapshot_slots, index, sequence, segment_rows)  # fmt: skip
     if wanted:
         is_whole = segment == 0
         boundary = (tl.load(first_boundary + sequence) + segment).to(tl.int64) * shape.H + head

@@ -34,7 +34,8 @@ def local_states(
     args = (
         *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read_tile(v, views[1], tiles, tiles.TE),
         *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read_tile(dout, views[3], tiles, tiles.TE), log_decay,
-        local_before, local_after, final, *plan.segmentation, plan.piece_rows, count, T, H, D, E, scale,
+        local_before, local_after, final, *plan.segmentation, plan.piece_rows, plan.last_piece_rows, count, T, H, D, E,
+        scale,
     )  # fmt: skip
     programs = H * -(-E // tiles.TE) * (1 if before is None or after is None else 2)
     grid = (min(count, segments_in_flight or count) * programs, 1, 1)

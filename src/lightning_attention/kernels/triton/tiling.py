@@ -195,8 +195,11 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _copyable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter."""
-    return all(
+    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter.
+
+    An odd width is refused of one row too: a sequence of one token, whose bits may have to be those of longer ones.
+    """
+    return shape[3] & 7 == 0 and all(
         size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
     )
 

@@ -85,9 +85,10 @@ def find_segment(plan, index, T, piece=0, pieces=1):
     else:
         boundary_index = index
         sequence = index // plan.segments_per_sequence
-        start = (index % plan.segments_per_sequence) * plan.segment_rows
-        stop = tl.minimum(start + plan.segment_rows, T)
-        ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
+        place = index % plan.segments_per_sequence
+        start = place * plan.segment_rows
+        stop = tl.minimum(start + plan.segment_rows, T)  # the last one may have no rows, after one that stops at T too
+        ends = (place == 0).to(tl.int32) + (place + 1 == plan.segments_per_sequence).to(tl.int32) * 2
         batch = sequence
         if plan.begins is not None:
             stop = tl.maximum(tl.minimum(stop, tl.load(plan.begins + T)), start)
@@ -127,11 +128,9 @@ def reach(rate, segment_rows):
 
 
 @triton.jit
-def rows_in_a_piece(rows, segment_rows, piece_rows, PACKED: tl.constexpr):
-    """In a segment of so many rows; the last of a packed sequence is one piece, because there may be very many."""
-    if PACKED:
-        piece_rows = tl.where(rows < segment_rows, segment_rows, piece_rows)
-    return piece_rows
+def rows_in_a_piece(rows, segment_rows, piece_rows, last_piece_rows):
+    """In a segment of so many rows; only the last of a sequence has fewer than the others."""
+    return tl.where(rows < segment_rows, last_piece_rows, piece_rows)
 
 
 @triton.jit
@@ -247,12 +246,16 @@ def starts_from_initial(fresh, sequence):
 
 
 @triton.jit
-def find_snapshot(cu_seqlens, slots, snapshot_at, snapshot_slots, index, sequence, segment_rows):
-    """Its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
+def find_snapshot(cu_seqlens, slots, first_boundary, snapshot_at, snapshot_slots, index, sequence, segment_rows):
+    """Its sequence's first row, after how many rows it is, in which segment, and whether to take it.
+
+    Between two segments it is in the second, after none of its rows: the state that the scan has made.
+    """
     start = tl.load(cu_seqlens + sequence).to(tl.int32)
     length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start
     rows = tl.load(snapshot_at + index).to(tl.int32)
     wanted = (tl.load(snapshot_slots + index) >= 0) & (rows >= 0) & (rows <= length)
     if slots is not None:
         wanted = wanted & (tl.load(slots + sequence) >= 0)
-    return start, rows, tl.maximum(rows - 1, 0) // segment_rows, wanted
+    segments = tl.load(first_boundary + sequence + 1) - tl.load(first_boundary + sequence)  # 0 where there is one
+    return start, rows, tl.minimum(rows // segment_rows, tl.maximum(segments - 1, 0)), wanted

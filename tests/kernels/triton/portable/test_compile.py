@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from lightning_attention.kernels.triton import tiling
 from tests.kernels.triton.support.offline import CHIPS, Chip, Launch, launched
 
 pytestmark = pytest.mark.skipif(
@@ -78,3 +79,14 @@ def test_a_new_length_or_batch_compiles_nothing():
     first = kernels(B=2, T=300)
     for B, T in ((1, 1), (1, 65), (3, 64), (16, 4097), (1, 1_000_003)):
         assert kernels(B=B, T=T) == first, (B, T)
+
+
+@pytest.mark.parametrize("width", [20, 24])
+def test_one_token_is_swept_as_many_are(width: int):
+    """A prompt's only token, or its last chunk's, has the bits that it has amid others."""
+
+    def sweep(T: int) -> str:
+        signature = ((1, T, 1, width), (T * width, width, width, 1)) * 3
+        return tiling._tiling(((9, 0), 132), BF16, True, "tf32", False, *signature).tiles.sweep
+
+    assert sweep(1) == sweep(2)

@@ -102,13 +102,13 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
     )  # fmt: skip
 
 
-def prefilled(batch: Batch, segments: bool = False) -> tuple[Tensor, Tensor]:
-    """Outputs and pool; ``segments`` cuts sequences into segments of two pieces, a block each."""
+def prefilled(batch: Batch, segments: bool = False, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
+    """Outputs and pool; ``segments`` cuts sequences as ``cutting`` says."""
     from lightning_attention.kernels.triton.prefill import prefill
 
     state = batch.pool.clone()
     with cutting(segments):
-        return prefill(*batch.arguments(state)), state
+        return prefill(*batch.arguments(state), batch_invariant), state
 
 
 def assert_right(batch: Batch, out: Tensor, state: Tensor, tolerance: float | None = None) -> None:

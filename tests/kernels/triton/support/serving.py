@@ -109,7 +109,7 @@ def arguments(operation: str, call: Call, state: Tensor, without_slots: bool = F
     slots = None if without_slots else call.indices(call.slots)
     cu_seqlens = call.indices(cumulative(call.lengths).tolist())
     if operation == "decode":
-        return call.q, call.k, call.v, call.log_decay, state, slots, call.scale
+        return call.q, call.k, call.v, call.log_decay, state, slots, call.scale, False
     if operation == "verify":
         parents = call.parents
         if parents is not None:
@@ -138,8 +138,10 @@ def with_operations(operation: str, call: Call) -> tuple[Tensor | None, Tensor]:
 def apply(operation: str, given: tuple[Any, ...]) -> Tensor | None:
     """The public function, on what ``arguments`` returns."""
     if operation == "decode":
-        q, k, v, log_decay, state, slots, scale = given
-        return lightning_attention_decode(q, k, v, log_decay, state, slots=slots, scale=scale)
+        q, k, v, log_decay, state, slots, scale, batch_invariant = given
+        return lightning_attention_decode(
+            q, k, v, log_decay, state, slots=slots, scale=scale, batch_invariant=batch_invariant
+        )
     if operation == "verify":
         q, k, v, log_decay, state, cu_seqlens, slots, parents, scale = given
         return lightning_attention_verify(

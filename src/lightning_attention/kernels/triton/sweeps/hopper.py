@@ -500,10 +500,11 @@ def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_
 
 @dispatch.unspecialized(gluon.jit)
 def states_kernel(k, k_rest, v, q, q_rest, dout, log_decay, local_before, local_after, final, segment_table,
-                  segments_per_sequence, segment_rows, begins, ends, piece_rows, piece_count, T, H, D, E, scale,
-                  TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
+                  segments_per_sequence, segment_rows, begins, ends, piece_rows, last_piece_rows, piece_count, T, H, D,
+                  E, scale, TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
     roles.states(sweep, Input(k, k_rest), v, Input(q, q_rest), dout, log_decay, local_before, local_after, final,
                  Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), piece_rows,
+                 last_piece_rows,
                  Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 

@@ -224,19 +224,21 @@ def backward_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64"
                    Shape(T, H, D, E), scale, TILES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "piece_rows", "piece_count",
+@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "piece_rows",
+                               "last_piece_rows", "piece_count",
                                "T"])  # fmt: skip
 def states_kernel(k, k_batch_stride: "i64", k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride,
                   v_head_stride: "i64", q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", dout,
                   dout_batch_stride: "i64", dout_row_stride, dout_head_stride: "i64", log_decay, local_before,
                   local_after, final, segment_table, segments_per_sequence, segment_rows, begins, ends, piece_rows,
+                  last_piece_rows,
                   piece_count, T, H, D, E, scale, TILES: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
     roles.states(sweep, Input(k, k_batch_stride, k_row_stride, k_head_stride),
                  Input(v, v_batch_stride, v_row_stride, v_head_stride),
                  Input(q, q_batch_stride, q_row_stride, q_head_stride),
                  Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride), log_decay, local_before,
                  local_after, final, Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends),
-                 piece_rows, Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
+                 piece_rows, last_piece_rows, Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "fresh", "cu_seqlens", "first_boundary", "snapshot_at", "snapshot_slots",
