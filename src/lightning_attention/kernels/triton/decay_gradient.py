@@ -96,7 +96,11 @@ def flow_kernel(states, grads, initial, dinitial, states_before, grads_after, lo
     segment = find_segment(plan, index // groups, T)
     at = segment.start + group * GROUP_ROWS
     rows = tl.minimum(segment.stop - at, GROUP_ROWS)
-    is_far = reaches_past(log2_decay(log_decay, head), C, tl.float32 if IEEE else tl.float16)
+    EXACT: tl.constexpr = tl.float32 if IEEE else tl.float16
+    rate = log2_decay(log_decay, head)
+    is_far = reaches_past(rate, C, EXACT)
+    if begins is None:  # past a segment of one short block, too
+        is_far = is_far | ((segment.stop - segment.start < C) & reaches_past(rate, rows, EXACT))
     wanted = (segment.sequence >= 0) & (rows > 0) & is_far
     if begins is not None:  # what the document that goes on across the border crosses, if one does
         if wanted:

@@ -189,35 +189,38 @@ def starts_group(rows, at):
 
 
 @triton.jit
-def reaches_past(rate, C: tl.constexpr, dtype: tl.constexpr):
-    """Whether what enters a block of C rows matters beyond it, to the precision that products have."""
+def reaches_past(rate, rows, dtype: tl.constexpr):
+    """Whether what enters a block of so many rows matters beyond it, to the precision that products have.
+
+    Beside what its first row gets, which has decayed once.
+    """
     BITS: tl.constexpr = 24.0 if dtype == tl.float32 else 7.0
-    return rate * C > -BITS
+    return rate * (rows - 1) > -BITS
 
 
 @triton.jit
-def rows_in_blocks(rows, block, start, row, C: tl.constexpr):
-    """How many rows lie from ``start`` on in the group of a block, and in blocks that are all of the row's document."""
-    group = (block - rows.start) // GROUP_ROWS
-    count = tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - start
-    if rows.ends is not None:
-        of_document = (tl.load(rows.ends + tl.minimum(row, rows.stop - 1)) - start) // C * C
-        count = tl.maximum(tl.minimum(count, of_document), 0)
-    return count
-
-
-@triton.jit
-def rows_crossed(rows, at, tokens, row, is_far, C: tl.constexpr, REVERSE: tl.constexpr):
+def rows_crossed(rows, at, tokens, row, rate, C: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr):
     """How many decays count for what the rows of a block send on past it (dk) or get from before it (dq).
 
     Those within the block, and of the blocks that are crossed as a whole those of its group: for dk they are added; for
-    dq, which stays in the block, taken off.
+    dq, which stays in the block, taken off. Where nothing gets past a whole block, it may past a shorter last one.
     """
+    start = at
     if REVERSE:
-        far = rows_in_blocks(rows, at, at + tokens, at + row, C)
-        crossed = tl.maximum(tokens - 1 - row, 0) + tl.where(is_far, far, 0)
+        start = at + tokens
+    group = (at - rows.start) // GROUP_ROWS
+    count = tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - start
+    is_far = reaches_past(rate, C, dtype)
+    if rows.ends is not None:  # and only blocks that are all of the row's document
+        of_document = (tl.load(rows.ends + tl.minimum(at + row, rows.stop - 1)) - start) // C * C
+        count = tl.where(is_far, tl.maximum(tl.minimum(count, of_document), 0), 0)
     else:
-        crossed = row + 1 - tl.where(is_far, rows_in_blocks(rows, at, at, at + row, C), 0)
+        left = rows.stop - start
+        count = tl.where(is_far, count, tl.where((left < C) & reaches_past(rate, left, dtype), left, 0))
+    if REVERSE:
+        crossed = tl.maximum(tokens - 1 - row, 0) + count
+    else:
+        crossed = row + 1 - count
     return crossed
 
 

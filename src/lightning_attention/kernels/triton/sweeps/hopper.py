@@ -402,7 +402,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 sent_on = o * gl.convert_layout(partner.load(left_out), out_layout).to(gl.float32)
                 if PACKED:
                     sent_on = gl.where((out_row < tokens)[None, :], sent_on, 0.0)
-                lag = rows_crossed(rows, at, tokens, out_row, is_far, C, REVERSE).to(gl.float32)
+                lag = rows_crossed(rows, at, tokens, out_row, rate, C, REVERSE, dtype).to(gl.float32)
                 crossing += gl.sum(sent_on * lag[None, :], 1)
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
         if WIDE:

@@ -100,7 +100,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         partner_rows = rows_of(flow.partner, rows.batch, rows.head)
         total = tl.zeros([C], tl.float32)
         numbers = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        is_far = reaches_past(rate, C, tl.float32 if PRECISION == "ieee" else tl.float16)
+        EXACT: tl.constexpr = tl.float32 if PRECISION == "ieee" else tl.float16
+        is_far = reaches_past(rate, C, EXACT)
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -139,7 +140,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
                 partner = tl.trans(load_rows(partner_rows, at, stop, column, c_width, C, TILE, EVEN_C,
                                              flow.partner.row_stride))  # fmt: skip
                 sent_on = tl.sum(o * partner.to(tl.float32), 0)  # or got from there: past the edge of the block
-                total += sent_on * rows_crossed(rows, at, tokens, row, is_far, C, REVERSE)
+                total += sent_on * rows_crossed(rows, at, tokens, row, rate, C, REVERSE, EXACT)
                 if not REVERSE:
                     within = tl.dot(tl.trans(ct), partner, input_precision=PRECISION)
                     total += tl.sum(scores * within * gap, 0)
