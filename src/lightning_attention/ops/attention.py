@@ -59,7 +59,9 @@ def lightning_attention(
         output_final_state: whether to return the state after the last token of each sequence.
         cu_seqlens: [N+1] int32 or int64 on q's device, 0 = c_0 ≤ c_1 ≤ … ≤ c_N ≤ T: then B is 1, and sequence i is
             tokens c_i to c_{i+1} (possibly none). Tokens past c_N are padding: never read, their output is zero.
-            None: every row of the batch is a sequence, and N = B.
+            None: every row of the batch is a sequence, and N = B. On backend "triton", where there are no states and
+            batch_invariant is not set, sequences share blocks of tokens, and a NaN or inf in one can reach those next
+            to it (docs/numerics.md).
         group: process group whose ranks, in order, hold consecutive slices of each sequence, this rank's being T
             tokens (T may differ, and be 0; with cu_seqlens, sequence i's slice is c_i to c_{i+1}, and N is the same on
             every rank). initial_state is the state before, and final_state the one after, the whole sequence, on every

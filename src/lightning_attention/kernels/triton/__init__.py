@@ -21,6 +21,8 @@ Words that mean one thing here:
     local state         what a piece or a segment leaves when it starts from zero
     boundary state      the state between two segments of a sequence, or its gradient; boundary index: which of them
     plan                how the sequences of a call are split: its segments, in a table where lengths are on the device
+    document            a sequence of a packed batch that is swept as one sequence, with masks between documents
+    border              where a row's document begins or, with time reversed, ends (the row past its last)
     whole sequence      said of a segment: its sequence has no other, so it starts from the initial state
     role                which of a backward pass's sweeps a program does: for dq, dk or dv
     resident programs   as many as the chip runs at once; segments in flight: as many as a persistent kernel sweeps

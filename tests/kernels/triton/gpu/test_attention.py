@@ -25,7 +25,7 @@ from tests.kernels.triton.support.device import (
     solve,
     solve_in_float64,
 )
-from tests.support import Problem, cumulative, make_problem, relative_error, solve_exactly, solve_with
+from tests.support import Problem, Solution, cumulative, make_problem, relative_error, solve_exactly, solve_with
 from tests.support.problem import DECAYS
 
 pytestmark = needs_gpu
@@ -75,6 +75,36 @@ CASES = {
 def test_against_float64(case: str):
     problem = make_problem(**{"dtype": BF16, **CASES[case]})
     assert not misses(solve(problem), solve_in_float64(problem))
+
+
+SHORT = [1] * 100 + [7] * 200 + [0, 64, 64, 0, 128, 500, 1, 2199, 100]
+DOCUMENTS = {
+    "128": {"lengths": SHORT, "padding": 100, "H": 8, "D": 128},
+    "128, segments": {"lengths": [*SHORT, 11_000, *SHORT], "padding": 3_000, "H": 1, "D": 128},
+    "128, nothing forgotten, segments": {"lengths": [7] * 900, "H": 2, "D": 128, "kind": "zero"},
+    "64": {"lengths": SHORT, "H": 4, "D": 64, "index_dtype": torch.int32},
+    "80 and 96": {"lengths": SHORT, "padding": 9, "H": 4, "D": 80, "E": 96},
+    "256 and 128": {"lengths": SHORT, "padding": 100, "H": 8, "D": 256, "E": 128},
+    "20, which the copy engine cannot address": {"lengths": SHORT, "padding": 100, "H": 3, "D": 20},
+    "128, half precision": {"lengths": SHORT, "padding": 100, "H": 4, "D": 128, "dtype": FP16},
+    "64, float32": {"lengths": SHORT, "padding": 100, "H": 4, "D": 64, "dtype": FP32},
+}
+
+
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_documents_parted_by_masks(case: str):
+    """Packed batches whose states nobody has or wants, and NaN in the padding."""
+    clean = make_problem(**{"dtype": BF16, "initial": False, **DOCUMENTS[case]})
+    expected = solve_in_float64(replace(clean, dfinal=torch.zeros_like(clean.dfinal)))
+    problem = moved(clean)
+    last = problem.cu_seqlens[-1]
+    for x in (problem.q, problem.k, problem.v, problem.dout):
+        x[:, last:] = float("nan")
+    leaves = [x.requires_grad_() for x in (problem.q, problem.k, problem.v, problem.log_decay)]
+    with poisoned():
+        out, _ = lightning_attention(*leaves, cu_seqlens=problem.cu_seqlens, backend="triton")
+        grads = torch.autograd.grad(out, leaves, problem.dout)
+    assert not misses(Solution(out.detach(), expected.final_state, *grads, None), expected)
 
 
 @pytest.fixture

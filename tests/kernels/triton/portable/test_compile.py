@@ -53,6 +53,16 @@ def test_packed_and_segmented(chip: str):
     assert_fits(launches, CHIPS[chip])
 
 
+@pytest.mark.parametrize(("chip", "D", "dtype"), [("sm_80", 64, BF16), ("sm_90", 64, FP32), ("gfx942", 16, BF16)])
+def test_documents_parted_by_masks(chip: str, D: int, dtype: torch.dtype):
+    """Packed batches whose states nobody has or wants get no table of segments, and no spills for the masks."""
+    launches = launched(CHIPS[chip], D, D, dtype, segments=True, packed=True, states=False, learnable=False)
+    before, after = ["documents_kernel", "states_kernel", "scan_kernel"], ["clear_padding_kernel"]
+    assert [x.name for x in launches] == [*before, "forward_kernel", *after, *before, "backward_kernel", *after]
+    assert_fits(launches, CHIPS[chip])
+    assert not any(x.stack for x in launches)
+
+
 @pytest.mark.parametrize(
     ("D", "E", "segments"), [(64, 64, False), (128, 128, False), (128, 128, True), (80, 80, False), (256, 128, False)]
 )
@@ -79,6 +89,9 @@ def test_a_new_length_or_batch_compiles_nothing():
     first = kernels(B=2, T=300)
     for B, T in ((1, 1), (1, 65), (3, 64), (16, 4097), (1, 1_000_003)):
         assert kernels(B=B, T=T) == first, (B, T)
+    documents = kernels(packed=True, states=False, T=300)
+    for T, N in ((1, 1), (65, 40), (1_000_003, 9)):
+        assert kernels(packed=True, states=False, T=T, N=N) == documents, (T, N)
 
 
 @pytest.mark.parametrize("width", [20, 24])
@@ -87,6 +100,6 @@ def test_one_token_is_swept_as_many_are(width: int):
 
     def sweep(T: int) -> str:
         signature = ((1, T, 1, width), (T * width, width, width, 1)) * 3
-        return tiling._tiling(((9, 0), 132), BF16, True, "tf32", False, *signature).tiles.sweep
+        return tiling._tiling(((9, 0), 132), BF16, True, "tf32", False, False, *signature).tiles.sweep
 
     assert sweep(1) == sweep(2)

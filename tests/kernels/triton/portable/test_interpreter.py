@@ -122,12 +122,13 @@ def test_without_final_states(interpreter: Interpreter, initial: bool):
         assert not replace(got, final_state=expected.final_state).misses(expected, magnitude)
 
 
-# Blocks have 16 rows, and 64 in half precision; segments, two blocks.
+# Blocks have 16 rows, and 64 in half precision; segments, two blocks; sums for log_decay, groups of 512 rows.
 DOCUMENTS = {
     "of 1 and of 7 tokens": {"lengths": [1] * 5 + [7] * 12, "padding": 9, "D": 20, "E": 24, "scale": -2.0},
     "borders at edges, longer than a segment": {"lengths": [0, 16, 16, 0, 32, 5, 27, 64, 3, 70, 0], "padding": 40},
     "half precision": {"lengths": [64, 64, 7, 57, 200, 1], "padding": 9, "D": 17, "dtype": torch.float16, "scale": 0.1},
-    "half precision, forgotten at once": {"lengths": [7] * 20, "E": 20, "dtype": torch.float16, "kind": "strong"},
+    "half precision, any decay": {"lengths": [7] * 20, "H": 5, "E": 20, "dtype": torch.float16, "kind": "mixed"},
+    "half precision, groups": {"lengths": [512, 400, 188, 1], "padding": 9, "H": 1, "dtype": torch.float16},
     "one, and segments of padding": {"lengths": [50], "padding": 90, "H": 1, "kind": "none"},
 }
 
@@ -137,7 +138,15 @@ def without_states(problem: Problem) -> Problem:
 
 
 def misses_without_states(got: Solution, problem: Problem) -> dict[str, float]:
+    """In half precision the gradient of log_decay, a sum that cancels, is held to an eighth of its terms' rounding.
+
+    Pairs of tokens that a border of blocks parts are the difference of two such sums, each rounded on its own.
+    """
     expected, magnitude = solve_exactly(problem), solve_exactly(problem.absolute())
+    if got.output.dtype == torch.float16 and got.log_decay is not None:
+        off = got.log_decay.double() - expected.log_decay
+        assert (off.abs() <= 1e-3 * expected.log_decay.abs() + 2**-14 * magnitude.log_decay).all()
+        got = replace(got, log_decay=expected.log_decay)
     return replace(got, final_state=expected.final_state).misses(expected, magnitude)
 
 
@@ -149,6 +158,21 @@ def test_documents_parted_by_masks(interpreter: Interpreter, case: str, segments
     run = interpreter.solve(padded_with(NAN, problem), segments=segments, final=False)
     assert not misses_without_states(run.solution, problem)
     assert run.scans == 2 * segments
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_nan_reaches_no_document_that_has_no_token_in_its_block(interpreter: Interpreter, segments: bool):
+    """Blocks have 16 rows: the second document shares its first and last with the others, and not its third."""
+    clean = without_states(make_problem(lengths=[20, 55, 30]))
+    arrays = {name: getattr(clean, name).clone() for name in ARRAYS}
+    for x in arrays.values():
+        x[:, 40] = NAN
+    got = interpreter.solve(replace(clean, **arrays), segments=segments, final=False).solution
+    expected = interpreter.solve(clean, segments=segments, final=False).solution
+    for name in PER_TOKEN:
+        for document in (slice(0, 20), slice(75, 105)):
+            assert torch.equal(getattr(got, name)[:, document], getattr(expected, name)[:, document]), name
+    assert got.output[:, 40:75].isnan().all()
 
 
 def _borders(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         from_start = row + 1
         to_end = tl.maximum(tokens - 1 - row, 0)
         if rows.borders is not None:
-            border = tl.load(rows.borders + at + row, mask=row < tokens, other=0)
+            nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
+            is_kept = is_past(nearest, at, at + tokens, REVERSE)
         if a is not None:
             a_rows = rows_of(a, rows.batch, rows.head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
@@ -134,8 +135,11 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             else:
                 o = o * (tl.exp2(rate * (from_start + elapsed) + unit) * scale)[None, :]
             if rows.borders is not None:
-                scores = tl.where(is_within((at + row)[:, None], border[None, :], REVERSE), scores, 0.0)
-                o = tl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
+                # Else all rows are of one document. Selecting without a branch spills 16 bytes more, float32, D = 128.
+                if not is_kept:
+                    border = tl.load(rows.borders + at + tl.minimum(row, tokens - 1))
+                    scores = tl.where(is_within((at + row)[:, None], border[None, :], REVERSE), scores, 0.0)
+                    o = tl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
             if flow is not None:
                 partner = tl.trans(load_rows(partner_rows, at, stop, column, c_width, C, TILE, EVEN_C,
                                              flow.partner.row_stride))  # fmt: skip
@@ -162,8 +166,6 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         if REVERSE:
             weight = from_start
         if rows.borders is not None:
-            nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
-            is_kept = is_past(nearest, at, at + tokens, REVERSE)
             state = tl.where(is_kept, state, 0.0)
             if TILES.lazy:
                 elapsed = tl.where(is_kept, elapsed, 0)
