@@ -7,6 +7,7 @@ from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.decay_gradient import NO_FLOWS, Flows, decay_gradient
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
@@ -42,7 +43,7 @@ def sweep_forward(
     sweep.launch(sweep.forward, grid, args, constants, tiles.warps, k.get_device())
 
 
-@dispatch.on_its_device
+@recorded
 def attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, output_final_state: bool, batch_invariant: bool,
@@ -76,7 +77,7 @@ def attention(
     return out, final
 
 
-@dispatch.on_its_device
+@recorded
 def attention_backward(
     dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,

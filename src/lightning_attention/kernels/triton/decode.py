@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import StateTile, decode_kernel
 
 
@@ -63,7 +64,7 @@ def over_states(
     )  # fmt: skip
 
 
-@dispatch.on_its_device
+@recorded
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
     batch_invariant: bool,

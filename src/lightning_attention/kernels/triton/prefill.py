@@ -12,6 +12,7 @@ from lightning_attention.kernels.triton.attention import sweep_forward
 from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan_packed
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import short_kernel
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
@@ -26,7 +27,7 @@ SHORT = 1
 SEGMENTS_IN_FLIGHT = 32
 
 
-@dispatch.on_its_device
+@recorded
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,

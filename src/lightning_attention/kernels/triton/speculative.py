@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.decode import columns, over_states
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_kernel
 
 
-@dispatch.on_its_device
+@recorded
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, parents: Tensor | None, scale: float,
@@ -32,7 +33,7 @@ def verify(
     return out
 
 
-@dispatch.on_its_device
+@recorded
 def commit(
     k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
     slots: Tensor | None,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.plan import Plan, plan
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles, tiling
@@ -43,7 +44,7 @@ def local_states(
     sweep.launch(sweep.states, grid, args, constants, tiles.warps, some.get_device())
 
 
-@dispatch.on_its_device
+@recorded
 def states(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool
 ) -> Tensor:
