@@ -20,8 +20,8 @@ class Tiles(NamedTuple):
     BD and BE are the next powers of two.
 
     even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
-    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. Kernels get
-    all of this as one constant.
+    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. precision: of
+    float32 products, as ``tl.dot`` has it. reload: whether b is loaded twice. Kernels get all of this as one constant.
     """
 
     sweep: str
@@ -39,6 +39,7 @@ class Tiles(NamedTuple):
     even_TE: bool = False
     precision: str = "tf32"
     lazy: bool = False
+    reload: bool = False
 
 
 def padded(size: int) -> int:
@@ -57,10 +58,11 @@ def refusal(D: int, E: int, dtype: torch.dtype) -> Exception | None:
 
 
 @cache
-def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool) -> Tiles:
+def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool, exact: bool = False) -> Tiles:
     """The launch table, by architecture, D, E and dtype.
 
-    ``aligned``: the copy engine can address every tensor (16-byte strides and bases).
+    ``aligned``: the copy engine can address every tensor (16-byte strides and bases). ``exact``: float32 is multiplied
+    as float32, not as TF32.
     """
     BD, BE = padded(D), padded(E)
     wide = max(BD, BE)
@@ -84,7 +86,8 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
         C, tile, warps, stages = 32, 64, 8, 1
         if amd:
             tile, warps = 32, 4
-    return with_tile(Tiles("portable", C, BD, BE, 0, 0, warps, stages, 1), D, E, tile)
+    precision = "ieee" if exact else "tf32"
+    return with_tile(Tiles("portable", C, BD, BE, 0, 0, warps, stages, 1, precision=precision), D, E, tile)
 
 
 def with_tile(tiles: Tiles, D: int, E: int, tile: int) -> Tiles:
@@ -141,15 +144,13 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False) -> Tiling:
         bases |= x.data_ptr()
         signature += (x.shape, x.stride())
     k = tensors[1]
-    precision, lazy = "tf32", False
-    if k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        precision, lazy = "ieee", not batch_invariant
-    return _tiling(device(k), k.dtype, not bases & 15, precision, lazy, *signature)
+    exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return _tiling(device(k), k.dtype, not bases & 15, exact, exact and not batch_invariant, *signature)
 
 
 @lru_cache(maxsize=4096)
 def _tiling(
-    chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, precision: str, lazy: bool,
+    chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, exact: bool, lazy: bool,
     *signature: tuple[int, ...],
 ) -> Tiling:  # fmt: skip
     shapes, strides = signature[::2], signature[1::2]
@@ -160,7 +161,7 @@ def _tiling(
     if refused is not None:
         raise refused
     aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
-    chosen = tiles(chip[0], D, E, dtype, aligned)._replace(precision=precision, lazy=lazy)
+    chosen = tiles(chip[0], D, E, dtype, aligned, exact)._replace(lazy=lazy)
     *inputs, like_k, like_v = [_view(*tensor) for tensor in tensors]
     return Tiling(chosen, chip[1] * chosen.per_multiprocessor, tuple(inputs), (like_k, like_v))
 

@@ -54,6 +54,17 @@ def load_rows(x, start, stop, column, width, C: tl.constexpr, BW: tl.constexpr, 
 
 
 @triton.jit
+def load_columns(x, start, stop, width, C: tl.constexpr, BW: tl.constexpr, EVEN: tl.constexpr, row_stride):
+    """The same from column 0, transposed: where memory is read this way, 32-bit products need no other copy of it."""
+    row = start + tl.arange(0, C)
+    col = tl.arange(0, BW)
+    inside = (row < stop)[None, :]
+    if not EVEN:
+        inside = inside & (col < width)[:, None]
+    return tl.load(x + row.to(tl.int64)[None, :] * row_stride + col[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
 def rows_of(x, batch, head):
     """Where a head's rows begin."""
     return x.pointer + head * x.head_stride + batch * x.batch_stride
@@ -73,6 +84,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
     EVEN_C: tl.constexpr = TILES.even_TD if TRANSPOSED else TILES.even_TE
     PRECISION: tl.constexpr = TILES.precision
     HALF: tl.constexpr = b.pointer.dtype.element_ty == tl.float16
+    TWICE: tl.constexpr = TILES.reload
     b_width, c_width = widths(shape, TRANSPOSED)
     b_rows = rows_of(b, rows.batch, rows.head)
     c_rows = rows_of(c, rows.batch, rows.head)
@@ -104,7 +116,11 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
         if a is not None:
             a_rows = rows_of(a, rows.batch, rows.head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
-            scores = tl.dot(bt, at_, input_precision=PRECISION) * mask
+            # In 32 bits the two products that read b want it in two layouts; Triton prefetches no block that is in two.
+            keys = bt
+            if TWICE:
+                keys = tl.trans(load_columns(b_rows, at, stop, b_width, C, WIDTH, EVEN_B, b.row_stride))
+            scores = tl.dot(keys, at_, input_precision=PRECISION) * mask
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 power, inverse = power_below(tl.max(tl.abs(state), 1))
                 o = tl.dot((state * inverse[:, None]).to(bt.dtype), at_) * power[:, None]
@@ -129,7 +145,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
         if REVERSE:
             weight = from_start
         weighted = (ct.to(tl.float32) * (tl.exp2(rate * (weight - elapsed)) * weight_scale)[None, :]).to(ct.dtype)
-        if PRECISION == "ieee":  # one sum a block rounds a long state less often than one a row
+        if PRECISION != "tf32":  # one sum a block rounds a long state less often than one a row
             state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
         else:
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
