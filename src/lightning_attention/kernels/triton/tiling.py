@@ -20,8 +20,9 @@ class Tiles(NamedTuple):
     BD and BE are the next powers of two.
 
     even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
-    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. precision: of
-    float32 products, as ``tl.dot`` has it. reload: whether b is loaded twice. Kernels get all of this as one constant.
+    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. precision:
+    of float32 products, as ``tl.dot`` has it. reload: whether b is loaded twice. Kernels get all of this as one
+    constant.
     """
 
     sweep: str
