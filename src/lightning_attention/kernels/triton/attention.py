@@ -10,7 +10,7 @@ from lightning_attention.kernels.triton.plan import Plan, plan
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
-from lightning_attention.kernels.triton.tiling import Tiling, tiling
+from lightning_attention.kernels.triton.tiling import Tiling, tiling, widest_part
 
 
 def sweep_forward(
@@ -81,6 +81,35 @@ def attention_backward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    D, E = k.shape[3], v.shape[3]
+    part = widest_part(D, E)
+    if part == E:
+        return _backward(
+            dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
+        )
+    columns = [slice(start, start + part) for start in range(0, E, part)]
+    parts = [
+        _backward(
+            dout[..., some], None if dfinal is None else dfinal[..., some], q, k, v[..., some], log_decay,
+            None if initial_state is None else initial_state[..., some], cu_seqlens, scale, batch_invariant,
+            need_dlog_decay,
+        )
+        for some in columns
+    ]  # fmt: skip
+    dq, dk, dv, dlog_decay, dinitial = zip(*parts, strict=True)
+    return (
+        torch.stack(dq).sum(0), torch.stack(dk).sum(0), torch.cat(dv, -1),
+        None if dlog_decay[0] is None else torch.stack(dlog_decay).sum(0),
+        None if dinitial[0] is None else torch.cat(dinitial, -1),
+    )  # fmt: skip
+
+
+def _backward(
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
+    need_dlog_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """``attention_backward`` where v has no more columns than the sweeps for dq and dk take."""
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
     B, T, H, D = k.shape
     E = v.shape[3]

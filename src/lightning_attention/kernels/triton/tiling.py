@@ -17,7 +17,7 @@ PIECES = 4  # of a segment, at most: a power of two
 class Tiles(NamedTuple):
     """Which of ``sweeps``, and its sizes: C rows a block, TD and TE columns of D and E a program.
 
-    BD and BE are the next powers of two.
+    BD and BE are the next powers of two, BE of ``widest_part``.
 
     even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
     (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. precision:
@@ -50,12 +50,20 @@ def padded(size: int) -> int:
 
 @cache
 def refusal(D: int, E: int, dtype: torch.dtype) -> Exception | None:
-    """Why the kernels do not take such a call: a state of over 256 columns does not fit in registers."""
+    """Why the kernels do not take such a call: a program has all D rows of some columns of a state in registers."""
     if dtype.itemsize > 4:
         return TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
-    if max(D, E) > 256:
-        return ValueError(f"D is {D} and E {E}; backend 'triton' takes up to 256, 'tiled' any")
+    if D > 256:
+        return ValueError(f"D is {D}; backend 'triton' takes up to 256, 'tiled' any")
     return None
+
+
+def widest_part(D: int, E: int) -> int:
+    """Columns of v, at most, that the sweeps for dq and dk take at once: all E, or parts of as many as D is padded to.
+
+    The columns are independent: other sweeps take any number in tiles, these two want all of a row in registers.
+    """
+    return E if E <= 256 else max(128, padded(D))
 
 
 @cache
@@ -65,7 +73,7 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
     ``aligned``: the copy engine can address every tensor (16-byte strides and bases). ``exact``: float32 is multiplied
     as float32, not as TF32.
     """
-    BD, BE = padded(D), padded(E)
+    BD, BE = padded(D), padded(widest_part(D, E))
     wide = max(BD, BE)
     if capability[0] == 9 and dtype.itemsize == 2 and aligned and wide <= 128:
         BD, BE = max(BD, 64), max(BE, 64)
@@ -137,7 +145,7 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False) -> Tiling:
 
     Raises:
         TypeError: dtype is float64.
-        ValueError: D or E is over 256.
+        ValueError: D is over 256.
     """
     bases = 0
     signature: list[tuple[int, ...]] = []

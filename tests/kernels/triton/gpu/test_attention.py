@@ -62,6 +62,8 @@ CASES = {
     "128, half precision": {"B": 2, "T": 1000, "H": 4, "D": 128, "dtype": FP16},
     "48 and 64, half precision, packed": {"lengths": PACKED, "padding": 9, "H": 2, "D": 48, "E": 64, "dtype": FP16},
     "192 and 256": {"T": 600, "D": 192, "E": 256},
+    "128 and 328, segments": {"T": 9000, "H": 2, "D": 128, "E": 328},
+    "192 and 300, packed": {"lengths": PACKED, "padding": 9, "D": 192, "E": 300},
     "64, float32": {"B": 2, "T": 1000, "H": 4, "D": 64, "dtype": FP32},
     "128, float32": {"T": 500, "D": 128, "dtype": FP32},
 }

@@ -41,7 +41,7 @@ def run(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160)])
+@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160), (48, 300)])
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
 def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tuple[int, int], segments: bool):
     batch = make_batch(

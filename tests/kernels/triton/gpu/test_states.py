@@ -16,6 +16,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whole sequences": {"B": 8, "T": 300, "H": 16, "D": 64},
     "split": {"B": 1, "T": 20_000, "H": 2, "D": 128},
     "split, more columns than a program has": {"B": 1, "T": 9000, "H": 2, "D": 256, "E": 192},
+    "split, many columns": {"B": 1, "T": 9000, "H": 2, "D": 128, "E": 320},
     "packed": {"lengths": [0, 700, 1, 64, 0, 5000, 63], "padding": 100, "H": 3, "D": 128},
     "packed, one split": {"lengths": [70_000, 5, 0, 16_384, 900], "H": 2, "D": 128},
     "odd widths": {"B": 2, "T": 777, "H": 2, "D": 40, "E": 24},

@@ -60,6 +60,14 @@ def test_against_the_closed_form(interpreter: Interpreter, case: str, segments: 
     assert run.scans == (2 if segments and case != "one token" else 0)  # one in each pass
 
 
+@pytest.mark.parametrize("segments", [False, True])
+def test_more_columns_than_the_gradients_of_q_and_k_take_at_once(interpreter: Interpreter, segments: bool):
+    problem = make_problem(T=40, H=1, E=260)
+    run = interpreter.solve(problem, segments=segments)
+    assert not misses(run.solution, problem)
+    assert run.scans == (4 if segments else 0)  # one forward, and one for each part of the columns
+
+
 @st.composite
 def interpretable(draw: st.DrawFn) -> Problem:
     """NumPy has no bfloat16, and the kernels have no float64."""

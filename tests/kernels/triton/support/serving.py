@@ -195,6 +195,7 @@ DECODED: dict[str, dict[str, Any]] = {
     "padding, and the last row": {"slots": [-1, 2, -7, 6], "D": 128, "E": 20, "index_dtype": torch.int32},
     "all padding": {"slots": [-1, -1]},
     "odd widths": {"slots": [4, 1], "D": 5, "E": 3},
+    "many columns": {"slots": [4, -1, 1], "D": 20, "E": 300},
     "half precision": {"slots": [4, -1, 1], "D": 80, "E": 48, "dtype": torch.float16},
     "a layer of a larger pool": {"slots": [6, 1], "layout": "layer", "D": 20, "E": 36},
     "columns first": {"slots": [6, 1], "layout": "columns first", "D": 20, "E": 36},
