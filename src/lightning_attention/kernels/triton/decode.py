@@ -17,7 +17,7 @@ def columns(D: int, E: int, dtype: torch.dtype, states: int = 1) -> int:
     Raises:
         TypeError, ValueError: the kernels do not take such a call.
     """
-    refused = tiling.refusal(D, E, dtype)
+    refused = tiling.refusal(D, dtype)
     if refused is not None:
         raise refused
     return min(64, 64 * 128 // (states * tiling.padded(D)), tiling.padded(E))

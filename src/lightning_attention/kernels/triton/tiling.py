@@ -49,7 +49,7 @@ def padded(size: int) -> int:
 
 
 @cache
-def refusal(D: int, E: int, dtype: torch.dtype) -> Exception | None:
+def refusal(D: int, dtype: torch.dtype) -> Exception | None:
     """Why the kernels do not take such a call: a program has all D rows of some columns of a state in registers."""
     if dtype.itemsize > 4:
         return TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
@@ -166,7 +166,7 @@ def _tiling(
     outputs = [(shape, _contiguous(shape)) for shape in shapes[1:3]]
     tensors = [*zip(shapes, strides, strict=True), *outputs]
     D, E = shapes[1][3], shapes[2][3]
-    refused = refusal(D, E, dtype)
+    refused = refusal(D, dtype)
     if refused is not None:
         raise refused
     aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
