@@ -21,8 +21,8 @@ class Tiles(NamedTuple):
 
     even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
     (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. precision:
-    of float32 products, as ``tl.dot`` has it. reload: whether b is loaded twice. Kernels get all of this as one
-    constant.
+    of float32 products, as ``tl.dot`` has it. reload: whether b is loaded twice. group: heads of v to
+    a head of q and k. Kernels get all of this as one constant.
     """
 
     sweep: str
@@ -41,6 +41,7 @@ class Tiles(NamedTuple):
     precision: str = "tf32"
     lazy: bool = False
     reload: bool = False
+    group: int = 1
 
 
 def padded(size: int) -> int:

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import carried_units, power_below, what_is_lost
-from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
+from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles
 from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape
@@ -47,15 +47,15 @@ class Output(NamedTuple):
 
 
 @gluon.jit
-def fetch(a, b, c, a_smem, b_smem, c_smem, ready, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr,
-          TILE: gl.constexpr):  # fmt: skip
+def fetch(a, b, c, a_smem, b_smem, c_smem, ready, stage, rows, b_head, c_head, start, pred, C: gl.constexpr,
+          WIDTH: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """Start the copies of a block into its stage."""
     bar = ready.index(stage)
     mbarrier.expect(bar, C * ((0 if a is None else WIDTH) + WIDTH + TILE) * 2, pred=pred)
-    copy_in(b, [rows.batch, start, rows.head, 0], bar, b_smem.index(stage), pred=pred)
+    copy_in(b, [rows.batch, start, b_head, 0], bar, b_smem.index(stage), pred=pred)
     if a is not None:
-        copy_in(a, [rows.batch, start, rows.head, 0], bar, a_smem.index(stage), pred=pred)
-    copy_in(c, [rows.batch, start, rows.head, rows.column], bar, c_smem.index(stage), pred=pred)
+        copy_in(a, [rows.batch, start, b_head, 0], bar, a_smem.index(stage), pred=pred)
+    copy_in(c, [rows.batch, start, c_head, rows.column], bar, c_smem.index(stage), pred=pred)
 
 
 @gluon.jit
@@ -97,6 +97,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
     dtype: gl.constexpr = b.dtype
     HALF: gl.constexpr = b.dtype == gl.float16
     _, c_width = widths(shape, TRANSPOSED)
+    b_head, c_head = heads_read(rows, TILES, TRANSPOSED)
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     left_scores: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
@@ -123,7 +124,8 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         first = rows.start + (blocks - 1) * C
         step = -C
     for s in gl.static_range(STAGES - 1):
-        fetch(a, b, c, a_smem, b_smem, c_smem, ready, s, rows, first + s * step, s < blocks, C, WIDTH, TILE)
+        fetch(a, b, c, a_smem, b_smem, c_smem, ready, s, rows, b_head, c_head, first + s * step, s < blocks, C, WIDTH,
+              TILE)  # fmt: skip
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, WIDTH, gl.SliceLayout(0, state_layout))
@@ -163,7 +165,8 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: gl.constexp
         # The stage before this one is free: what read it last was the product that made ``state``.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, a_smem, b_smem, c_smem, ready, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE)
+        fetch(a, b, c, a_smem, b_smem, c_smem, ready, last, rows, b_head, c_head, first + ahead * step, ahead < blocks,
+              C, WIDTH, TILE)  # fmt: skip
         if a is not None:
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 power, inverse = power_below(gl.max(gl.abs(state), 1))

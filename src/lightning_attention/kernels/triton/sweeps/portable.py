@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import advance, carried_units, power_below, whole_and_rest
-from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
+from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape
 
@@ -86,8 +86,9 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
     HALF: tl.constexpr = b.pointer.dtype.element_ty == tl.float16
     TWICE: tl.constexpr = TILES.reload
     b_width, c_width = widths(shape, TRANSPOSED)
-    b_rows = rows_of(b, rows.batch, rows.head)
-    c_rows = rows_of(c, rows.batch, rows.head)
+    b_head, c_head = heads_read(rows, TILES, TRANSPOSED)
+    b_rows = rows_of(b, rows.batch, b_head)
+    c_rows = rows_of(c, rows.batch, c_head)
     start = rows.start
     stop = rows.stop
     column = rows.column
@@ -114,7 +115,7 @@ def sweep(a, b, c, out, rows, begin, end, shape, rate, scale, TILES: tl.constexp
         from_start = row + 1
         to_end = tl.maximum(tokens - 1 - row, 0)
         if a is not None:
-            a_rows = rows_of(a, rows.batch, rows.head)
+            a_rows = rows_of(a, rows.batch, b_head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
             # In 32 bits the two products that read b want it in two layouts; Triton prefetches no block that is in two.
             keys = bt
