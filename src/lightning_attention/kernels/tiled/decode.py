@@ -9,6 +9,7 @@ from lightning_attention.kernels.tiled.decays import carried, rate_of
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
+    q, k = pool.repeated(q, v), pool.repeated(k, v)
     dtype = pool.accumulator(v)
     rows = pool.read(state, slots, dtype)
     new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]

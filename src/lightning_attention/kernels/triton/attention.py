@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_attention.kernels.pool import summed
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.decay_gradient import decay_gradient
 from lightning_attention.kernels.triton.padding import clear_padding
@@ -18,16 +19,16 @@ def sweep_forward(
     initial: Tensor | None, final: Tensor | None, boundary_states: Tensor | None, slots: Tensor | None = None,
     fresh: Tensor | None = None, segments_in_flight: int | None = None,
 ) -> None:  # fmt: skip
-    """Write the outputs of q, k and v [B, T, H, *], from ``initial`` and, of split sequences, ``boundary_states``.
+    """Write the outputs of q and k [B, T, Hk, D] and v [B, T, H, E].
 
+    They start from ``initial`` and, of split sequences, from ``boundary_states``.
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
     the same strides, each of them contiguous; where ``fresh[i]`` a sequence starts from zero. At most
     ``segments_in_flight`` are swept at once, by programs that go on to others.
     """
     tiles, _, (q_view, k_view, v_view), (_, out_view) = tiling
     sweep = sweep_for(tiles.sweep)
-    _, T, H, D = k.shape
-    E = v.shape[3]
+    (_, T, H, E), D = v.shape, k.shape[3]
     states = final if final is not None else initial
     strides = (H * D * E, D * E) if states is None else states.stride()[:2]
     count = plan.segment_count
@@ -48,8 +49,7 @@ def attention(
     cu_seqlens: Tensor | None, scale: float, output_final_state: bool, batch_invariant: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
-    B, T, H, D = k.shape
-    E = v.shape[3]
+    (B, T, H, E), D = v.shape, k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device) if output_final_state else None
@@ -65,7 +65,7 @@ def attention(
     segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
     boundary_states = None
     if segments.is_split:
-        (local,), (boundary_states,) = segments.allocate_states(k, E)
+        (local,), (boundary_states,) = segments.allocate_states(k, v)
         views = (*chosen.inputs[1:], None, None)
         local_states(segments, tiles, log_decay, scale, (k, v), None, local, None, views)
         scan(segments, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=initial_state)
@@ -111,10 +111,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """``attention_backward`` where v has no more columns than the sweeps for dq and dk take."""
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
-    B, T, H, D = k.shape
-    E = v.shape[3]
+    (B, T, H, E), D = v.shape, k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dq, dk = (v.new_empty(B, T, H, D) for _ in range(2))  # for each head of v
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -123,7 +123,13 @@ def _backward(
     if T == 0:
         if dinitial is not None:
             dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
-        return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
+        return (
+            summed(dq, q),
+            summed(dk, k),
+            dv,
+            torch.zeros_like(log_decay) if log_decay is not None else None,
+            dinitial,
+        )
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
     chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant)
@@ -133,7 +139,7 @@ def _backward(
     segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant)
     states_before = grads_after = None
     if segments.is_split:
-        (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, E, 2)
+        (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, v, 2)
         pairs = (k_view, v_view, q_view, dout_view)
         local_states(segments, tiles, log_decay, scale, (k, v), (q, dout), local_before, local_after, pairs)
         scan(
@@ -160,4 +166,4 @@ def _backward(
         dlog_decay = decay_gradient(
             segments, tiles, q, k, v, dout, log_decay, initial, ahead, states_before, grads_after, scale
         )
-    return dq, dk, dv, dlog_decay, dinitial
+    return summed(dq, q), summed(dk, k), dv, dlog_decay, dinitial

@@ -30,8 +30,7 @@ def decay_gradient(
     scale: float,
 ) -> Tensor:  # fmt: skip
     """[H] float32, from the states that a backward pass of the same plan has used."""
-    _, T, H, D = k.shape
-    E = v.shape[3]
+    (_, T, H, E), D = v.shape, k.shape[3]
     tiles = tiles._replace(C=16 if q.dtype == torch.float16 else min(tiles.C, 32), stages=2)
     tiles = with_tile(tiles, D, E, min(tiles.TE, 32))
     partial = torch.empty(plan.segment_count, H, -(-E // tiles.TE), dtype=torch.float32, device=v.device)
@@ -72,8 +71,8 @@ def decay_gradient_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride:
         tl.store(partial + pid, 0.0)
         return
     rate = log2_decay(log_decay, head)
-    q_rows = rows_of(Input(q, q_batch_stride, q_row_stride, q_head_stride), segment.batch, head)
-    k_rows = rows_of(Input(k, k_batch_stride, k_row_stride, k_head_stride), segment.batch, head)
+    q_rows = rows_of(Input(q, q_batch_stride, q_row_stride, q_head_stride), segment.batch, head // TILES.group)
+    k_rows = rows_of(Input(k, k_batch_stride, k_row_stride, k_head_stride), segment.batch, head // TILES.group)
     v_rows = rows_of(Input(v, v_batch_stride, v_row_stride, v_head_stride), segment.batch, head)
     dout_rows = rows_of(Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride), segment.batch, head)
     of_sequence = (segment.sequence.to(tl.int64) * H + head) * D * E

@@ -46,12 +46,14 @@ class Plan(NamedTuple):
         """Pieces of a segment."""
         return -(-self.segment_rows // self.piece_rows)
 
-    def allocate_states(self, k: Tensor, E: int, directions: int = 1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def allocate_states(
+        self, k: Tensor, v: Tensor, directions: int = 1
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Local states, of pieces, [boundary_count · pieces, H, D, E] float32, and boundary states, between segments.
 
-        The same tensors where a segment is one piece; k: [B, T, H, D].
+        The same tensors where a segment is one piece; k: [B, T, Hk, D], v: [B, T, H, E].
         """
-        H, D = k.shape[2:]
+        (H, E), D = v.shape[2:], k.shape[3]
 
         def tensors(count: int) -> tuple[Tensor, ...]:
             return torch.empty(directions, count, H, D, E, dtype=torch.float32, device=k.device).unbind()
@@ -94,7 +96,7 @@ def plan_packed(
 def plan(
     k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool
 ) -> Plan:  # fmt: skip
-    """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``, of k [B, T, H, D] and v [B, T, H, E]."""
+    """``plan_dense`` or, with ``cu_seqlens``, ``plan_packed``, of k [B, T, Hk, D] and v [B, T, H, E]."""
     B, T, _, D = k.shape
     width = max(D, v.shape[3])
     if cu_seqlens is None:

@@ -132,7 +132,7 @@ class TensorView(NamedTuple):
 class Tiling(NamedTuple):
     """Tile sizes, how many programs run at once, and the views of tensors.
 
-    inputs: of those asked about; outputs: of contiguous ones like k and like v.
+    inputs: of those asked about; outputs: of contiguous ones [B, T, H, D] and [B, T, H, E].
     """
 
     tiles: Tiles
@@ -164,14 +164,14 @@ def _tiling(
     *signature: tuple[int, ...],
 ) -> Tiling:  # fmt: skip
     shapes, strides = signature[::2], signature[1::2]
-    outputs = [(shape, _contiguous(shape)) for shape in shapes[1:3]]
+    (B, T, H, E), D = shapes[2], shapes[1][3]
+    outputs = [(shape, _contiguous(shape)) for shape in ((B, T, H, D), (B, T, H, E))]
     tensors = [*zip(shapes, strides, strict=True), *outputs]
-    D, E = shapes[1][3], shapes[2][3]
     refused = refusal(D, dtype)
     if refused is not None:
         raise refused
     aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
-    chosen = tiles(chip[0], D, E, dtype, aligned, exact)._replace(lazy=lazy)
+    chosen = tiles(chip[0], D, E, dtype, aligned, exact)._replace(lazy=lazy, group=H // shapes[1][2])
     *inputs, like_k, like_v = [_view(*tensor) for tensor in tensors]
     return Tiling(chosen, chip[1] * chosen.per_multiprocessor, tuple(inputs), (like_k, like_v))
 

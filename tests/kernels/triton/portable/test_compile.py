@@ -52,11 +52,11 @@ def test_packed_and_segmented(chip: str):
     assert_fits(launches, CHIPS[chip])
 
 
-@pytest.mark.parametrize(("width", "segments"), [(64, False), (128, False), (128, True)])
-def test_nothing_spills_on_hopper(width: int, segments: bool):
+@pytest.mark.parametrize(("width", "segments", "Hk"), [(64, False, 4), (128, False, 4), (128, True, 4), (128, True, 2)])
+def test_nothing_spills_on_hopper(width: int, segments: bool, Hk: int):
     """The main configurations: two programs to a multiprocessor, every number in registers."""
     chip = CHIPS["sm_90"]
-    for launch in launched(chip, width, width, BF16, states=False, learnable=False, segments=segments):
+    for launch in launched(chip, width, width, BF16, states=False, learnable=False, segments=segments, Hk=Hk):
         print(launch)
         if launch.name != "scan_kernel":
             assert "wgmma" in launch.compiled.asm["ptx"]

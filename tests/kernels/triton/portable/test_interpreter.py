@@ -44,6 +44,7 @@ SOLVED = {
     "forgotten at once": {"T": 150, "H": 1, "kind": "strong"},
     "no decay": {"T": 150, "D": 20, "kind": "none"},
     "decays of every strength": {"T": 100, "H": 5, "kind": "mixed"},
+    "fewer heads of q and k": {"T": 70, "H": 4, "Hk": 2, "D": 20, "E": 17},
     "packed": {**PACKED, "index_dtype": torch.int32},
     "packed, a segment and a half each": {"lengths": [104, 104, 104], "kind": "none"},
     "packed, half precision, forgotten at once": {**PACKED, "kind": "strong", "D": 17, "dtype": torch.float16},
