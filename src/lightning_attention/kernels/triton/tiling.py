@@ -44,6 +44,25 @@ class Tiles(NamedTuple):
     group: int = 1
 
 
+class Float32(NamedTuple):
+    """How float32 is multiplied, and in which tiles: ``columns`` of D or E a program; the rest as in ``Tiles``."""
+
+    precision: str
+    C: int
+    columns: int
+    warps: int
+    stages: int
+    per_multiprocessor: int
+    reload: bool
+
+
+#: On Hopper, D and E up to 128: where PyTorch's float32 matmul precision is "highest", and where it is not.
+HOPPER_FLOAT32 = {
+    "highest": Float32("ieee", 16, 32, 4, 2, 1, False),
+    "high": Float32("tf32", 16, 32, 4, 2, 1, False),
+}
+
+
 def padded(size: int) -> int:
     """The power of two that a width is padded to."""
     return max(16, 1 << (size - 1).bit_length())
@@ -84,7 +103,10 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
     # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
     # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
     amd, small = capability[0] == 0, capability[0] in (8, 12)
-    if dtype.itemsize == 4:
+    precision, per_multiprocessor, reload = "ieee" if exact else "tf32", 1, False
+    if dtype.itemsize == 4 and capability[0] == 9 and wide <= 128:
+        precision, C, tile, warps, stages, per_multiprocessor, reload = HOPPER_FLOAT32["highest" if exact else "high"]
+    elif dtype.itemsize == 4:
         C, tile, warps, stages = 16, 16, 8, 2 if wide <= 128 else 1
         if amd or wide <= 128:
             tile, warps = 32, 4
@@ -96,8 +118,10 @@ def tiles(capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, align
         C, tile, warps, stages = 32, 64, 8, 1
         if amd:
             tile, warps = 32, 4
-    precision = "ieee" if exact else "tf32"
-    return with_tile(Tiles("portable", C, BD, BE, 0, 0, warps, stages, 1, precision=precision), D, E, tile)
+    chosen = Tiles(
+        "portable", C, BD, BE, 0, 0, warps, stages, per_multiprocessor, precision=precision, reload=reload
+    )  # fmt: skip
+    return with_tile(chosen, D, E, tile)
 
 
 def with_tile(tiles: Tiles, D: int, E: int, tile: int) -> Tiles:
