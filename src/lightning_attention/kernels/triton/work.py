@@ -189,9 +189,9 @@ def starts_group(rows, at):
 
 
 @triton.jit
-def reaches_past(rate, C: tl.constexpr, dtype: tl.constexpr):
-    """Whether what enters a block of C rows matters beyond it, to the precision that products have."""
-    BITS: tl.constexpr = 24.0 if dtype == tl.float32 else 7.0
+def reaches_past(rate, C: tl.constexpr, EXACT: tl.constexpr):
+    """Whether what enters a block of C rows matters beyond it, to the precision of products: float32's or 16 bits'."""
+    BITS: tl.constexpr = 24.0 if EXACT else 7.0
     return rate * C > -BITS
 
 
