@@ -27,6 +27,7 @@ PROBLEMS = {
     "no decay, no initial state": {"T": 5, "kind": "none", "initial": False},
     "packed": {"lengths": [0, 66, 3], "padding": 2},
     "bfloat16": {"T": 65, "dtype": torch.bfloat16},
+    "fewer heads of q and k": {"lengths": [66, 3], "Hk": 1},
 }
 
 
@@ -48,7 +49,7 @@ def test_opcheck_attention(case: str):
 
 
 @opchecked
-@pytest.mark.parametrize("case", ["dense", "packed"])
+@pytest.mark.parametrize("case", ["dense", "packed", "fewer heads of q and k"])
 def test_opcheck_attention_backward(case: str):
     problem = make_problem(H=H, D=D, E=E, **PROBLEMS[case])
     q, k, v, log_decay, start, cu_seqlens, scale, _, invariant, backend = arguments(problem)
@@ -65,7 +66,7 @@ def test_opcheck_attention_on_the_reference_backend():
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("case", ["dense", "packed", "no decay, no initial state"])
+@pytest.mark.parametrize("case", ["dense", "packed", "no decay, no initial state", "fewer heads of q and k"])
 def test_opcheck_states(case: str, reverse: bool, backend: str):
     problem = make_problem(H=H, D=D, E=E, **PROBLEMS[case])
     args = (problem.k, problem.v, problem.log_decay, problem.cu_seqlens, reverse, False, backend)

@@ -22,8 +22,9 @@ def lightning_attention_decode(
     Not differentiable. Nothing is read on the host, so a call can be captured in a CUDA graph.
 
     Args:
-        q: [N, H, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one.
-        k: [N, H, D], of q's dtype.
+        q: [N, Hk, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one. Hk is H or
+            divides it, as in ``lightning_attention``.
+        k: [N, Hk, D], of q's dtype.
         v: [N, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.

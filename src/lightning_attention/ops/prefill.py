@@ -28,8 +28,9 @@ def lightning_attention_prefill(
     graph.
 
     Args:
-        q: [T, H, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one.
-        k: [T, H, D], of q's dtype.
+        q: [T, Hk, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one. Hk is H or
+            divides it, as in ``lightning_attention``.
+        k: [T, Hk, D], of q's dtype.
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.

@@ -40,6 +40,7 @@ def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     parents: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
+    q, k = pool.repeated(q, v), pool.repeated(k, v)
     start, sequence = pool.read(state, slots, torch.float64), pool.sequence_of(cu_seqlens, k.shape[0])
     first = cu_seqlens[sequence]
     parent = torch.arange(k.shape[0], device=k.device) - first - 1 if parents is None else parents

@@ -10,6 +10,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
     batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
+    q, k = pool.repeated(q, v), pool.repeated(k, v)
     dtype = pool.accumulator(v)
     rows = pool.read(state, slots, dtype)
     new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]

@@ -39,7 +39,7 @@ def _snapshots(
     cuts = torch.cat([first, first + at], 1).flatten()
     cuts = torch.cat([cuts, cu_seqlens[-1:]])  # cut P of a sequence, from its last snapshot to its end, is not needed
     own = states(k[None], v[None], log_decay, cuts, False, False).unflatten(0, (N, P + 1))
-    rate = rate_of(log_decay, k.shape[1], start.dtype, start.device)
+    rate = rate_of(log_decay, v.shape[1], start.dtype, start.device)
     steps = torch.cat([at[:, :1], at.diff(dim=1)], 1)
     rows = start
     for p in range(P):

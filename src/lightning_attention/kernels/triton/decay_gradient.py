@@ -37,15 +37,15 @@ class Flows(NamedTuple):
     sums: Tensor | None
 
     @classmethod
-    def of(cls, plan: Plan, tiles: Tiles, q: Tensor) -> "Flows":
-        """For a backward pass of q [B, T, H, D]."""
-        B, T, H, D = q.shape
+    def of(cls, plan: Plan, tiles: Tiles, k: Tensor, v: Tensor) -> "Flows":
+        """For a backward pass of k [B, T, Hk, D] and v [B, T, H, E]."""
+        (B, T, H, _), D = v.shape, k.shape[3]
         programs = -(-D // tiles.TD)
         groups = B * (-(-T // GROUP_ROWS.value))
         # In 16 bits they cost a twentieth of what else a backward pass moves; float16 could not hold them.
-        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        states = torch.empty(2, groups, H, programs * tiles.TD * tiles.BE, dtype=dtype, device=q.device)
-        sums = torch.zeros(plan.segment_count, H, 2 * programs, dtype=torch.float32, device=q.device)
+        dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+        states = torch.empty(2, groups, H, programs * tiles.TD * tiles.BE, dtype=dtype, device=v.device)
+        sums = torch.zeros(plan.segment_count, H, 2 * programs, dtype=torch.float32, device=v.device)
         return cls(*states.unbind(), sums)
 
 
@@ -68,7 +68,7 @@ def decay_gradient(
         states, grads, initial, dinitial, states_before, grads_after, log_decay, partial,
         *plan.segmentation, groups, T, H, size, D * E,
     )  # fmt: skip
-    constants = (tiles.C, tiles.precision == "ieee", BLOCK)
+    constants = (tiles.C, tiles.precision != "tf32", BLOCK)
     grid = (parts, H, plan.segment_count * groups)
     dispatch.run(flow_kernel, grid, args, constants, 4, states.get_device())
     return partial.sum((0, 1, 3)) + sums.sum((0, 2))
@@ -82,7 +82,7 @@ def pairs(x, y, inside):
 @dispatch.unspecialized(triton.jit)
 def flow_kernel(states, grads, initial, dinitial, states_before, grads_after, log_decay, partial, segment_table,
                 segments_per_sequence, segment_rows, begins, ends, groups, T, H, flow_size, size, C: tl.constexpr,
-                IEEE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """partial [segments, groups, H, parts]: m F_g of each group, a part of a state each.
 
     Where a segment begins, F is what the scan left of both states, or of the first in a sequence the initial state's.
@@ -96,7 +96,6 @@ def flow_kernel(states, grads, initial, dinitial, states_before, grads_after, lo
     segment = find_segment(plan, index // groups, T)
     at = segment.start + group * GROUP_ROWS
     rows = tl.minimum(segment.stop - at, GROUP_ROWS)
-    EXACT: tl.constexpr = tl.float32 if IEEE else tl.float16
     rate = log2_decay(log_decay, head)
     is_far = reaches_past(rate, C, EXACT)
     if begins is None:  # past a segment of one short block, too

@@ -56,12 +56,14 @@ class Plan(NamedTuple):
         """Pieces of a segment."""
         return -(-self.segment_rows // self.piece_rows)
 
-    def allocate_states(self, k: Tensor, E: int, directions: int = 1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def allocate_states(
+        self, k: Tensor, v: Tensor, directions: int = 1
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Local states, of pieces, [boundary_count · pieces, H, D, E] float32, and boundary states, between segments.
 
-        The same tensors where a segment is one piece; k: [B, T, H, D].
+        The same tensors where a segment is one piece; k: [B, T, Hk, D], v: [B, T, H, E].
         """
-        H, D = k.shape[2:]
+        (H, E), D = v.shape[2:], k.shape[3]
 
         def tensors(count: int) -> tuple[Tensor, ...]:
             return torch.empty(directions, count, H, D, E, dtype=torch.float32, device=k.device).unbind()
@@ -131,7 +133,7 @@ def plan(
     k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool,
     has_states: bool, final: bool = False, reverse: bool = False,
 ) -> Plan:  # fmt: skip
-    """Of k [B, T, H, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
+    """Of k [B, T, Hk, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
 
     ``has_states``: whether sequences have states, or gradients of them, that the call is given or returns; ``final``:
     whether final ones are wanted.

@@ -33,8 +33,7 @@ def prefill(
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
     snapshot_slots: Tensor | None, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
-    T, H, D = k.shape
-    E, N = v.shape[2], cu_seqlens.shape[0] - 1
+    (T, H, E), D, N = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
     strides = state.stride()
     if strides[2:] != (E, 1):
         raise ValueError(
@@ -51,7 +50,7 @@ def prefill(
     short = -1 if batch_invariant and T > 0 else SHORT
     plan = plan_packed(cu_seqlens, max(T, 1), max(D, E), chosen, programs, batch_invariant, True, slots, short)
     plan = plan._replace(is_split=True)  # or not, the same kernels: none is compiled when the first long prompt comes
-    (local,), (boundary_states,) = plan.allocate_states(batch[1], E)
+    (local,), (boundary_states,) = plan.allocate_states(*batch[1:3])
     if T > 0:
         local_states(
             plan, tiles, log_decay, scale, batch[1:3], None, local, None, (*chosen.inputs[1:], None, None),
@@ -75,7 +74,7 @@ def prefill(
             q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, slots, log_decay,
             cu_seqlens, fresh, H, short, scale,
         )  # fmt: skip
-        over_states(short_kernel, (N, H, D, E), args, state, strides, columns(D, E, q.dtype))
+        over_states(short_kernel, (N, H, D, E, tiles.group), args, state, strides, columns(D, E, q.dtype))
     clear_padding(cu_seqlens, T, out, slots=slots)
     return out
 
@@ -85,8 +84,7 @@ def _snapshots(
     boundary_states: Tensor, cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None, snapshot_at: Tensor,
     snapshot_slots: Tensor,
 ) -> None:  # fmt: skip
-    _, T, H, D = k.shape
-    E, (N, P) = v.shape[3], snapshot_at.shape
+    (_, T, H, E), D, (N, P) = v.shape, k.shape[3], snapshot_at.shape
     tiles, _, (_, k_view, v_view), _ = tiling
     sweep = sweep_for(tiles.sweep)
     args = (

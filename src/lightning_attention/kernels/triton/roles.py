@@ -93,6 +93,19 @@ def widths(shape, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def heads_read(rows, TILES: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Heads of a and b, and of c, that are read for a head of the output: q and k may have fewer than v and dout."""
+    b_head = rows.head
+    c_head = rows.head
+    if TILES.group > 1:
+        if TRANSPOSED:
+            c_head = rows.head // TILES.group
+        else:
+            b_head = rows.head // TILES.group
+    return b_head, c_head
+
+
+@triton.jit
 def state_pointers(base, b, c, shape, TRANSPOSED: tl.constexpr):
     """Where a program's part of a state [D, E] lies, columns c first, and which of it exists."""
     b_width, c_width = widths(shape, TRANSPOSED)

@@ -189,17 +189,17 @@ def starts_group(rows, at):
 
 
 @triton.jit
-def reaches_past(rate, rows, dtype: tl.constexpr):
-    """Whether what enters a block of so many rows matters beyond it, to the precision that products have.
+def reaches_past(rate, rows, EXACT: tl.constexpr):
+    """Whether what enters a block of so many rows matters beyond it, to the precision of products (EXACT: float32's).
 
     Beside what its first row gets, which has decayed once.
     """
-    BITS: tl.constexpr = 24.0 if dtype == tl.float32 else 7.0
+    BITS: tl.constexpr = 24.0 if EXACT else 7.0
     return rate * (rows - 1) > -BITS
 
 
 @triton.jit
-def rows_crossed(rows, at, tokens, row, rate, C: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr):
+def rows_crossed(rows, at, tokens, row, rate, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
     """How many decays count for what the rows of a block send on past it (dk) or get from before it (dq).
 
     Those within the block, and of the blocks that are crossed as a whole those of its group: for dk they are added; for
@@ -210,13 +210,13 @@ def rows_crossed(rows, at, tokens, row, rate, C: tl.constexpr, REVERSE: tl.const
         start = at + tokens
     group = (at - rows.start) // GROUP_ROWS
     count = tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - start
-    is_far = reaches_past(rate, C, dtype)
+    is_far = reaches_past(rate, C, EXACT)
     if rows.ends is not None:  # and only blocks that are all of the row's document
         of_document = (tl.load(rows.ends + tl.minimum(at + row, rows.stop - 1)) - start) // C * C
         count = tl.where(is_far, tl.maximum(tl.minimum(count, of_document), 0), 0)
     else:
         left = rows.stop - start
-        count = tl.where(is_far, count, tl.where((left < C) & reaches_past(rate, left, dtype), left, 0))
+        count = tl.where(is_far, count, tl.where((left < C) & reaches_past(rate, left, EXACT), left, 0))
     if REVERSE:
         crossed = tl.maximum(tokens - 1 - row, 0) + count
     else:

@@ -44,7 +44,7 @@ def run(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160)])
+@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160), (48, 300)])
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
 def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tuple[int, int], segments: bool):
     batch = make_batch(
@@ -55,6 +55,14 @@ def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tu
     with poisoned():
         got = prefilled(moved(batch, DEVICE), segments)
     assert_right(batch, *got, max(TOLERANCE[dtype], 3e-3 * (state_dtype == BF16)))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_fewer_heads_of_q_and_k(segments: bool):
+    batch = make_batch([1, 700, 3], [3, 1, 2], snapshots=[[(1, 4)], [(64, 6)], [(0, 5)]], H=4, Hk=2, D=64, dtype=BF16)
+    with poisoned():
+        got = prefilled(moved(batch, DEVICE), segments)
+    assert_right(batch, *got, TOLERANCE[BF16])
 
 
 @settings(max_examples=20, deadline=None)

@@ -64,12 +64,20 @@ def test_documents_parted_by_masks(chip: str, D: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    ("D", "E", "segments"), [(64, 64, False), (128, 128, False), (128, 128, True), (80, 80, False), (256, 128, False)]
+    ("D", "E", "segments", "Hk"),
+    [
+        (64, 64, False, 4),
+        (128, 128, False, 4),
+        (128, 128, True, 4),
+        (128, 128, True, 2),
+        (80, 80, False, 4),
+        (256, 128, False, 4),
+    ],
 )
-def test_nothing_spills_on_hopper(D: int, E: int, segments: bool):
+def test_nothing_spills_on_hopper(D: int, E: int, segments: bool, Hk: int):
     """The main configurations: every number in registers; two programs of four warps to a multiprocessor, or one."""
     chip = CHIPS["sm_90"]
-    for launch in launched(chip, D, E, BF16, states=False, learnable=False, segments=segments):
+    for launch in launched(chip, D, E, BF16, states=False, learnable=False, segments=segments, Hk=Hk):
         print(launch)
         if launch.name != "scan_kernel":
             assert "wgmma" in launch.compiled.asm["ptx"]
@@ -100,6 +108,6 @@ def test_one_token_is_swept_as_many_are(width: int):
 
     def sweep(T: int) -> str:
         signature = ((1, T, 1, width), (T * width, width, width, 1)) * 3
-        return tiling._tiling(((9, 0), 132), BF16, True, "tf32", False, False, *signature).tiles.sweep
+        return tiling._tiling(((9, 0), 132), BF16, True, False, False, False, *signature).tiles.sweep
 
     assert sweep(1) == sweep(2)

@@ -54,7 +54,7 @@ def test_what_it_does_not_take():
     with pytest.raises(TypeError, match="q has dtype float64; backend 'triton' takes"):
         decode(q, q, q, None, torch.zeros(1, 1, 16, 16), None, 1.0, False)
     q = torch.zeros(1, 1, 257)
-    with pytest.raises(ValueError, match="D is 257 and E 257; backend 'triton' takes up to 256"):
+    with pytest.raises(ValueError, match="D is 257; backend 'triton' takes up to 256"):
         decode(q, q, q, None, torch.zeros(1, 1, 257, 257), None, 1.0, False)
 
 

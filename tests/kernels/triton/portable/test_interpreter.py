@@ -45,6 +45,7 @@ SOLVED = {
     "forgotten at once": {"T": 150, "H": 1, "kind": "strong"},
     "no decay": {"T": 150, "D": 20, "kind": "none"},
     "decays of every strength": {"T": 100, "H": 5, "kind": "mixed"},
+    "fewer heads of q and k": {"T": 70, "H": 4, "Hk": 2, "D": 20, "E": 17},
     "packed": {**PACKED, "index_dtype": torch.int32},
     "packed, a segment and a half each": {"lengths": [104, 104, 104], "kind": "none"},
     "packed, half precision, forgotten at once": {**PACKED, "kind": "strong", "D": 17, "dtype": torch.float16},
@@ -59,6 +60,14 @@ def test_against_the_closed_form(interpreter: Interpreter, case: str, segments: 
     run = interpreter.solve(problem if problem.cu_seqlens is None else padded_with(NAN, problem), segments=segments)
     assert not misses(run.solution, problem)
     assert run.scans == (2 if segments and case != "one token" else 0)  # one in each pass
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_more_columns_than_the_gradients_of_q_and_k_take_at_once(interpreter: Interpreter, segments: bool):
+    problem = make_problem(T=40, H=1, E=260)
+    run = interpreter.solve(problem, segments=segments)
+    assert not misses(run.solution, problem)
+    assert run.scans == (4 if segments else 0)  # one forward, and one for each part of the columns
 
 
 @st.composite

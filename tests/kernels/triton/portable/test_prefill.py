@@ -32,6 +32,13 @@ def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.
 
 
 @interpreted
+@pytest.mark.parametrize("segments", [False, True])
+def test_fewer_heads_of_q_and_k(interpreter: Interpreter, segments: bool):
+    batch = make_batch([1, 70], [3, 1], snapshots=[[(1, 4)], [(64, 6)]], H=4, Hk=2, padding=1)
+    assert_right(batch, *interpreter.call(prefilled, batch, segments))
+
+
+@interpreted
 @settings(max_examples=8)
 @given(batch=batches(D=20, E=5, H=1))
 def test_any_batch(interpreter: Interpreter, batch: Batch):

@@ -54,6 +54,7 @@ def make_batch(
     fresh: Sequence[bool] | None = None,
     snapshots: Sequence[Sequence[tuple[int, int]]] = (),
     H: int = 2,
+    Hk: int | None = None,
     D: int = 16,
     E: int = 16,
     rows: int = S,
@@ -78,8 +79,9 @@ def make_batch(
             pool[slot] = NAN
     pool[sorted(set(range(rows)) - set(slots))] = NAN
     log_decay = {"none": None, "alibi": decay.alibi(H), "strong": torch.full((H,), -8.0)}[kind]
+    q, k, v = projection.split([D, D, E], 2)
     return Batch(
-        *projection.split([D, D, E], 2), log_decay, pool, list(lengths), slots, None if fresh is None else list(fresh),
+        q[:, :Hk], k[:, :Hk], v, log_decay, pool, list(lengths), slots, None if fresh is None else list(fresh),
         [list(pairs) for pairs in snapshots], scale, index_dtype,
     )  # fmt: skip
 

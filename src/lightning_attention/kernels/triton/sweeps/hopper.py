@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import carried_units, power_below, what_is_lost
-from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
+from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles
 from lightning_attention.kernels.triton.work import (
@@ -80,23 +80,23 @@ class Buffers(NamedTuple):
 
 
 @gluon.jit
-def fetch(a, b, c, flow, smem, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr, TILE: gl.constexpr,
-          OUTPUT: gl.constexpr):  # fmt: skip
+def fetch(a, b, c, flow, smem, stage, rows, b_head, c_head, start, pred, C: gl.constexpr, WIDTH: gl.constexpr,
+          TILE: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
     """Start the copies of a block into its stage."""
     MAIN: gl.constexpr = main_part(WIDTH)
     bar = smem.ready.index(stage)
     columns: gl.constexpr = WIDTH + TILE + (WIDTH if OUTPUT else 0) + (0 if flow is None else TILE)
     mbarrier.expect(bar, C * columns * 2, pred=pred)
-    copy_in(b.main, [rows.batch, start, rows.head, 0], bar, smem.b.index(stage), pred=pred)
+    copy_in(b.main, [rows.batch, start, b_head, 0], bar, smem.b.index(stage), pred=pred)
     if WIDTH > MAIN:
-        copy_in(b.rest, [rows.batch, start, rows.head, MAIN], bar, smem.b_rest.index(stage), pred=pred)
+        copy_in(b.rest, [rows.batch, start, b_head, MAIN], bar, smem.b_rest.index(stage), pred=pred)
     if OUTPUT:
-        copy_in(a.main, [rows.batch, start, rows.head, 0], bar, smem.a.index(stage), pred=pred)
+        copy_in(a.main, [rows.batch, start, b_head, 0], bar, smem.a.index(stage), pred=pred)
         if WIDTH > MAIN:
-            copy_in(a.rest, [rows.batch, start, rows.head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
-    copy_in(c, [rows.batch, start, rows.head, rows.column], bar, smem.c.index(stage), pred=pred)
+            copy_in(a.rest, [rows.batch, start, b_head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
+    copy_in(c, [rows.batch, start, c_head, rows.column], bar, smem.c.index(stage), pred=pred)
     if flow is not None:
-        copy_in(flow.partner, [rows.batch, start, rows.head, rows.column], bar, smem.partner.index(stage), pred=pred)
+        copy_in(flow.partner, [rows.batch, start, c_head, rows.column], bar, smem.partner.index(stage), pred=pred)
 
 
 @gluon.jit
@@ -208,6 +208,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
     HALF: gl.constexpr = c.dtype == gl.float16
     WARPS: gl.constexpr = gl.num_warps()
     _, c_width = widths(shape, TRANSPOSED)
+    b_head, c_head = heads_read(rows, TILES, TRANSPOSED)
     # Every four warps have 64 rows of a product, so 64 columns of c; of the scores, which have 64 rows, some columns.
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, C * 4 // WARPS, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, C, 16])
@@ -251,7 +252,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         first = rows.start + (blocks - 1) * C
         step = -C
     for s in gl.static_range(STAGES - 1):
-        fetch(a, b, c, flow, smem, s, rows, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, flow, smem, s, rows, b_head, c_head, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, MAIN, gl.SliceLayout(0, state_layout))
@@ -281,7 +282,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         crossing = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, out_layout))
         no_lag = gl.zeros([C, C], gl.float32, scores_layout).reshape([C, WARPS // 4, C * 4 // WARPS])
         lagging = gl.sum(no_lag, 2)
-        is_far = reaches_past(rate, C, dtype)
+        is_far = reaches_past(rate, C, False)
 
     if BORDERS:
         border_smem.index(0).store(gl.load(rows.borders + gl.minimum(first + line, stop - 1)))
@@ -329,7 +330,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         # The stage before this one is free: what read it last was the product that made ``state``.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, flow, smem, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, flow, smem, last, rows, b_head, c_head, first + ahead * step, ahead < blocks, C, WIDTH, TILE,
+              OUTPUT)  # fmt: skip
         if OUTPUT:
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 largest = gl.max(gl.abs(state), 1)
@@ -402,7 +404,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 sent_on = o * gl.convert_layout(partner.load(left_out), out_layout).to(gl.float32)
                 if PACKED:
                     sent_on = gl.where((out_row < tokens)[None, :], sent_on, 0.0)
-                lag = rows_crossed(rows, at, tokens, out_row, rate, C, REVERSE, dtype).to(gl.float32)
+                lag = rows_crossed(rows, at, tokens, out_row, rate, C, REVERSE, False).to(gl.float32)
                 crossing += gl.sum(sent_on * lag[None, :], 1)
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
         if WIDE:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import advance, carried_units, power_below, whole_and_rest
-from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
+from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.work import (
     Pool,
@@ -85,8 +85,9 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
     PRECISION: tl.constexpr = TILES.precision
     HALF: tl.constexpr = b.pointer.dtype.element_ty == tl.float16
     b_width, c_width = widths(shape, TRANSPOSED)
-    b_rows = rows_of(b, rows.batch, rows.head)
-    c_rows = rows_of(c, rows.batch, rows.head)
+    b_head, c_head = heads_read(rows, TILES, TRANSPOSED)
+    b_rows = rows_of(b, rows.batch, b_head)
+    c_rows = rows_of(c, rows.batch, c_head)
     start = rows.start
     stop = rows.stop
     column = rows.column
@@ -97,10 +98,10 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         state *= tl.exp2(-unit)
     elapsed = 0
     if flow is not None:
-        partner_rows = rows_of(flow.partner, rows.batch, rows.head)
+        partner_rows = rows_of(flow.partner, rows.batch, c_head)
         total = tl.zeros([C], tl.float32)
         numbers = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        EXACT: tl.constexpr = tl.float32 if PRECISION == "ieee" else tl.float16
+        EXACT: tl.constexpr = PRECISION != "tf32"
         is_far = reaches_past(rate, C, EXACT)
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
@@ -122,7 +123,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
             is_kept = is_past(nearest, at, at + tokens, REVERSE)
         if a is not None:
-            a_rows = rows_of(a, rows.batch, rows.head)
+            a_rows = rows_of(a, rows.batch, b_head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
             scores = tl.dot(bt, at_, input_precision=PRECISION) * mask
             if HALF:  # rows of the state, each times a power of two that makes it fit
@@ -174,7 +175,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         if rows.borders is not None:
             weights = tl.where(is_within(at + row, nearest, REVERSE), weights, 0.0)
         weighted = (weighted * weights[None, :]).to(ct.dtype)
-        if PRECISION == "ieee":  # one sum a block rounds a long state less often than one a row
+        if PRECISION != "tf32":  # one sum a block rounds a long state less often than one a row
             state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
         else:
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
