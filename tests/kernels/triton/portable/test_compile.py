@@ -38,7 +38,7 @@ def assert_fits(launches: list[Launch], chip: Chip) -> None:
 def test_compiles_and_fits(chip: str, D: int, E: int, dtype: torch.dtype):
     learnable = FULL or chip == "sm_90"
     launches = launched(CHIPS[chip], D, E, dtype, learnable=learnable)
-    names = ["forward_kernel", "backward_kernel", "decay_gradient_kernel"]
+    names = ["forward_kernel", "backward_kernel", "flow_kernel"]
     assert [x.name for x in launches] == names[: 2 + learnable]
     assert_fits(launches, CHIPS[chip])
     if chip != "sm_90" and dtype != FP32:  # what Hopper spills, the test after next says
