@@ -19,6 +19,7 @@ else:
 
 def test_public_names():
     assert sorted(lightning_attention.__all__) == [
+        "INVARIANT_CHUNK",
         "LightningOutput",
         "decay",
         "lightning_attention",

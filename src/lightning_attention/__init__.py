@@ -1,6 +1,7 @@
 """Linear attention that trains and serves at constant speed per token."""
 
 from lightning_attention import decay
+from lightning_attention.kernels.backend import INVARIANT_CHUNK
 from lightning_attention.ops.attention import LightningOutput, lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
@@ -9,6 +10,7 @@ from lightning_attention.ops.speculative import lightning_attention_commit, ligh
 __version__ = "0.1.0"
 
 __all__ = [
+    "INVARIANT_CHUNK",
     "LightningOutput",
     "decay",
     "lightning_attention",

@@ -31,6 +31,7 @@ class Case:
     B: int = 1
     D: int = 8
     E: int = 8
+    Hk: int | None = None  # of q and k, where it is not that of v
     scale: float = 1.0
     initial: bool = True
     final: bool = True
@@ -65,6 +66,7 @@ CASES = [
     Case((20, 30), MILD, backend="reference", dtype="float64"),
     Case(((20, 0, 70), (3, 65, 0)), MILD, padding=5),
     Case((20, 30, 40), MILD, partial_loss=True),
+    Case((20, 30, 40), MILD, Hk=1),
     Case((70, 80), MILD, dtype="bfloat16"),
     Case((70, 80), MILD, dtype="bfloat16", autocast=True),
     # A stream of three sequences cut into four: the second crosses three ranks.
@@ -137,7 +139,8 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
     N, H = (len(case.lengths[0]) if case.packed else case.B), len(case.log_decay or (0, 0))
     torch.manual_seed(seed)
     sizes = {"q": case.D, "k": case.D, "v": case.E, "dout": case.E}
-    data = {name: torch.randn(case.B, T, H, size, dtype=dtype) for name, size in sizes.items()}
+    heads = {"q": case.Hk or H, "k": case.Hk or H, "v": H, "dout": H}
+    data = {name: torch.randn(case.B, T, heads[name], size, dtype=dtype) for name, size in sizes.items()}
     data["dfinal"] = torch.randn(len(case.lengths), N, H, case.D, case.E, dtype=state_dtype)
     if case.initial:
         data["initial_state"] = torch.randn(N, H, case.D, case.E, dtype=state_dtype)
@@ -151,9 +154,9 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
     expected = whole_sequence(case, data, whole)
 
     # Padding after the last sequence must not be read.
-    fill = torch.full((case.B, case.padding, H, 1), torch.nan, dtype=dtype)
+    fill = torch.full((case.B, case.padding, 1, 1), torch.nan, dtype=dtype)
     own = {
-        name: torch.cat([data[name][:, places], fill.expand(-1, -1, -1, size)], 1)
+        name: torch.cat([data[name][:, places], fill.expand(-1, -1, heads[name], size)], 1)
         .to(torch.float32 if case.autocast else dtype)
         .requires_grad_()
         for name, size in sizes.items()

@@ -21,19 +21,24 @@ ACCEPTED = [True, True, False, False, False, *([True] * 60 + [False] * 10), True
 class Calls:
     """Every operation on the same inputs, on fresh copies of a pool: outputs and the pool after it."""
 
-    def __init__(self, backend: Backend, dtype: torch.dtype, rate: Tensor | None, seed: int = 0) -> None:
+    def __init__(
+        self, backend: Backend, dtype: torch.dtype, rate: Tensor | None, seed: int = 0, Hk: int | None = None
+    ) -> None:
         torch.manual_seed(seed)
         self.backend = backend
         self.q, self.k, self.v = (torch.randn(T + 3, H, n, dtype=dtype) for n in (D, D, E))
+        self.q, self.k = self.q[:, :Hk], self.k[:, :Hk]
         self.pool, self.rate = torch.randn(7, H, D, E, dtype=dtype), rate
         self.cuts, self.slots = cumulative(LENGTHS), torch.tensor(SLOTS)
 
     def decode(self, pool: Tensor) -> Tensor:
-        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5)
+        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5, False)
 
     def prefill(self, pool: Tensor) -> Tensor:
         at, to = torch.tensor([[2, 5], [64, 1], [1, 0], [0, 9]]), torch.tensor([[1, -1], [3, 5], [6, -1], [6, -1]])
-        return self.backend.prefill(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to)
+        return self.backend.prefill(
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to, False
+        )
 
     def verify(self, pool: Tensor) -> Tensor:
         return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5)
@@ -89,6 +94,15 @@ def test_against_the_recurrence(dtype: torch.dtype, rate: str, name: str, backen
     assert relative_error(used, want_out) <= budget(dtype)
     assert relative_error(pool, want_pool) <= budget(dtype)
     assert not out[want_out.shape[0] :].any()
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", NAMES)
+def test_one_head_of_q_and_k(name: str, backend: Backend):
+    calls = Calls(backend, torch.float32, decay.alibi(H), Hk=1)
+    (out, pool), (want_out, want_pool) = calls.run(name), calls.expected(name)
+    assert relative_error(out[: want_out.shape[0]], want_out) <= budget(torch.float32)
+    assert relative_error(pool, want_pool) <= budget(torch.float32)
 
 
 @BACKENDS

@@ -20,7 +20,8 @@ BACKENDS = pytest.mark.parametrize("backend", [TILED, REFERENCE], ids=lambda bac
 
 def expected(problem: Problem, reverse: bool) -> Tensor:
     k, v = problem.k.double(), problem.v.double()
-    rate = torch.zeros(k.shape[2]) if problem.log_decay is None else problem.log_decay
+    k = k.repeat_interleave(v.shape[2] // k.shape[2], 2)
+    rate = torch.zeros(v.shape[2]) if problem.log_decay is None else problem.log_decay
     found = []
     for b, tokens in problem.sequences():
         age = torch.arange(tokens.stop - tokens.start, dtype=torch.float64)

@@ -27,6 +27,7 @@ PROBLEMS = {
     "no decay, no initial state": {"T": 5, "kind": "none", "initial": False},
     "packed": {"lengths": [0, 66, 3], "padding": 2},
     "bfloat16": {"T": 65, "dtype": torch.bfloat16},
+    "fewer heads of q and k": {"lengths": [66, 3], "Hk": 1},
 }
 
 
@@ -48,7 +49,7 @@ def test_opcheck_attention(case: str):
 
 
 @opchecked
-@pytest.mark.parametrize("case", ["dense", "packed"])
+@pytest.mark.parametrize("case", ["dense", "packed", "fewer heads of q and k"])
 def test_opcheck_attention_backward(case: str):
     problem = make_problem(H=H, D=D, E=E, **PROBLEMS[case])
     q, k, v, log_decay, start, cu_seqlens, scale, _, invariant, backend = arguments(problem)
@@ -65,7 +66,7 @@ def test_opcheck_attention_on_the_reference_backend():
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("case", ["dense", "packed", "no decay, no initial state"])
+@pytest.mark.parametrize("case", ["dense", "packed", "no decay, no initial state", "fewer heads of q and k"])
 def test_opcheck_states(case: str, reverse: bool, backend: str):
     problem = make_problem(H=H, D=D, E=E, **PROBLEMS[case])
     args = (problem.k, problem.v, problem.log_decay, problem.cu_seqlens, reverse, False, backend)
@@ -87,16 +88,24 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
     }
     tree = {"parents": torch.tensor([-1, 0, 0, 1, -1, -1, 0])}
     return {
-        "decode": (lightning_attention_decode, (q[:3], k[:3], v[:3], log_decay, pool), {"slots": slots, "scale": 0.5}),
-        "prefill": (lightning_attention_prefill, (q, k, v, log_decay, pool), {**packed, **snapshots, "scale": 0.5}),
+        "decode": (
+            lightning_attention_decode,
+            (q[:3], k[:3], v[:3], log_decay, pool),
+            {"slots": slots, "scale": 0.5, "batch_invariant": True},
+        ),
+        "prefill": (
+            lightning_attention_prefill,
+            (q, k, v, log_decay, pool),
+            {**packed, **snapshots, "scale": 0.5, "batch_invariant": True},
+        ),
         "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5}),
         "commit": (lightning_attention_commit, (k, v, log_decay, pool), {**packed, "accepted": accepted}),
     }
 
 
 OPERATORS = {
-    "decode": "slots scale",
-    "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots",
+    "decode": "slots scale batch_invariant",
+    "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant",
     "verify": "cu_seqlens slots parents scale",
     "commit": "cu_seqlens accepted slots parents",
 }

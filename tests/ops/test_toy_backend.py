@@ -54,8 +54,9 @@ def attention_backward(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
+    batch_invariant: bool,
+) -> Tensor:  # fmt: skip
     CALLS.append("decode")
     assert slots is None
     factor = 1.0 if log_decay is None else log_decay.exp()[:, None, None]
@@ -113,9 +114,9 @@ def test_serving():
     q, k, v = torch.randn(3, 2, 2, 4)
     pool, log_decay = torch.randn(2, 2, 4, 4), decay.alibi(2)
     same = pool.clone()
-    got = OPS.decode(q, k, v, log_decay, pool, None, 0.5, "toy")
+    got = OPS.decode(q, k, v, log_decay, pool, None, 0.5, False, "toy")
     assert CALLS == ["decode"]
-    assert relative_error(got, OPS.decode(q, k, v, log_decay, same, None, 0.5, "tiled")) <= 1e-6
+    assert relative_error(got, OPS.decode(q, k, v, log_decay, same, None, 0.5, False, "tiled")) <= 1e-6
     assert relative_error(pool, same) <= 1e-6
 
 

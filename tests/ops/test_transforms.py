@@ -30,9 +30,9 @@ BACKENDS = ["tiled", "reference"]
 Inputs = tuple[Tensor, ...]
 
 
-def inputs(seed: int = 0) -> Inputs:
+def inputs(seed: int = 0, Hk: int = H) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((B, T, H, D), (B, T, H, D), (B, T, H, E), (H,), (B, H, D, E))
+    shapes = ((B, T, Hk, D), (B, T, Hk, D), (B, T, H, E), (H,), (B, H, D, E))
     q, k, v, rate, state = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     return q, k, v, -rate.abs(), state
 
@@ -106,8 +106,9 @@ def test_forward_over_reverse_through_other_code():
 
 
 @pytest.mark.parametrize("where", [(0, 0, 0, 0, 0), (0, None, None, None, None), (None, 2, None, 0, 1)])
-def test_vmap_is_one_call_after_another(where: tuple[int | None, ...]):
-    samples = [inputs(seed) for seed in range(X)]
+@pytest.mark.parametrize("Hk", [H, 1])
+def test_vmap_is_one_call_after_another(Hk: int, where: tuple[int | None, ...]):
+    samples = [inputs(seed, Hk) for seed in range(X)]
     given = [samples[0][i] if dim is None else torch.stack([s[i] for s in samples], dim) for i, dim in enumerate(where)]
     each = [tuple(samples[0][i] if dim is None else s[i] for i, dim in enumerate(where)) for s in samples]
     got = vmap(results("tiled"), in_dims=where)(*given)

@@ -143,12 +143,13 @@ def test_sizes_of_q_and_k(of: Callable):
 
 
 @each(list(OPERATIONS))
-@pytest.mark.parametrize("dim", [0, -2])
-def test_sizes_of_v(of: Callable, dim: int):
+def test_sizes_of_v(of: Callable):
     k, v = of()["k"], of()["v"]
-    v = torch.cat([v, v], dim)
-    message = f"v has shape {list(v.shape)}; all but the last size must be those of k, {list(k.shape)}"
-    _fails(of, ValueError, message, v=v)
+    longer = torch.cat([v, v])
+    message = f"v has shape {list(longer.shape)}; all but the last two sizes must be those of k, {list(k.shape)}"
+    _fails(of, ValueError, message, v=longer)
+    more = v.repeat_interleave(2, -2)[..., :3, :]
+    _fails(of, ValueError, "v has 3 heads; it must have a multiple of the 2 of k", v=more)
 
 
 @each(list(OPERATIONS))
@@ -200,7 +201,7 @@ def test_a_last_size_of_one_has_any_stride():
 
 @each(list(OPERATIONS))
 def test_log_decay(of: Callable):
-    _fails(of, ValueError, "log_decay has shape [3]; it must be [H] = [2], one per head of q", log_decay=torch.zeros(3))
+    _fails(of, ValueError, "log_decay has shape [3]; it must be [H] = [2], one per head of v", log_decay=torch.zeros(3))
     _fails(of, ValueError, "log_decay has shape [2, 1, 1]; it must be [H]", log_decay=torch.zeros(2, 1, 1))
     _fails(of, TypeError, "log_decay has dtype bfloat16; it must be float32", log_decay=torch.zeros(2).bfloat16())
     _fails(of, TypeError, "log_decay has dtype float64; it must be float32", log_decay=torch.zeros(2).double())

@@ -16,9 +16,11 @@ class ReferencePool:
         self.scale = scale
 
     def _after(self, state: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = k.repeat_interleave(len(v) // len(k), 0)
         return self.decay * state + k.double()[:, :, None] * v.double()[:, None, :]
 
     def _output(self, q: Tensor, state: Tensor) -> Tensor:
+        q = q.repeat_interleave(len(state) // len(q), 0)
         return self.scale * torch.einsum("hd,hde->he", q.double(), state)
 
     def prefill(

@@ -66,6 +66,7 @@ def make_problem(
     D: int = 16,
     E: int | None = None,
     *,
+    Hk: int | None = None,
     dtype: torch.dtype = torch.float32,
     kind: str = "alibi",
     lengths: Sequence[int] | None = None,
@@ -75,9 +76,12 @@ def make_problem(
     seed: int = 0,
     index_dtype: torch.dtype = torch.int64,
 ) -> Problem:
-    """Random normal inputs; with ``lengths`` the sequences are packed, and ``padding`` tokens follow the last."""
+    """Random normal inputs; with ``lengths`` the sequences are packed, and ``padding`` tokens follow the last.
+
+    q and k have Hk heads, or H.
+    """
     generator = torch.Generator().manual_seed(seed)
-    E = D if E is None else E
+    E, Hk = D if E is None else E, H if Hk is None else Hk
     cu_seqlens, N = None, B
     if lengths is not None:
         cu_seqlens, B, T, N = cumulative(lengths, index_dtype), 1, sum(lengths) + padding, len(lengths)
@@ -86,7 +90,7 @@ def make_problem(
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(of)
 
     state_dtype = torch.promote_types(dtype, torch.float32)
-    q, k, v, dout = normal(B, T, H, D), normal(B, T, H, D), normal(B, T, H, E), normal(B, T, H, E)
+    q, k, v, dout = normal(B, T, Hk, D), normal(B, T, Hk, D), normal(B, T, H, E), normal(B, T, H, E)
     dfinal, state = (normal(N, H, D, E, of=state_dtype) for _ in range(2))
     log_decay = log_decay_of(kind, H)
     log_decay = None if log_decay is None else log_decay.to(state_dtype)
@@ -98,12 +102,14 @@ def problems(draw: st.DrawFn, max_tokens: int = 300) -> Problem:
     """Any sizes, dense or packed with empty sequences and padding, any decay, either index type."""
     size = st.integers(1, 40)
     packed = draw(st.booleans())
+    H, Hk = draw(st.sampled_from([(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 1), (6, 3), (6, 2)]))
     edge = st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129])
     lengths = draw(st.lists(st.one_of(edge, st.integers(0, 100)), min_size=1, max_size=5)) if packed else None
     return make_problem(
         B=draw(st.integers(1, 3)),
         T=draw(st.one_of(edge, st.integers(1, max_tokens))),
-        H=draw(st.integers(1, 5)),
+        H=H,
+        Hk=Hk,
         D=draw(size),
         E=draw(size),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])),

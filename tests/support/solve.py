@@ -41,6 +41,7 @@ class Solution:
 def _closed_form(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, start: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """One sequence [T, H, X]: o_t = scale (Σ_s λ^(t−s) (q_t·k_s) v_s + λ^(t+1) q_t S_0), and its last state."""
     T = q.shape[0]
+    q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], 1) for x in (q, k))
     age = torch.arange(T, dtype=torch.float64)
     distance = age[:, None] - age
     weight = (rate[:, None, None] * distance.clamp(min=0)).exp() * (distance >= 0)
@@ -54,7 +55,7 @@ def _closed_form(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, start: Tensor, s
 
 def solve_exactly(problem: Problem) -> Solution:
     """In closed form, a sequence at a time, in float64; its gradients by automatic differentiation."""
-    H = problem.q.shape[2]
+    H = problem.v.shape[2]
     leaves = {
         name: None if x is None else x.detach().double().requires_grad_()
         for name in ("q", "k", "v", "log_decay", "initial_state")

@@ -9,6 +9,16 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def repeated(x: Tensor, v: Tensor) -> Tensor:
+    """A head of q or k [..., Hk, X] for each head of v [..., H, E]; a copy where there are fewer."""
+    return x if x.shape[-2] == v.shape[-2] else x.repeat_interleave(v.shape[-2] // x.shape[-2], -2)
+
+
+def summed(x: Tensor, like: Tensor) -> Tensor:
+    """The gradient of q or k, ``like`` [..., Hk, X], from that for each head of v [..., H, X]."""
+    return x if x.shape == like.shape else x.unflatten(-2, (like.shape[-2], -1)).sum(-2)
+
+
 def read(state: Tensor, slots: Tensor | None, dtype: torch.dtype, fresh: Tensor | None = None) -> Tensor:
     """[S, H, D, E] -> [N, H, D, E] of dtype; zero for padding (a negative slot) and where ``fresh``."""
     if slots is None:

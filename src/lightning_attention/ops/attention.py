@@ -47,8 +47,10 @@ def lightning_attention(
     the backward pass. There is no second derivative.
 
     Args:
-        q: [B, T, H, D], bfloat16, float16, float32 or float64; any strides with a unit last one.
-        k: [B, T, H, D], of q's dtype.
+        q: [B, T, Hk, D], bfloat16, float16, float32 or float64; any strides with a unit last one. Hk is H or divides
+            it: with groups of H / Hk heads, as in grouped-query layers, head h of v goes with head h // (H / Hk) of q
+            and k, which are not copied.
+        k: [B, T, Hk, D], of q's dtype.
         v: [B, T, H, E], of q's dtype; E need not be D.
         log_decay: [H] float32 (or float64 for float64 inputs), natural logarithm of the decay per token, at
             most 0, which is checked on the CPU, where reading it costs nothing; −inf: no memory. None for no decay.
@@ -68,7 +70,9 @@ def lightning_attention(
             rank. The function differentiated is the sum of the ranks' losses: q, k and v get their gradients, and
             log_decay and initial_state get this rank's share, whose sum over the ranks is the gradient. Every rank
             must run the backward pass. docs/distributed.md says what travels.
-        batch_invariant: make the bits of a sequence's results independent of what else is in the batch.
+        batch_invariant: make the bits of a sequence's outputs, states and gradients (but that of log_decay, a sum over
+            the batch) independent of what else is in the batch: alone, in a batch, packed, and, of outputs and states,
+            read by ``lightning_attention_prefill(batch_invariant=True)``. docs/numerics.md has the price.
         backend: "triton", "tiled" or "reference"; None chooses by device.
 
     Returns:

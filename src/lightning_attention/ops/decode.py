@@ -15,14 +15,16 @@ def lightning_attention_decode(
     *,
     slots: Tensor | None = None,
     scale: float = 1.0,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """One step of the recurrence for N sequences: S ← λ S + kᵀ v in place, o = scale · q S.
 
     Not differentiable. Nothing is read on the host, so a call can be captured in a CUDA graph.
 
     Args:
-        q: [N, H, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one.
-        k: [N, H, D], of q's dtype.
+        q: [N, Hk, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one. Hk is H or
+            divides it, as in ``lightning_attention``.
+        k: [N, Hk, D], of q's dtype.
         v: [N, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
@@ -32,6 +34,9 @@ def lightning_attention_decode(
             is zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i for
             sequence i, and S = N.
         scale: factor on the output.
+        batch_invariant: make the bits of a sequence's output and state independent of how many other sequences there
+            are. They are not those of ``lightning_attention``, which rounds operands that this does not:
+            docs/numerics.md.
 
     Returns:
         [N, H, E] in q's dtype.
@@ -48,16 +53,16 @@ def lightning_attention_decode(
         validation.check_pool(state, q, v, slots, q.shape[0])
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)
-    return decode(q, k, v, log_decay, state, slots, scale * 1.0, backend)
+    return decode(q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, backend)
 
 
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    backend: str,
+    batch_invariant: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     validation.check_slot_values(slots, state.shape[0])
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).decode(q, k, v, log_decay, state, slots, scale)
+    return backends.get(backend).decode(q, k, v, log_decay, state, slots, scale, batch_invariant)
 
 
 decode = Operation(_decode, like_v, writes=["state"])

@@ -20,6 +20,7 @@ def lightning_attention_prefill(
     scale: float = 1.0,
     snapshot_at: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``lightning_attention`` over N packed sequences that start from, and leave, their states in a pool.
 
@@ -27,8 +28,9 @@ def lightning_attention_prefill(
     graph.
 
     Args:
-        q: [T, H, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one.
-        k: [T, H, D], of q's dtype.
+        q: [T, Hk, D], bfloat16, float16 or float32 or, on a CPU, float64; any strides with a unit last one. Hk is H or
+            divides it, as in ``lightning_attention``.
+        k: [T, Hk, D], of q's dtype.
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
@@ -43,6 +45,12 @@ def lightning_attention_prefill(
         snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
             is written to the slot in ``snapshot_slots``, for prefix caching. Other values write nothing.
         snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``, none of them in ``slots``; negative: none.
+        batch_invariant: give a prompt's outputs and states the bits of ``lightning_attention(batch_invariant=True)`` on
+            the whole prompt, whatever else is in the batch and in however many calls it is read: every call but the
+            prompt's last must bring a multiple of ``lightning_attention.INVARIANT_CHUNK`` tokens of it, because the
+            state at the next multiple cannot be had to the bit from one elsewhere. The pool must be float32 (float64
+            for float64 inputs). A snapshot has the bits that a call would leave which ended there. Single tokens are
+            read as prompts are, not as decode does. docs/numerics.md has more, and the price.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -59,19 +67,21 @@ def lightning_attention_prefill(
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     backend = backends.choose(None, q.device)
     return prefill(
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, backend
-    )
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,
+        backend,
+    )  # fmt: skip
 
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None, backend: str,
+    fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
+    batch_invariant: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     validation.check_log_decay_values(log_decay)
     return backends.get(backend).prefill(
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
     )
 
 

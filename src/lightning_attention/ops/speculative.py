@@ -25,8 +25,9 @@ def lightning_attention_verify(
     ``o = scale · q (λ^d S + Σ_a λ^(d − d_a) k_aᵀ v_a)``. Not differentiable.
 
     Args:
-        q: [T, H, D], the drafts of N sequences, packed; bfloat16, float16 or float32 or, on a CPU, float64.
-        k: [T, H, D], of q's dtype.
+        q: [T, Hk, D], the drafts of N sequences, packed; bfloat16, float16 or float32 or, on a CPU, float64. Hk is H or
+            divides it, as in ``lightning_attention``.
+        k: [T, Hk, D], of q's dtype.
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
@@ -84,7 +85,7 @@ def lightning_attention_commit(
     Not differentiable.
 
     Args:
-        k: [T, H, D], the drafts of N sequences, packed, as given to ``lightning_attention_verify``.
+        k: [T, Hk, D], the drafts of N sequences, packed, as given to ``lightning_attention_verify``.
         v: [T, H, E], of k's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
@@ -106,7 +107,7 @@ def lightning_attention_commit(
     validation.check_cu_seqlens(cu_seqlens, k)
     N = cu_seqlens.shape[0] - 1
     validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_log_decay(log_decay, k)
+    validation.check_log_decay(log_decay, v)
     validation.check_pool(state, k, v, slots, N)
     validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
     if parents is not None:

@@ -21,7 +21,7 @@ def _states(
 def new_states(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Room for a state of each sequence."""
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return k.new_empty(N, *k.shape[2:], v.shape[3], dtype=validation.state_dtype(k))
+    return k.new_empty(N, v.shape[2], k.shape[3], v.shape[3], dtype=validation.state_dtype(k))
 
 
 def _states_fake(*inputs: Any) -> Tensor:

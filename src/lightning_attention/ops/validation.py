@@ -41,20 +41,25 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
-    """Check k [*leading, H, D] and v [*leading, H, E]: one dtype and device, and a unit last stride."""
+    """Check k [*leading, Hk, D] and v [*leading, H, E], Hk dividing H: one dtype and device, and a unit last stride."""
     _check_rank("k", k, leading)
     _check_rank("v", v, leading)
     check_dtype("k", k, FLOATS)
     check_dtype("v", v, (k.dtype,))
     check_device("v", v, k)
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v has shape {list(v.shape)}; all but the last size must be those of k, {list(k.shape)}")
-    if k.shape[-2] < 1 or k.shape[-1] < 1 or v.shape[-1] < 1:
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"v has shape {list(v.shape)}; all but the last two sizes must be those of k, {list(k.shape)}")
+    if k.shape[-2] < 1 or k.shape[-1] < 1 or 0 in v.shape[-2:]:
         raise ValueError(f"k has shape {list(k.shape)} and v {list(v.shape)}; H, D and E must be at least 1")
+    if v.shape[-2] % k.shape[-2]:
+        raise ValueError(f"v has {v.shape[-2]} heads; it must have a multiple of the {k.shape[-2]} of k")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, leading: str) -> None:
-    """Check q and k [*leading, H, D], v [*leading, H, E] and log_decay [H]: one dtype and device, unit last strides."""
+    """Check q and k [*leading, Hk, D], v [*leading, H, E], Hk dividing H, and log_decay [H].
+
+    They have one dtype and device, and unit last strides.
+    """
     try:
         if _is_right(q, k, v, log_decay, len(leading) + 2):
             return
@@ -66,7 +71,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, lead
         raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
     check_dtype("q", q, (k.dtype,))
     check_device("q", q, k)
-    check_log_decay(log_decay, q)
+    check_log_decay(log_decay, v)
 
 
 def _is_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, rank: int) -> bool:
@@ -77,9 +82,9 @@ def _is_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, rank: i
     return (
         len(shape) == rank
         and shape == k.shape
-        and (shape == values or (len(values) == rank and shape[:-1] == values[:-1] and values[-1] > 0))
         and shape[-1] > 0
         and shape[-2] > 0
+        and (shape == values or (len(values) == rank and _fits(shape, values)))
         and dtype == k.dtype
         and dtype == v.dtype
         and dtype in FLOATS
@@ -92,11 +97,16 @@ def _is_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, rank: i
                 isinstance(log_decay, Tensor)
                 and log_decay.dtype == torch.float32
                 and log_decay.layout == torch.strided
-                and log_decay.shape == (shape[-2],)
+                and log_decay.shape == (values[-2],)
                 and log_decay.device == device
             )
         )
     )
+
+
+def _fits(keys: torch.Size, values: torch.Size) -> bool:
+    """Whether v may have this shape beside this one of k, of the same length and of one head or more."""
+    return keys[:-2] == values[:-2] and values[-2] > 0 and values[-2] % keys[-2] == 0 and values[-1] > 0
 
 
 def _check_rank(name: str, x: Tensor, leading: str) -> None:
@@ -127,17 +137,17 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale is {scale if isinstance(scale, float) else 'too large'}; it must be a finite float")
 
 
-def check_log_decay(log_decay: Tensor | None, q: Tensor) -> None:
+def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
     if log_decay is None:
         return
     check_tensor("log_decay", log_decay)
-    H = q.shape[-2]
+    H = v.shape[-2]
     if log_decay.shape != (H,):
-        raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of q")
+        raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of v")
     # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.
-    wanted = (torch.float32,) if q.dtype != torch.float64 else (torch.float32, torch.float64)
+    wanted = (torch.float32,) if v.dtype != torch.float64 else (torch.float32, torch.float64)
     check_dtype("log_decay", log_decay, wanted)
-    check_device("log_decay", log_decay, q)
+    check_device("log_decay", log_decay, v)
 
 
 def check_log_decay_values(log_decay: Tensor | None) -> None:
@@ -161,7 +171,7 @@ def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_
     if initial_state is None:
         return
     check_tensor("initial_state", initial_state)
-    wanted = (num_sequences, q.shape[-2], q.shape[-1], v.shape[-1])
+    wanted = (num_sequences, v.shape[-2], q.shape[-1], v.shape[-1])
     check_shape("initial_state", initial_state, wanted, "[N, H, D, E]")
     check_dtype("initial_state", initial_state, (state_dtype(q),))
     check_device("initial_state", initial_state, q)
@@ -189,8 +199,8 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
 def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int) -> None:
     """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own."""
     check_tensor("state", state)
-    if state.ndim != 4 or state.shape[1:] != (q.shape[-2], q.shape[-1], v.shape[-1]):
-        wanted = f"[S, H, D, E] = [S, {q.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
+    if state.ndim != 4 or state.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
+        wanted = f"[S, H, D, E] = [S, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
         raise ValueError(f"state has shape {list(state.shape)}; it must be {wanted}")
     check_dtype("state", state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
     check_device("state", state, q)
@@ -320,7 +330,7 @@ def is_decodable(
         pool, strides = state.shape, state.stride()
     except (RuntimeError, NotImplementedError):
         return False
-    (N, H, D), E, device, dtype = q.shape, v.shape[2], q.device, q.dtype
+    (N, H, E), D, device, dtype = v.shape, q.shape[2], q.device, q.dtype
     return (
         len(pool) == 4
         and 0 not in strides

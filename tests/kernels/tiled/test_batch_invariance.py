@@ -1,4 +1,4 @@
-"""With batch_invariant, the bits of a sequence's results do not depend on what else is in the batch."""
+"""With batch_invariant, the bits of a sequence's results do not depend on what else is in the batch, nor on chunks."""
 
 from dataclasses import fields, replace
 from unittest.mock import patch
@@ -6,9 +6,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from lightning_attention import INVARIANT_CHUNK, lightning_attention_decode
+from lightning_attention.kernels.reference.backend import BACKEND as REFERENCE
 from lightning_attention.kernels.tiled import plan
+from lightning_attention.kernels.tiled.backend import BACKEND as TILED
 from lightning_attention.kernels.tiled.blocks import blocks_of
 from tests.support import Problem, Solution, cumulative, make_problem, solve_with
+from tests.support.chunks import read_in_chunks
 
 # Odd sizes too: there the bits of a matrix product depend on where in memory its operands begin.
 SIZES = [(4, 64, 64), (3, 5, 7), (1, 33, 1), (2, 2, 33), (1, 1, 16)]
@@ -66,6 +70,51 @@ def test_a_prefill_in_two_at_the_end_of_a_block(H: int, D: int, E: int, cut: int
     last = solve_with(second, batch_invariant=True)
     assert torch.equal(torch.cat([first.output, last.output], 1), expected.output)
     assert torch.equal(last.final_state, expected.final_state)
+
+
+def _first(prompt: Problem, T: int) -> Problem:
+    return replace(prompt, **{name: getattr(prompt, name)[:, :T] for name in ("q", "k", "v", "dout")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("H", "D", "E"), SIZES)
+def test_chunks_have_the_bits_of_training(H: int, D: int, E: int, dtype: torch.dtype):
+    prompt = make_problem(T=200, H=H, D=D, E=E, dtype=dtype)
+    for T, cuts, at in ((200, [64], 64), (200, [128, 192], 100), (129, [128], 129), (128, [64], 0)):
+        part = _first(prompt, T)
+        expected = solve_with(part, batch_invariant=True)
+        for calls in ([], cuts):
+            out, state, snapshot = read_in_chunks(TILED.prefill, part, calls, at)
+            assert torch.equal(out, expected.output)
+            assert torch.equal(state, expected.final_state)
+            if at <= [*calls, T][0]:
+                assert torch.equal(snapshot, read_in_chunks(TILED.prefill, _first(part, at))[1])
+
+
+def test_chunks_may_be_cut_there_on_every_backend():
+    assert INVARIANT_CHUNK % plan.BLOCK == 0
+
+
+def test_chunks_of_the_definition_in_float64():
+    """Whose states are rounded to the pool's type after every call, and so only there."""
+    prompt = make_problem(T=20, D=5, E=7, dtype=torch.float64)
+    out, state, _ = read_in_chunks(REFERENCE.prefill, prompt, [3, 16])
+    expected = solve_with(prompt, "reference", batch_invariant=True)
+    assert torch.equal(out, expected.output)
+    assert torch.equal(state, expected.final_state)
+
+
+def test_decoding_alone_and_with_others():
+    """Sizes at which a matrix product has other bits in another batch."""
+    torch.manual_seed(0)
+    for H, D, E, N in ((3, 100, 7, 3), (3, 128, 17, 3), (1, 17, 33, 2), (2, 64, 7, 2), (3, 128, 5, 40)) * 5:
+        (q, k), v, pool = torch.randn(2, N, H, D), torch.randn(N, H, E), torch.randn(N, H, D, E)
+        rate, slots, own, n = -torch.rand(H), torch.randperm(N), pool.clone(), N // 2
+        out = lightning_attention_decode(q, k, v, rate, pool, slots=slots, batch_invariant=True)
+        one = (x[n : n + 1].clone() for x in (q, k, v))
+        alone = lightning_attention_decode(*one, rate, own, slots=slots[n : n + 1], batch_invariant=True)
+        assert torch.equal(out[n : n + 1], alone)
+        assert torch.equal(pool[slots[n]], own[slots[n]])
 
 
 @pytest.mark.parametrize("option", [False, True])

@@ -62,7 +62,7 @@ def test_decoding_sixteen_thousand_tokens():
     k, v = torch.randn(2, 1, T, 1, 2)
     pool = start.clone()
     for key, value in zip(k.unbind(1), v.unbind(1), strict=True):
-        decode(key, key, value, rate, pool, None, 1.0)
+        decode(key, key, value, rate, pool, None, 1.0, False)
     exact = [x.double() for x in (k, k, v, rate)]
     expected = lightning_attention(
         *exact, initial_state=start.double(), output_final_state=True, backend="tiled"
@@ -78,11 +78,11 @@ def test_many_small_prefills_commits_and_snapshots():
     zeros, cuts = torch.zeros(4, 1, 2), torch.tensor([0, 4])
     prefilled, committed, shots = start.clone(), start.clone(), start.repeat(2, 1, 1, 1)
     for i in range(calls):
-        prefill(zeros, zeros, zeros, rate, prefilled, cuts, None, None, 1.0, None, None)
+        prefill(zeros, zeros, zeros, rate, prefilled, cuts, None, None, 1.0, None, None, False)
         commit(zeros, zeros, rate, committed, cuts, torch.ones(4, dtype=torch.bool), None)
         # From one row to the other, and back.
         own, other = torch.tensor([i % 2]), torch.tensor([[1 - i % 2]])
-        prefill(zeros, zeros, zeros, rate, shots, cuts, own, None, 1.0, torch.tensor([[4]]), other)
+        prefill(zeros, zeros, zeros, rate, shots, cuts, own, None, 1.0, torch.tensor([[4]]), other, False)
     expected = start.double() * (rate.double() * 4 * calls).exp()
     for got in (prefilled, committed, shots[:1]):
         assert relative_error(got, expected) <= budget(torch.float32)

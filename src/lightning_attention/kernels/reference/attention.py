@@ -54,6 +54,7 @@ def _each_state(
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, _Sequences]:
+    q, k = pool.repeated(q, v), pool.repeated(k, v)
     B, T, H, D = k.shape
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
     sequences = _Sequences(cu_seqlens, T)
@@ -122,7 +123,7 @@ def attention_backward(
     dk_t = v_t G_tᵀ, dv_t = k_t G_t. The decay goes forwards, so that no state need be kept: the derivative of S_t by
     log λ is R_t = λ (S_{t-1} + R_{t-1}), and the loss moves by Σ_t scale · q_t R_t do_tᵀ.
     """
-    dtypes = (q.dtype, k.dtype, v.dtype)
+    given = q, k, v
     q, k, v, decay, start, sequences = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)
     g = scale * sequences.mask(dout.double())
     dend = torch.zeros_like(start) if dfinal is None else dfinal.double()
@@ -152,11 +153,11 @@ def attention_backward(
         dstart = dstart.flip(0)
 
     stacked = _stacked(dqs, q), _stacked(dks[::-1], k), _stacked(dvs[::-1], v)
-    dq, dk, dv = (sequences.mask(x) for x in stacked)
+    dq, dk, dv = (pool.summed(sequences.mask(x), like).to(like.dtype) for x, like in zip(stacked, given, strict=True))
     return (
-        dq.to(dtypes[0]),
-        dk.to(dtypes[1]),
-        dv.to(dtypes[2]),
+        dq,
+        dk,
+        dv,
         dlog if need_dlog_decay else None,
         None if initial_state is None else _own(dstart, initial_state.dtype),
     )

@@ -8,8 +8,9 @@ from lightning_attention.kernels.reference.attention import recurrence
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
+    batch_invariant: bool,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
     start = pool.read(state, slots, torch.float64)
     out, final = recurrence(q[:, None], k[:, None], v[:, None], log_decay, start, None, scale)
     pool.write(state, slots, final)
@@ -19,6 +20,7 @@ def decode(
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
+    batch_invariant: bool,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     start, sequence = pool.read(state, slots, torch.float64, fresh), pool.sequence_of(cu_seqlens, k.shape[0])
     out, final = recurrence(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale)
@@ -38,6 +40,7 @@ def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     parents: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
+    q, k = pool.repeated(q, v), pool.repeated(k, v)
     start, sequence = pool.read(state, slots, torch.float64), pool.sequence_of(cu_seqlens, k.shape[0])
     first = cu_seqlens[sequence]
     parent = torch.arange(k.shape[0], device=k.device) - first - 1 if parents is None else parents

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from lightning_attention.kernels.pool import summed
 from lightning_attention.kernels.tiled.plan import LINE, Plan, Share, empty, left, narrowed, whole_lines
 from lightning_attention.kernels.tiled.sweep import Drift, sweep
 
@@ -19,13 +20,13 @@ def attention(
         out, final = attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, True)
         return narrowed(out, E), None if final is None else narrowed(final, D, E)
     plan = Plan(k, v, log_decay, cu_seqlens, scale, batch_invariant)
-    out = empty(v, cu_seqlens)
-    final = left(initial_state, k, cu_seqlens, D, E) if output_final_state else None
+    out = empty(v, cu_seqlens, E)
+    final = left(initial_state, v, cu_seqlens, D, E) if output_final_state else None
 
     def task(share: Share) -> Callable[[Tensor], None]:
         tokens, states = share.tokens, share.states
         return lambda space: sweep(
-            share.run, space, tokens(q), tokens(k), tokens(v), tokens(out),
+            share.run, space, share.keys(q), share.keys(k), tokens(v), tokens(out),
             given=states(initial_state), leave=states(final),
         )  # fmt: skip
 
@@ -53,14 +54,15 @@ def attention_backward(
             None if dinitial is None else narrowed(dinitial, D, E),
         )
     plan = Plan(k, v, log_decay, cu_seqlens, scale, batch_invariant)
-    dq, dk, dv = (empty(x, cu_seqlens) for x in (q, k, v))
-    dinitial = None if initial_state is None else left(dfinal, k, cu_seqlens, D, E)
+    # Those of q and k for each head of v.
+    dq, dk, dv = (empty(v, cu_seqlens, width) for width in (D, D, E))
+    dinitial = None if initial_state is None else left(dfinal, v, cu_seqlens, D, E)
     # A row a share, added up in their order.
-    dlog = k.new_zeros(len(plan.shares), k.shape[2], dtype=plan.dtype) if need_dlog_decay else None
+    dlog = k.new_zeros(len(plan.shares), v.shape[2], dtype=plan.dtype) if need_dlog_decay else None
 
     def tasks(share: Share, i: int) -> Iterator[Callable[[Tensor], None]]:
         run, states = share.run, share.states
-        g, q_, k_, v_ = (share.tokens(x) for x in (dout, q, k, v))
+        g, q_, k_, v_ = share.tokens(dout), share.keys(q), share.keys(k), share.tokens(v)
         initial, dend = states(initial_state), states(dfinal)
         across = None if dend is None else dend.mT
 
@@ -76,4 +78,4 @@ def attention_backward(
         )
 
     plan.run([task for i, share in enumerate(plan.shares) for task in tasks(share, i)], D, E, drift=need_dlog_decay)
-    return dq, dk, dv, None if dlog is None else dlog.sum(0), dinitial
+    return summed(dq, q), summed(dk, k), dv, None if dlog is None else dlog.sum(0), dinitial

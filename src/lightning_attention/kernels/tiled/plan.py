@@ -26,14 +26,21 @@ LINE = 16  # numbers: 64 bytes of float32
 
 
 class Share:
-    """Some heads of some rows of the batch, as views."""
+    """Some heads of some rows of the batch, as views; where a head of q and k serves several, heads of one of these."""
 
-    def __init__(self, run: Run, rows: slice, heads: slice, packed: bool) -> None:
-        self.run, self._rows, self._heads, self._packed = run, rows, heads, packed
+    def __init__(self, run: Run, rows: slice, heads: slice, group: int, packed: bool) -> None:
+        self.run, self._rows, self._heads, self._group, self._packed = run, rows, heads, group, packed
 
     def tokens(self, x: Tensor) -> Tensor:
         """[B, T, H, X] -> theirs."""
         return x[self._rows, :, self._heads]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, T, Hk, X], q or k -> theirs."""
+        if self._group == 1:
+            return self.tokens(x)
+        head = self._heads.start // self._group
+        return x[self._rows, :, head : head + 1].expand(-1, -1, self._heads.stop - self._heads.start, -1)
 
     def states(self, x: Tensor | None) -> Tensor | None:
         """[N, H, D, E] -> theirs."""
@@ -56,7 +63,8 @@ class Plan:
         scale: float,
         batch_invariant: bool,
     ) -> None:
-        (B, _, H, D), E, self.device = k.shape, v.shape[3], k.device
+        (B, _, H, E), D, self.device = v.shape, k.shape[3], k.device
+        group = H // k.shape[2]
         self.width, self.packed, self.dtype = max(D, E), cu_seqlens is not None, accumulator(k)
         blocks = blocks_of(k, cu_seqlens, BLOCK)
         count = threads.available() if self.device.type == "cpu" else 1
@@ -70,21 +78,23 @@ class Plan:
         self.blocks = max(1, min(fit // self.units, blocks.num_blocks))
         self.units = max(1, min(fit // self.blocks, ceil(B * H / self.workers)))
         decay = Decay(rate_of(log_decay, H, self.dtype, self.device), scale, BLOCK)
-        self.shares = list(self._shares(blocks, decay, B, H, batch_invariant))
+        self.shares = list(self._shares(blocks, decay, B, H, group, batch_invariant))
 
-    def _shares(self, blocks: Blocks, decay: Decay, B: int, H: int, invariant: bool) -> Iterator[Share]:
+    def _shares(self, blocks: Blocks, decay: Decay, B: int, H: int, group: int, invariant: bool) -> Iterator[Share]:
         pieces = [
             blocks.piece(start, min(start + self.blocks, blocks.num_blocks))
             for start in range(0, blocks.num_blocks, self.blocks)
         ]
         heads = ceil(H / ceil(H / self.units))
-        rows = max(1, self.units // H)
+        if group > 1:
+            heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= heads)
+        rows = max(1, self.units // heads)
         self.units = min(rows, B) * heads
         for h in range(0, H, heads):
             some = slice(h, h + heads)
             run = Run(blocks, decay.of(some), pieces, invariant)
             for b in range(0, B, rows):
-                yield Share(run, slice(b, b + rows), some, self.packed)
+                yield Share(run, slice(b, b + rows), some, group, self.packed)
 
     def run(self, tasks: list[Callable[[Tensor], None]], D: int, E: int, *, drift: bool = False) -> None:
         if not tasks:
@@ -123,6 +133,7 @@ def left(given: Tensor | None, like: Tensor, cu_seqlens: Tensor | None, D: int, 
     return given.clone(memory_format=torch.contiguous_format)
 
 
-def empty(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Room for a result that is shaped like a tensor; zero for the tokens past the last packed sequence."""
-    return like.new_empty(like.shape) if cu_seqlens is None else like.new_zeros(like.shape)
+def empty(v: Tensor, cu_seqlens: Tensor | None, width: int) -> Tensor:
+    """Room for a result [B, T, H, width] for v [B, T, H, E]; zero for the tokens past the last packed sequence."""
+    shape = *v.shape[:3], width
+    return v.new_empty(shape) if cu_seqlens is None else v.new_zeros(shape)

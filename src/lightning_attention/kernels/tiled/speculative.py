@@ -16,6 +16,7 @@ def verify(
 
     Not as ``attention`` computes a chain, by a masked product: a NaN in one draft would reach the good ones before it.
     """
+    q, k = pool.repeated(q, v), pool.repeated(k, v)
     dtype = pool.accumulator(v)
     start = pool.read(state, slots, dtype)
     token, sequence = torch.arange(k.shape[0], device=k.device), pool.sequence_of(cu_seqlens, k.shape[0])
@@ -54,5 +55,5 @@ def commit(
 ) -> None:  # fmt: skip
     order, packed = pool.packed_together(accepted, cu_seqlens)
     new = states(k[None, order], v[None, order], log_decay, packed, False, False)
-    rate = rate_of(log_decay, k.shape[1], new.dtype, new.device)
+    rate = rate_of(log_decay, v.shape[1], new.dtype, new.device)
     pool.write(state, slots, carried(rate, packed.diff()[:, None], pool.read(state, slots, new.dtype), new))

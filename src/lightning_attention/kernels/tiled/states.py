@@ -17,11 +17,11 @@ def states(
         whole = states(whole_lines(k), whole_lines(v), log_decay, cu_seqlens, reverse, True)
         return narrowed(whole, D, E)
     plan = Plan(k, v, log_decay, cu_seqlens, 1.0, batch_invariant)
-    result = left(None, k, cu_seqlens, D, E)
+    result = left(None, v, cu_seqlens, D, E)
 
     def task(share: Share) -> Callable[[Tensor], None]:
         return lambda space: sweep(
-            share.run, space, None, share.tokens(k), share.tokens(v), None, leave=share.states(result), reverse=reverse
+            share.run, space, None, share.keys(k), share.tokens(v), None, leave=share.states(result), reverse=reverse
         )
 
     plan.run([task(share) for share in plan.shares], D, E)

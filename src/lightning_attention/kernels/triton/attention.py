@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
+from lightning_attention.kernels.pool import summed
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.decay_gradient import NO_FLOWS, Flows, decay_gradient
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
-from lightning_attention.kernels.triton.tiling import Tiling, tiling, with_flows
+from lightning_attention.kernels.triton.tiling import Tiling, tiling, widest_part, with_flows
 
 
 def sweep_forward(
@@ -18,16 +20,16 @@ def sweep_forward(
     initial: Tensor | None, final: Tensor | None, boundary_states: Tensor | None, slots: Tensor | None = None,
     fresh: Tensor | None = None, segments_in_flight: int | None = None,
 ) -> None:  # fmt: skip
-    """Write the outputs of q, k and v [B, T, H, *], from ``initial`` and, of split sequences, ``boundary_states``.
+    """Write the outputs of q and k [B, T, Hk, D] and v [B, T, H, E].
 
+    They start from ``initial`` and, of split sequences, from ``boundary_states``.
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
     the same strides, each of them contiguous; where ``fresh[i]`` a sequence starts from zero. At most
     ``segments_in_flight`` are swept at once, by programs that go on to others.
     """
     tiles, _, (q_view, k_view, v_view), (_, out_view) = tiling
     sweep = sweep_for(tiles.sweep)
-    _, T, H, D = k.shape
-    E = v.shape[3]
+    (_, T, H, E), D = v.shape, k.shape[3]
     states = final if final is not None else initial
     strides = (H * D * E, D * E) if states is None else states.stride()[:2]
     count = plan.segment_count
@@ -42,14 +44,13 @@ def sweep_forward(
     sweep.launch(sweep.forward, grid, args, constants, tiles.warps, k.get_device())
 
 
-@dispatch.on_its_device
+@recorded
 def attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, output_final_state: bool, batch_invariant: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
-    B, T, H, D = k.shape
-    E = v.shape[3]
+    (B, T, H, E), D = v.shape, k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device) if output_final_state else None
@@ -63,10 +64,10 @@ def attention(
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
     has_states = initial_state is not None or output_final_state
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, output_final_state)
     boundary_states = None
     if segments.is_split:
-        (local,), (boundary_states,) = segments.allocate_states(k, E)
+        (local,), (boundary_states,) = segments.allocate_states(k, v)
         views = (*chosen.inputs[1:], None, None)
         local_states(segments, tiles, log_decay, scale, (k, v), None, local, None, views)
         scan(segments, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=initial_state)
@@ -76,17 +77,46 @@ def attention(
     return out, final
 
 
-@dispatch.on_its_device
+@recorded
 def attention_backward(
     dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    D, E = k.shape[3], v.shape[3]
+    part = widest_part(D, E)
+    if part == E:
+        return _backward(
+            dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
+        )
+    columns = [slice(start, start + part) for start in range(0, E, part)]
+    parts = [
+        _backward(
+            dout[..., some], None if dfinal is None else dfinal[..., some], q, k, v[..., some], log_decay,
+            None if initial_state is None else initial_state[..., some], cu_seqlens, scale, batch_invariant,
+            need_dlog_decay,
+        )
+        for some in columns
+    ]  # fmt: skip
+    dq, dk, dv, dlog_decay, dinitial = zip(*parts, strict=True)
+    return (
+        torch.stack(dq).sum(0), torch.stack(dk).sum(0), torch.cat(dv, -1),
+        None if dlog_decay[0] is None else torch.stack(dlog_decay).sum(0),
+        None if dinitial[0] is None else torch.cat(dinitial, -1),
+    )  # fmt: skip
+
+
+def _backward(
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
+    need_dlog_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """``attention_backward`` where v has no more columns than the sweeps for dq and dk take."""
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
-    B, T, H, D = k.shape
-    E = v.shape[3]
+    (B, T, H, E), D = v.shape, k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dq, dk = (v.new_empty(B, T, H, D) for _ in range(2))  # for each head of v
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
@@ -95,7 +125,13 @@ def attention_backward(
     if T == 0:
         if dinitial is not None:
             dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
-        return dq, dk, dv, torch.zeros_like(log_decay) if log_decay is not None else None, dinitial
+        return (
+            summed(dq, q),
+            summed(dk, k),
+            dv,
+            torch.zeros_like(log_decay) if log_decay is not None else None,
+            dinitial,
+        )
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
     chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True)
@@ -103,10 +139,10 @@ def attention_backward(
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
     has_states = initial_state is not None or dfinal is not None
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, True)
+    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, reverse=True)
     states_before = grads_after = None
     if segments.is_split:
-        (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, E, 2)
+        (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, v, 2)
         pairs = (k_view, v_view, q_view, dout_view)
         local_states(segments, tiles, log_decay, scale, (k, v), (q, dout), local_before, local_after, pairs)
         scan(
@@ -116,7 +152,7 @@ def attention_backward(
     flows = NO_FLOWS
     if need_dlog_decay:
         tiles = with_flows(tiles)
-        flows = Flows.of(segments, q, v, d_tiles)
+        flows = Flows.of(segments, tiles, k, v)
     sweep = sweep_for(tiles.sweep)
     read, narrow, write = sweep.read, sweep.narrow, sweep.write
     BD, BE, TD, TE = tiles.BD, tiles.BE, tiles.TD, tiles.TE
@@ -134,5 +170,7 @@ def attention_backward(
         clear_padding(cu_seqlens, T, dq, dk, dv)
     dlog_decay = None
     if need_dlog_decay:
-        dlog_decay = decay_gradient(segments, flows, T, initial_state, dinitial, states_before, grads_after)
-    return dq, dk, dv, dlog_decay, dinitial
+        dlog_decay = decay_gradient(
+            segments, tiles, flows, T, D, E, log_decay, initial_state, dinitial, states_before, grads_after
+        )
+    return summed(dq, q), summed(dk, k), dv, dlog_decay, dinitial

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import StateTile, decode_kernel
 
 
@@ -17,7 +18,7 @@ def columns(D: int, E: int, dtype: torch.dtype, states: int = 1) -> int:
     Raises:
         TypeError, ValueError: the kernels do not take such a call.
     """
-    refused = tiling.refusal(D, E, dtype)
+    refused = tiling.refusal(D, dtype)
     if refused is not None:
         raise refused
     return min(64, 64 * 128 // (states * tiling.padded(D)), tiling.padded(E))
@@ -43,8 +44,8 @@ def aligned(state: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 @cache
-def _constants(D: int, E: int, columns: int, aligned: bool) -> tuple[StateTile]:
-    return (StateTile(D, E, tiling.padded(D), columns, aligned),)
+def _constants(D: int, E: int, group: int, columns: int, aligned: bool) -> tuple[StateTile]:
+    return (StateTile(D, E, tiling.padded(D), columns, aligned, group),)
 
 
 def over_states(
@@ -53,22 +54,23 @@ def over_states(
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
-    ``sizes``: sequences, H, D and E; ``strides``: the state's, which takes 0.4 µs to ask again.
+    ``sizes``: sequences, H, D, E and heads of v to a head of q and k; ``strides``: the state's, which takes 0.4 µs to
+    ask again.
     """
-    N, H, D, E = sizes
+    N, H, D, E, group = sizes
     is_aligned = aligned(state, strides)
     dispatch.run(
-        kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, TILE, is_aligned), 4, state.get_device(),
-        lambda: [_constants(D, E, columns, is_aligned) for columns in (16, 32, 64) if columns <= widest],
+        kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, is_aligned), 4, state.get_device(),
+        lambda: [_constants(D, E, group, columns, is_aligned) for columns in (16, 32, 64) if columns <= widest],
     )  # fmt: skip
 
 
-@dispatch.on_its_device
+@recorded
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float
-) -> Tensor:
-    N, H, D = q.shape
-    E = v.shape[2]
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
+    batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    (N, H, E), (_, Hk, D) = v.shape, k.shape
     widest = columns(D, E, q.dtype)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
@@ -78,6 +80,7 @@ def decode(
         q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
         dispatch.dense(log_decay), H, scale,
     )  # fmt: skip
-    TILE = narrower(widest, N, H, state.dtype)
-    over_states(decode_kernel, (N, H, D, E), args, state, strides, TILE, widest)
+    # Columns decide in which order a program sums over D.
+    TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
+    over_states(decode_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest)
     return out

@@ -2,12 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache, partial, wraps
 from inspect import getclosurevars, isbuiltin, signature
 from itertools import repeat
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -40,6 +42,12 @@ def bind_context(device: int) -> None:
     _thread.bound = device
 
 
+def ensure_context(device: int) -> None:
+    """``bind_context`` where it was not done in this thread."""
+    if getattr(_thread, "bound", None) != device:
+        bind_context(device)
+
+
 Result = TypeVar("Result")
 
 
@@ -57,6 +65,15 @@ def on_its_device(run: Callable[..., Result]) -> Callable[..., Result]:
     return launched
 
 
+class _Address(NamedTuple):
+    """What Triton's launcher asks of a tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class Descriptor:
     """How the copy engine sees x in blocks of C rows and ``width`` columns.
 
@@ -69,9 +86,16 @@ class Descriptor:
     round_f32_to_tf32 = False  # asked for since Triton 3.7
 
     def __init__(self, x: Tensor, view: TensorView, C: int, width: int) -> None:
-        self.base, self.dtype = x, x.dtype
+        self.base: Any = x
+        self.dtype = x.dtype
         self.shape, self.strides = view
         self.block_shape = [1, C, 1, width]
+
+    def at(self, address: int) -> "Descriptor":
+        """The same of a tensor that begins there."""
+        other: Descriptor = copy(self)
+        other.base = _Address(address)
+        return other
 
     def checked(self) -> Any:
         """Triton's own, which it asks for where it compiles."""
@@ -92,7 +116,10 @@ def specialized(
     device: int,  # noqa: ARG001
 ) -> None:
     """Launch a kernel that Triton specializes on whatever it finds out about the arguments."""
-    kernel[grid](*args, *constants, num_warps=warps, **FUSION)
+    compiled = kernel[grid](*args, *constants, num_warps=warps, **FUSION)
+    recorder = getattr(_thread, "recorder", None)
+    if recorder is not None:
+        recorder.launched(Launch(compiled, constants, args), grid, args)
 
 
 def unspecialized(jit: Any) -> Callable[[Callable[..., None]], Any]:
@@ -137,7 +164,7 @@ def signature_of(kernel: Any, args: Sequence[Any]) -> Callable[[Sequence[Any]], 
 
 _DTYPE, _ABSENT = repeat("dtype"), repeat(None)
 _signatures: dict[int, Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
-_launches: dict[tuple[Any, ...], Callable[[tuple[int, int, int], int, Sequence[Any]], None]] = {}
+_launches: dict[tuple[Any, ...], "Launch"] = {}
 
 
 def run(
@@ -152,14 +179,16 @@ def run(
     Triton looks at every argument of every call to find out whether it has compiled for the like of it, descriptors at
     greatest length: 70 µs forward and 400 backward. Here a kernel is found by the types of its arguments.
     """
-    if getattr(_thread, "bound", None) != device:
-        bind_context(device)
+    ensure_context(device)
     name = id(kernel)  # a kernel's own hash is that of its source
     found = _signatures.get(name)
     if found is None:
         found = _signatures[name] = signature_of(kernel, args)
     key = found(args)
     launch = _launches.get((name, device, constants, key))
+    recorder = getattr(_thread, "recorder", None)
+    if recorder is not None:
+        recorder.launched(launch, grid, args)
     if launch is not None:
         launch(grid, torch._C._cuda_getCurrentRawStream(device), args)
         return
@@ -167,37 +196,112 @@ def run(
     compiled = kernel[grid](*checked, *constants, num_warps=warps, **FUSION)
     if compiled is None:  # Triton's interpreter compiles nothing
         return
-    _launches[name, device, constants, key] = _launch(compiled, constants, args)
+    _launches[name, device, constants, key] = Launch(compiled, constants, args)
     for others in siblings():
         if (name, device, others, key) not in _launches:
             compiled = kernel.warmup(*checked, *others, grid=grid, num_warps=warps, **FUSION)
-            _launches[name, device, others, key] = _launch(compiled, others, args)
+            _launches[name, device, others, key] = Launch(compiled, others, args)
 
 
-def _launch(compiled: Any, constants: tuple[Any, ...], first: Sequence[Any]) -> Callable[..., None]:
+class _Below(NamedTuple):
+    """The C function below a launcher: what it takes before the kernel's arguments, and each descriptor's encoder."""
+
+    start: Any
+    before: tuple[Any, ...]
+    encoders: dict[int, Callable[..., tuple[Any, ...]]]
+
+
+#: Launches the same on a stream, over tensors at these addresses.
+Again = Callable[[int, Sequence[int]], None]
+
+
+class Launch:
     """What ``compiled[grid]`` does for arguments like the ``first``.
 
     Less 4 µs of asking for the device and, with Triton 3.6, most of its Python.
     """
-    execute = compiled.run  # loads it
-    known = compiled.function, compiled.packed_metadata
+
+    def __init__(self, compiled: Any, constants: tuple[Any, ...], first: Sequence[Any]) -> None:
+        self.compiled, self.constants = compiled, constants
+        self.execute = compiled.run  # loads it
+        self.known = compiled.function, compiled.packed_metadata
+        self.below = _below(self.execute, *self.known, [i for i, x in enumerate(first) if isinstance(x, Descriptor)])
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, args: Sequence[Any]) -> None:
+        if hooked():
+            enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+            metadata = self.compiled.launch_metadata(grid, stream, *args, *self.constants)
+            self.execute(*grid, stream, *self.known, metadata, enter, leave, *args, *self.constants)
+            return
+        if self.below is None:
+            self.execute(*grid, stream, *self.known, None, None, None, *args, *self.constants)
+            return
+        flat: list[Any] = []
+        done = 0
+        for position, encoded in self.below.encoders.items():
+            x = args[position]
+            flat += args[done:position]
+            flat += encoded(x.base.data_ptr(), x.shape, x.strides)
+            done = position + 1
+        self.below.start(*grid, stream, *self.below.before, *flat, *args[done:], *self.constants)
+
+    def again(
+        self, grid: tuple[int, int, int], args: Sequence[Any], place: Callable[[Tensor], tuple[int, int]]
+    ) -> Again:
+        """The same without its tensors; ``place``: which address a tensor's is, and how many bytes past it."""
+        start, before, encoders = self.below or (self.execute, (*self.known, None, None, None), {})
+        flat: list[Any] = [*grid, None, *before]
+        pointers: list[tuple[int, int, int]] = []
+        descriptors: list[tuple[int, int, int, Callable[[int], Any]]] = []
+        make: Callable[[int], Any]
+        for i, x in enumerate(args):
+            here = len(flat)
+            flat.append(x)
+            if isinstance(x, Tensor):
+                pointers.append((here, *place(x)))
+            elif isinstance(x, Descriptor):
+                if i in encoders:
+                    flat += (*x.shape, *x.strides)
+                    make = partial(_encoded, encoders[i], x.shape, x.strides)
+                else:
+                    make = x.at
+                descriptors.append((here, *place(x.base), lru_cache(maxsize=1024)(make)))
+                flat[here] = None
+        flat += self.constants
+
+        def launch(stream: int, addresses: Sequence[int]) -> None:
+            given = flat.copy()
+            given[3] = stream
+            for position, index, offset in pointers:
+                given[position] = addresses[index] + offset
+            for position, index, offset, make in descriptors:
+                given[position] = make(addresses[index] + offset)
+            start(*given)
+
+        return launch
+
+
+def _encoded(encoder: Callable[..., tuple[Any, ...]], shape: Any, strides: Any, address: int) -> Any:
+    return encoder(address, shape, strides)[0]
+
+
+def hooked() -> bool:
+    """Whether a profiler wants to know of launches."""
     runtime = knobs.runtime
-    direct = _below(execute, [i for i, x in enumerate(first) if isinstance(x, Descriptor)])
-
-    def launch(grid: tuple[int, int, int], stream: int, args: Sequence[Any]) -> None:
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if enter.calls or leave.calls:  # a profiler's
-            metadata = compiled.launch_metadata(grid, stream, *args, *constants)
-            execute(*grid, stream, *known, metadata, enter, leave, *args, *constants)
-        elif direct is None:
-            execute(*grid, stream, *known, None, None, None, *args, *constants)
-        else:
-            direct(grid, stream, *known, args, constants)
-
-    return launch
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _below(execute: Any, descriptors: list[int]) -> Callable[..., None] | None:
+@contextmanager
+def recorded_by(recorder: Any) -> Iterator[None]:
+    """Tell ``recorder.launched`` of each kernel that this thread launches; by None where it must be compiled first."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
+
+
+def _below(execute: Any, function: int, packed: tuple[int, ...], descriptors: list[int]) -> _Below | None:
     """The C function below Triton 3.6's launcher, whose Python takes 7 µs of a forward pass and 15 of a backward.
 
     None for any other launcher, and for kernels that want scratch memory.
@@ -206,7 +310,6 @@ def _below(execute: Any, descriptors: list[int]) -> Callable[..., None] | None:
         return None
     if execute.global_scratch_size or execute.profile_scratch_size:
         return None
-    options = execute.launch_cooperative_grid, execute.launch_pdl, None, None
     start: Any = execute.launch
     boxes: list[tuple[Any, ...]] = []
     if not isbuiltin(start):  # it encodes descriptors
@@ -214,22 +317,8 @@ def _below(execute: Any, descriptors: list[int]) -> Callable[..., None] | None:
         if within is None:
             return None
         start, boxes = within
-    encoders = list(zip(descriptors, map(_encoder, boxes), strict=True))
-
-    def direct(
-        grid: tuple[int, int, int], stream: int, function: int, packed: tuple[int, ...], args: Sequence[Any],
-        constants: tuple[Any, ...],
-    ) -> None:  # fmt: skip
-        flat: list[Any] = []
-        done = 0
-        for position, encoded in encoders:
-            x = args[position]
-            flat += args[done:position]
-            flat += encoded(x.base.data_ptr(), x.shape, x.strides)
-            done = position + 1
-        start(*grid, stream, function, *options, packed, None, None, None, *flat, *args[done:], *constants)
-
-    return direct
+    before = (function, execute.launch_cooperative_grid, execute.launch_pdl, None, None, packed, None, None, None)
+    return _Below(start, before, dict(zip(descriptors, map(_encoder, boxes), strict=True)))
 
 
 def encoding_launcher(start: Any) -> tuple[Any, list[tuple[Any, ...]]] | None:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_attention.kernels.backend import INVARIANT_CHUNK
 from lightning_attention.kernels.triton import dispatch, tiling
 from lightning_attention.kernels.triton.tiling import Tiling
 
@@ -19,15 +20,16 @@ class Plan(NamedTuple):
     """The segments of a call.
 
     segment_rows: in each segment but a sequence's last; piece_rows: in the pieces whose own states are summed to a
-    segment's; segments_per_sequence: of a dense batch; segment_count: of all sequences, at most; full_segments: those
-    that may not be their sequence's last, at most; is_split: whether any sequence may have two; boundary_count: how
-    many states lie between segments, at most. Of a packed batch, as ``plan_kernel`` writes them: segment_table
-    [segment_count, 5], first_boundary [N + 1] and split_sequences. Of documents, as ``documents_kernel`` does: begins
-    and, for a backward pass, ends [T + 1].
+    segment's; last_piece_rows: in those of a last segment that is shorter; segments_per_sequence: of a dense batch;
+    segment_count: of all sequences, at most; full_segments: those that may not be their sequence's last, at most;
+    is_split: whether any sequence may have two; boundary_count: how many states lie between segments, at most. Of a
+    packed batch, as ``plan_kernel`` writes them: segment_table [segment_count, 5], first_boundary [N + 1] and
+    split_sequences. Of documents, as ``documents_kernel`` does: begins and, for a backward pass, ends [T + 1].
     """
 
     segment_rows: int
     piece_rows: int
+    last_piece_rows: int
     segments_per_sequence: int
     segment_count: int
     full_segments: int
@@ -54,12 +56,14 @@ class Plan(NamedTuple):
         """Pieces of a segment."""
         return -(-self.segment_rows // self.piece_rows)
 
-    def allocate_states(self, k: Tensor, E: int, directions: int = 1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def allocate_states(
+        self, k: Tensor, v: Tensor, directions: int = 1
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Local states, of pieces, [boundary_count · pieces, H, D, E] float32, and boundary states, between segments.
 
-        The same tensors where a segment is one piece; k: [B, T, H, D].
+        The same tensors where a segment is one piece; k: [B, T, Hk, D], v: [B, T, H, E].
         """
-        H, D = k.shape[2:]
+        (H, E), D = v.shape[2:], k.shape[3]
 
         def tensors(count: int) -> tuple[Tensor, ...]:
             return torch.empty(directions, count, H, D, E, dtype=torch.float32, device=k.device).unbind()
@@ -69,34 +73,47 @@ class Plan(NamedTuple):
         return local_states, boundary_states
 
 
-def plan_dense(B: int, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool) -> Plan:
-    """For a batch of B sequences; ``width``: the larger of D and E; ``programs``: those of a sequence's segment."""
-    C = chosen.tiles.C
-    rows = -(-T // C) * C
+def plan_dense(
+    B: int, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool, final: bool = False
+) -> Plan:
+    """For a batch of B sequences; ``width``: the larger of D and E; ``programs``: those of a sequence's segment.
+
+    The rest as in ``plan_packed``.
+    """
+    rows = INVARIANT_CHUNK
     if not batch_invariant:
-        rows = tiling.segment_rows(programs * B, T, C, chosen.resident_programs)
-    each = -(-T // rows)
-    return Plan(rows, tiling.piece_rows(rows, width), each, B * each, B * each, each > 1, B * each)
+        rows = tiling.segment_rows(programs * B, T, chosen.tiles.C, chosen.resident_programs)
+    piece_rows = tiling.piece_rows(rows, width)
+    each = -(-(T + (batch_invariant and final)) // rows)
+    last = rows if batch_invariant else piece_rows
+    return Plan(rows, piece_rows, last, each, B * each, B * each, each > 1, B * each)
 
 
 def plan_packed(
-    cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool,
+    cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool, final: bool = False,
     slots: Tensor | None = None, short: int = -1,
 ) -> Plan:  # fmt: skip
-    """For a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment."""
-    C = chosen.tiles.C
-    rows = -(-T // C) * C
+    """For a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment.
+
+    ``batch_invariant``: every sequence is cut after so many rows from its own beginning, whatever else there is. For
+    ``final`` states one that ends at such a place has a segment of no rows more, whose state is the scan's: the one
+    that a longer sequence would have there. A last segment that is shorter is always one piece, because there may be
+    very many, and in a dense batch so that the sums are the same.
+    """
+    rows = INVARIANT_CHUNK
     if not batch_invariant:
-        rows = min(PACKED_SEGMENT, tiling.segment_rows(programs, T, C, chosen.resident_programs))
+        rows = min(PACKED_SEGMENT, tiling.segment_rows(programs, T, chosen.tiles.C, chosen.resident_programs))
+    extra = int(batch_invariant and final)
     N = cu_seqlens.shape[0] - 1
     full = T // rows
     count = full + N
     most = max(full, 1)  # sequences with more than one
     parts = 5 * count, N + 1, most
     table, first, split = torch.empty(sum(parts), dtype=torch.int32, device=cu_seqlens.device).split(parts)
-    args = (cu_seqlens, slots, table, first, split, N, rows, count, most, short)
+    args = (cu_seqlens, slots, table, first, split, N, rows, count, most, short, extra)
     dispatch.run(plan_kernel, (1, 1, 1), args, (1024,), 4, cu_seqlens.get_device())
-    return Plan(rows, tiling.piece_rows(rows, width), 0, count, full, rows < T, 2 * full, table, first, split)
+    piece_rows = tiling.piece_rows(rows, width)
+    return Plan(rows, piece_rows, rows, 0, count, full, rows < T + extra, 2 * full, table, first, split)
 
 
 def plan_documents(cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, reverse: bool) -> Plan:
@@ -114,18 +131,19 @@ def plan_documents(cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, progr
 
 def plan(
     k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool,
-    has_states: bool, reverse: bool = False,
+    has_states: bool, final: bool = False, reverse: bool = False,
 ) -> Plan:  # fmt: skip
-    """Of k [B, T, H, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
+    """Of k [B, T, Hk, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
 
-    ``has_states``: whether sequences have states, or gradients of them, that the call is given or returns.
+    ``has_states``: whether sequences have states, or gradients of them, that the call is given or returns; ``final``:
+    whether final ones are wanted.
     """
     B, T, _, D = k.shape
     width = max(D, v.shape[3])
     if cu_seqlens is None:
-        return plan_dense(B, T, width, chosen, programs, batch_invariant)
+        return plan_dense(B, T, width, chosen, programs, batch_invariant, final)
     if has_states or batch_invariant:
-        return plan_packed(cu_seqlens, T, width, chosen, programs, batch_invariant)
+        return plan_packed(cu_seqlens, T, width, chosen, programs, batch_invariant, final)
     return plan_documents(cu_seqlens, T, width, chosen, programs, reverse)
 
 
@@ -165,9 +183,9 @@ def lengths(cu_seqlens, slots, sequence, N, short):
 
 
 @triton.jit
-def segments_of(length, taken, segment_rows):
+def segments_of(length, taken, segment_rows, extra):
     """How many segments sequences have, and how many boundary states."""
-    count = tl.where(taken, tl.maximum(tl.cdiv(length, segment_rows), 1), 0)
+    count = tl.where(taken, tl.maximum(tl.cdiv(length + extra, segment_rows), 1), 0)
     return count, tl.where(count > 1, count, 0)
 
 
@@ -183,7 +201,7 @@ def write_segment(table, index, sequence, begin, end, is_first, is_last, boundar
 
 @dispatch.unspecialized(triton.jit)
 def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequences, N, segment_rows, segment_count, most,
-                short, BLOCK: tl.constexpr):  # fmt: skip
+                short, extra, BLOCK: tl.constexpr):  # fmt: skip
     """Lay out the segments of a packed batch, with no look at the lengths on the host.
 
     segment_table [segment_count, 5], in the order in which programs are started, long segments first: sequence (-1:
@@ -191,7 +209,7 @@ def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequence
     boundary states is before it, where its sequence has more than one. first_boundary [N + 1]: the boundary index of
     each sequence's first segment, and the number of boundary states. split_sequences [most]: the sequences that have
     more than one segment, -1 after them. A sequence with no row has one segment with none, which carries its state
-    over.
+    over; with ``extra`` 1 instead of 0 every sequence of whole segments alone has such a one more.
     """
     used = 0
     placed = 0
@@ -199,7 +217,7 @@ def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequence
     for n in range(0, N, BLOCK):
         sequence = n + tl.arange(0, BLOCK)
         start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
-        segments, states = segments_of(length, taken, segment_rows)
+        segments, states = segments_of(length, taken, segment_rows, extra)
         boundary = used + tl.cumsum(states, 0) - states
         tl.store(first_boundary + sequence, boundary, mask=sequence < N)
         full = tl.where(taken, length // segment_rows, 0)
@@ -224,7 +242,7 @@ def plan_kernel(cu_seqlens, slots, segment_table, first_boundary, split_sequence
         for n in range(0, N, BLOCK):
             sequence = n + tl.arange(0, BLOCK)
             start, length, taken = lengths(cu_seqlens, slots, sequence, N, short)
-            segments, states = segments_of(length, taken, segment_rows)
+            segments, states = segments_of(length, taken, segment_rows, extra)
             boundary = used + tl.cumsum(states, 0) - 1
             full = length // segment_rows
             rest = length - full * segment_rows

@@ -1,7 +1,7 @@
 """Packed sequences that start from, and leave, their states in a pool.
 
 Long ones are swept as in training: cut into segments where few would leave the chip idle. Of a single token nearly all
-is the way of its state through memory: those get what decoding does.
+is the way of its state through memory: those get what decoding does, but where their bits are to be training's.
 """
 
 import torch
@@ -12,6 +12,7 @@ from lightning_attention.kernels.triton.attention import sweep_forward
 from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan_packed
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import short_kernel
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
@@ -26,14 +27,13 @@ SHORT = 1
 SEGMENTS_IN_FLIGHT = 32
 
 
-@dispatch.on_its_device
+@recorded
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
-    snapshot_slots: Tensor | None,
+    snapshot_slots: Tensor | None, batch_invariant: bool,
 ) -> Tensor:  # fmt: skip
-    T, H, D = k.shape
-    E, N = v.shape[2], cu_seqlens.shape[0] - 1
+    (T, H, E), D, N = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
     strides = state.stride()
     if strides[2:] != (E, 1):
         raise ValueError(
@@ -47,9 +47,10 @@ def prefill(
     chosen = tiling(*batch[:3], batch_invariant=True)  # a sequence may be cut anywhere into calls
     tiles = chosen.tiles
     programs = H * -(-E // tiles.TE)
-    plan = plan_packed(cu_seqlens, max(T, 1), max(D, E), chosen, programs, False, slots, SHORT)
+    short = -1 if batch_invariant and T > 0 else SHORT
+    plan = plan_packed(cu_seqlens, max(T, 1), max(D, E), chosen, programs, batch_invariant, True, slots, short)
     plan = plan._replace(is_split=True)  # or not, the same kernels: none is compiled when the first long prompt comes
-    (local,), (boundary_states,) = plan.allocate_states(batch[1], E)
+    (local,), (boundary_states,) = plan.allocate_states(*batch[1:3])
     if T > 0:
         local_states(
             plan, tiles, log_decay, scale, batch[1:3], None, local, None, (*chosen.inputs[1:], None, None),
@@ -68,11 +69,12 @@ def prefill(
         sweep_forward(
             plan, chosen, *batch, log_decay, scale, state, state, boundary_states, slots, fresh, SEGMENTS_IN_FLIGHT
         )  # fmt: skip
-    args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, slots, log_decay,
-        cu_seqlens, fresh, H, SHORT, scale,
-    )  # fmt: skip
-    over_states(short_kernel, (N, H, D, E), args, state, strides, columns(D, E, q.dtype))
+    if short >= 0:
+        args = (
+            q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, slots, log_decay,
+            cu_seqlens, fresh, H, short, scale,
+        )  # fmt: skip
+        over_states(short_kernel, (N, H, D, E, tiles.group), args, state, strides, columns(D, E, q.dtype))
     clear_padding(cu_seqlens, T, out, slots=slots)
     return out
 
@@ -82,8 +84,7 @@ def _snapshots(
     boundary_states: Tensor, cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None, snapshot_at: Tensor,
     snapshot_slots: Tensor,
 ) -> None:  # fmt: skip
-    _, T, H, D = k.shape
-    E, (N, P) = v.shape[3], snapshot_at.shape
+    (_, T, H, E), D, (N, P) = v.shape, k.shape[3], snapshot_at.shape
     tiles, _, (_, k_view, v_view), _ = tiling
     sweep = sweep_for(tiles.sweep)
     args = (

@@ -17,7 +17,8 @@ from lightning_attention.kernels.triton.work import starts_from_initial
 class StateTile(NamedTuple):
     """The part of a state [D, E] that a program has: all rows, padded to ``rows``, and so many ``columns``.
 
-    aligned: whether every row can be read 16 bytes at a time. Kernels get all of this as one constant.
+    aligned: whether every row can be read 16 bytes at a time; group: heads of v to a head of q and k. Kernels get all
+    of this as one constant.
     """
 
     D: int
@@ -25,6 +26,7 @@ class StateTile(NamedTuple):
     rows: int
     columns: int
     aligned: bool
+    group: int
 
 
 class Vectors(NamedTuple):
@@ -105,8 +107,8 @@ def zero_state(TILE: tl.constexpr):
 
 @triton.jit
 def whole_row(x, token, head, TILE: tl.constexpr):
-    """A token's row of q or k."""
-    return load_row(x.pointer + token * x.token_stride + head * x.head_stride, 0, TILE.D, TILE.rows)
+    """A token's row of q or k, for a head of v."""
+    return load_row(x.pointer + token * x.token_stride + head // TILE.group * x.head_stride, 0, TILE.D, TILE.rows)
 
 
 @triton.jit

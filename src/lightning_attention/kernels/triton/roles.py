@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """Rows start … stop of one head, and the first of the columns of c that the program has.
 
     borders [T] int32: where the document of each row begins or, for a reverse sweep, ends (the row past its last); None
-    where all of the rows are of one document.
+    where all of the rows are of one document. ends: where it ends, in a backward pass.
     """
 
     batch: tl.tensor
@@ -50,6 +50,7 @@ class Rows(NamedTuple):
     stop: tl.tensor
     column: tl.tensor
     borders: tl.tensor
+    ends: tl.tensor
 
 
 class Begin(NamedTuple):
@@ -89,6 +90,19 @@ def widths(shape, TRANSPOSED: tl.constexpr):
         b_width = shape.E
         c_width = shape.D
     return b_width, c_width
+
+
+@triton.jit
+def heads_read(rows, TILES: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Heads of a and b, and of c, that are read for a head of the output: q and k may have fewer than v and dout."""
+    b_head = rows.head
+    c_head = rows.head
+    if TILES.group > 1:
+        if TRANSPOSED:
+            c_head = rows.head // TILES.group
+        else:
+            b_head = rows.head // TILES.group
+    return b_head, c_head
 
 
 @triton.jit
@@ -133,7 +147,8 @@ def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary
         is_whole = is_whole_sequence(segment, plan, SPLIT)
         of_sequence = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
         of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
-        SWEEP(q, k, v, out, None, Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins),
+        SWEEP(q, k, v, out, None,
+              Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins, plan.ends),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, segment.sequence),
                     boundary_states, of_segment, is_whole), End(pool.final, of_sequence, segment.is_last), shape,
               log2_decay(log_decay, head), scale, TILES, PACKED, False, False)  # fmt: skip
@@ -191,30 +206,33 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     of_dq = None
     of_dk = None
     if flow_sums is not None:
-        stride = shape.H.to(tl.int64) * shape.D * shape.E
-        offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + head * shape.D * shape.E
+        SIZE: tl.constexpr = TILES.TD * TILES.BE
+        stride = shape.H.to(tl.int64) * d_tiles * SIZE
+        tile_index = (role - e_tiles) % d_tiles
+        offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + (head * d_tiles + tile_index) * SIZE
         sums = flow_sums + (pid // roles * 2 * d_tiles + role - e_tiles)
         of_dq = Flow(tile.q, flow_states, offset, stride, sums)
         of_dk = Flow(tile.k, flow_grads, offset, stride, sums)
     if role < e_tiles:
-        SWEEP(whole.k, whole.q, tile.dout, dv, None, Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends),
-              reverse_from, End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
+        SWEEP(whole.k, whole.q, tile.dout, dv, None,
+              Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends, plan.ends), reverse_from,
+              End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
               True)  # fmt: skip
     elif role < e_tiles + d_tiles:
         column = (role - e_tiles) * TILES.TD
         SWEEP(whole.dout, whole.v, tile.k, dq, of_dq,
-              Rows(segment.batch, head, start, stop, column, plan.begins), forward_from,
+              Rows(segment.batch, head, start, stop, column, plan.begins, plan.ends), forward_from,
               End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
     else:
         column = (role - e_tiles - d_tiles) * TILES.TD
         SWEEP(whole.v, whole.dout, tile.q, dk, of_dk,
-              Rows(segment.batch, head, start, stop, column, plan.ends), reverse_from,
+              Rows(segment.batch, head, start, stop, column, plan.ends, plan.ends), reverse_from,
               End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
 @triton.jit
-def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan, piece_rows, shape, scale, index, head,
-                column, TILES: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
+def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan, piece_rows, last_piece_rows, shape,
+                scale, index, head, column, TILES: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
     """The state that a piece would leave by itself.
 
     A sequence's last segment leaves none between segments. ``final`` is for what sequences leave: there a segment that
@@ -224,8 +242,7 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
     if segment.sequence >= 0:
         PACKED: tl.constexpr = plan.segment_table is not None or plan.begins is not None
         rate = log2_decay(log_decay, head)
-        rows = rows_in_a_piece(segment.stop - segment.start, plan.segment_rows, piece_rows,
-                               plan.segment_table is not None)  # fmt: skip
+        rows = rows_in_a_piece(segment.stop - segment.start, plan.segment_rows, piece_rows, last_piece_rows)
         ends = segment.is_last
         if REVERSE:
             ends = segment.is_first
@@ -247,29 +264,31 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         else:
             wanted = (not ends) & (start < stop)
         if wanted:
-            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None),
+            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None, None),
                   Begin(None, 0, False, None, 0, True), End(target, 0, True), shape, rate, scale, TILES, PACKED, False,
                   REVERSE)  # fmt: skip
 
 
 @triton.jit
 def states_in_direction(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_after, final, plan,
-                        piece_rows, shape, scale, index, head, role, TILES: tl.constexpr):  # fmt: skip
+                        piece_rows, last_piece_rows, shape, scale, index, head, role,
+                        TILES: tl.constexpr):  # fmt: skip
     tiles = tl.cdiv(shape.E, TILES.TE)
     if local_after is None:
-        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, shape, scale, index, head,
-                    role * TILES.TE, TILES, False)  # fmt: skip
+        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, last_piece_rows, shape, scale, index,
+                    head, role * TILES.TE, TILES, False)  # fmt: skip
     elif local_before is None or role < tiles:
-        piece_state(SWEEP, q, dout, log_decay, local_after, final, plan, piece_rows, shape, scale, index, head,
-                    role * TILES.TE, TILES, True)  # fmt: skip
+        piece_state(SWEEP, q, dout, log_decay, local_after, final, plan, piece_rows, last_piece_rows, shape, scale,
+                    index, head, role * TILES.TE, TILES, True)  # fmt: skip
     else:
-        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, shape, scale, index, head,
-                    (role - tiles) * TILES.TE, TILES, False)  # fmt: skip
+        piece_state(SWEEP, k, v, log_decay, local_before, final, plan, piece_rows, last_piece_rows, shape, scale, index,
+                    head, (role - tiles) * TILES.TE, TILES, False)  # fmt: skip
 
 
 @triton.jit
-def states(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows, shape,
-           scale, piece_count, TILES: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
+def states(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows,
+           last_piece_rows, shape, scale, piece_count, TILES: tl.constexpr,
+           PERSISTENT: tl.constexpr):  # fmt: skip
     """What pieces of segments would leave by themselves: the state after k and v, with time reversed its gradient.
 
     ``local_before`` is for the one, ``local_after`` for the other; a program has TE columns of one of them.
@@ -285,10 +304,10 @@ def states(SWEEP: tl.constexpr, k, v, q, dout, log_decay, local_before, local_af
     if PERSISTENT:
         for index in range(first, piece_count, tl.num_programs(0) // programs // shape.H):
             states_in_direction(SWEEP, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows,
-                                shape, scale, index, head, role, TILES)  # fmt: skip
+                                last_piece_rows, shape, scale, index, head, role, TILES)  # fmt: skip
     else:
-        states_in_direction(SWEEP, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows, shape,
-                            scale, first, head, role, TILES)  # fmt: skip
+        states_in_direction(SWEEP, k, v, q, dout, log_decay, local_before, local_after, final, plan, piece_rows,
+                            last_piece_rows, shape, scale, first, head, role, TILES)  # fmt: skip
 
 
 @triton.jit
@@ -304,14 +323,14 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
     index = pid // tiles // shape.H
     sequence = index // per_sequence
     start, rows, segment, wanted = find_snapshot(
-        cu_seqlens, pool.slots, snapshot_at, snapshot_slots, index, sequence, segment_rows)  # fmt: skip
+        cu_seqlens, pool.slots, first_boundary, snapshot_at, snapshot_slots, index, sequence, segment_rows)  # fmt: skip
     if wanted:
         is_whole = segment == 0
         boundary = (tl.load(first_boundary + sequence) + segment).to(tl.int64) * shape.H + head
         of_sequence = state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
         target = state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
         SWEEP(None, k, v, None, None,
-              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None),
+              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None, None),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, sequence), boundary_states,
                     boundary * shape.D * shape.E, is_whole),
               End(pool.final, target, True), shape, log2_decay(log_decay, head), 1.0, TILES, True, False,

@@ -40,22 +40,32 @@ def scan(
     args = (
         local_before, local_after, states_before, grads_after, initial, dfinal, final, *strides, slots, fresh,
         log_decay, cu_seqlens, plan.first_boundary, plan.split_sequences, plan.segments_per_sequence,
-        plan.segment_rows, plan.begins, plan.ends, plan.piece_rows, T, H, D * E,
+        plan.segment_rows, plan.begins, plan.ends, plan.piece_rows, plan.last_piece_rows, T, H, D * E,
     )  # fmt: skip
     grid = (N if plan.split_sequences is None else plan.split_sequences.shape[0], H, -(-D * E // block))
     dispatch.run(scan_kernel, grid, args, (PIECES, block), 4, some.get_device())
 
 
 @triton.jit
-def local_state(local_states, segment, rows, head, col, inside, rate, segment_rows, piece_rows, H, SIZE,
-                PACKED: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+def joined(state, local, whole, rest):
+    """λ^n S + local, λ^n = whole + rest, in fused products and sums: said outright, it rounds the same in every kernel.
+
+    Where a state between segments is the last one of its call, the same state is made by another kernel.
+    """
+    change = tl.fma(tl.full(state.shape, rest, tl.float32), state, local)
+    return tl.fma(tl.full(state.shape, whole, tl.float32), state, change)
+
+
+@triton.jit
+def local_state(local_states, segment, rows, head, col, inside, rate, segment_rows, piece_rows, last_piece_rows, H,
+                SIZE, PIECES: tl.constexpr):  # fmt: skip
     """What a segment of so many rows leaves by itself, from what its pieces do, the ones next to its end first.
 
     All loads at once: one after another, each would wait for the one before.
     """
     i = tl.arange(0, PIECES)
     pieces = tl.cdiv(segment_rows, piece_rows)
-    in_piece = rows_in_a_piece(rows, segment_rows, piece_rows, PACKED)
+    in_piece = rows_in_a_piece(rows, segment_rows, piece_rows, last_piece_rows)
     written = tl.cdiv(tl.minimum(reach(rate, segment_rows), rows), in_piece)
     where = local_states + ((segment.to(tl.int64) * pieces + i) * H + head)[:, None] * SIZE + col[None, :]
     states = tl.load(where, mask=(i < written)[:, None] & inside[None, :], other=0.0)
@@ -82,8 +92,8 @@ def own_rows(borders, segment, segment_rows, used, REVERSE: tl.constexpr):
 @dispatch.unspecialized(triton.jit)
 def scan_kernel(local_before, local_after, states_before, grads_after, initial, dfinal, final,
                 state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, log_decay, cu_seqlens, first_boundary,
-                split_sequences, segments_per_sequence, segment_rows, begins, ends, piece_rows, T, H, SIZE,
-                PIECES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                split_sequences, segments_per_sequence, segment_rows, begins, ends, piece_rows, last_piece_rows, T, H,
+                SIZE, PIECES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """From what pieces leave by themselves to the states between segments.
 
     states_before[s] = λ^len(s−1) states_before[s−1] + local[s−1], and the mirror of it for the gradients. States are
@@ -103,8 +113,7 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
     begin = sequence * segments_per_sequence
     end = begin + segments_per_sequence
     length = T
-    PACKED: tl.constexpr = cu_seqlens is not None
-    if PACKED:
+    if cu_seqlens is not None:
         begin = tl.load(first_boundary + sequence)
         end = tl.load(first_boundary + sequence + 1)
         length = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int32)
@@ -123,8 +132,8 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
         own = segment_rows
         if begins is not None:
             own, outlives = own_rows(begins, begin, segment_rows, used, False)
-        local = local_state(local_before, begin, own, head, col, inside, rate, segment_rows, piece_rows, H,
-                            SIZE, PACKED, PIECES)  # fmt: skip
+        local = local_state(local_before, begin, own, head, col, inside, rate, segment_rows, piece_rows,
+                            last_piece_rows, H, SIZE, PIECES)  # fmt: skip
         for i in range(0, end - begin - 1):
             s = begin + i
             ahead_rows = segment_rows
@@ -132,11 +141,11 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
                 ahead_rows = tl.where(s + 2 == end, rows, segment_rows)
             if begins is not None:
                 ahead_rows, ahead_outlives = own_rows(begins, s + 1, segment_rows, used, False)
-            ahead = local_state(local_before, s + 1, ahead_rows, head, col, inside, rate, segment_rows, piece_rows, H,
-                                SIZE, PACKED, PIECES)  # fmt: skip
+            ahead = local_state(local_before, s + 1, ahead_rows, head, col, inside, rate, segment_rows, piece_rows,
+                                last_piece_rows, H, SIZE, PIECES)  # fmt: skip
             tl.debug_barrier()  # what another thread has yet to read may be the same memory
             tl.store(states_before + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-            passed = whole * state + (rest * state + local)
+            passed = joined(state, local, whole, rest)
             if begins is not None:
                 passed = tl.where(outlives, passed, local)
                 outlives = ahead_outlives
@@ -145,7 +154,7 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
         tl.debug_barrier()
         tl.store(states_before + ((end - 1).to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
         if final is not None:
-            tl.store(final + of_sequence, last_whole * state + (last_rest * state + local), mask=inside)
+            tl.store(final + of_sequence, joined(state, local, last_whole, last_rest), mask=inside)
     if local_after is not None:
         state = tl.zeros([BLOCK], tl.float32)
         if dfinal is not None:
@@ -153,19 +162,19 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
         own = rows
         if begins is not None:
             own, outlives = own_rows(ends, end - 1, segment_rows, used, True)
-        local = local_state(local_after, end - 1, own, head, col, inside, rate, segment_rows, piece_rows, H, SIZE,
-                            PACKED, PIECES)  # fmt: skip
+        local = local_state(local_after, end - 1, own, head, col, inside, rate, segment_rows, piece_rows,
+                            last_piece_rows, H, SIZE, PIECES)  # fmt: skip
         for i in range(0, end - begin):
             s = end - 1 - i
             before = tl.maximum(s - 1, begin)
             ahead_rows = segment_rows
             if begins is not None:
                 ahead_rows, ahead_outlives = own_rows(ends, before, segment_rows, used, True)
-            ahead = local_state(local_after, before, ahead_rows, head, col, inside, rate,
-                                segment_rows, piece_rows, H, SIZE, PACKED, PIECES)  # fmt: skip
+            ahead = local_state(local_after, before, ahead_rows, head, col, inside, rate, segment_rows, piece_rows,
+                                last_piece_rows, H, SIZE, PIECES)  # fmt: skip
             tl.debug_barrier()  # what another thread has yet to read may be the same memory
             tl.store(grads_after + (s.to(tl.int64) * H + head) * SIZE + col, state, mask=inside)
-            passed = last_whole * state + (last_rest * state + local)
+            passed = joined(state, local, last_whole, last_rest)
             if begins is not None:
                 passed = tl.where(outlives, passed, local)
                 outlives = ahead_outlives

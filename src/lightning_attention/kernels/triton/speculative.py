@@ -9,16 +9,16 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.decode import columns, over_states
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_kernel
 
 
-@dispatch.on_its_device
+@recorded
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, parents: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    T, H, D = q.shape
-    E, N = v.shape[2], cu_seqlens.shape[0] - 1
+    (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
@@ -28,17 +28,16 @@ def verify(
         q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
         dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), N, T, H, scale,
     )  # fmt: skip
-    over_states(verify_kernel, (N, H, D, E), args, state, strides, TILE)
+    over_states(verify_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE)
     return out
 
 
-@dispatch.on_its_device
+@recorded
 def commit(
     k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
     slots: Tensor | None,
 ) -> None:  # fmt: skip
-    T, H, D = k.shape
-    E, N = v.shape[2], cu_seqlens.shape[0] - 1
+    (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE = columns(D, E, k.dtype)
     if T == 0:
         return
@@ -47,4 +46,4 @@ def commit(
         k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots),
         dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), H,
     )  # fmt: skip
-    over_states(commit_kernel, (N, H, D, E), args, state, strides, TILE)
+    over_states(commit_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE)

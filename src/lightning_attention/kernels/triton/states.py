@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.plan import Plan, plan
+from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles, tiling
@@ -26,15 +27,15 @@ def local_states(
     k, v = before or (None, None)
     q, dout = after or (None, None)
     some, other = before or after  # type: ignore[misc]
-    _, T, H, D = some.shape
-    E = other.shape[3]
+    (_, T, H, E), D = other.shape, some.shape[3]
     count = plan.full_segments * plan.pieces
     if after is not None or final is not None:  # a last segment of a sequence is a first one with time reversed
         count += plan.segment_count - plan.full_segments
     args = (
         *sweep.read(k, views[0], tiles, tiles.BD), *sweep.read_tile(v, views[1], tiles, tiles.TE),
         *sweep.read(q, views[2], tiles, tiles.BD), *sweep.read_tile(dout, views[3], tiles, tiles.TE), log_decay,
-        local_before, local_after, final, *plan.segmentation, plan.piece_rows, count, T, H, D, E, scale,
+        local_before, local_after, final, *plan.segmentation, plan.piece_rows, plan.last_piece_rows, count, T, H, D, E,
+        scale,
     )  # fmt: skip
     programs = H * -(-E // tiles.TE) * (1 if before is None or after is None else 2)
     grid = (min(count, segments_in_flight or count) * programs, 1, 1)
@@ -42,13 +43,12 @@ def local_states(
     sweep.launch(sweep.states, grid, args, constants, tiles.warps, some.get_device())
 
 
-@dispatch.on_its_device
+@recorded
 def states(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, batch_invariant: bool
 ) -> Tensor:
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
-    B, T, H, D = k.shape
-    E = v.shape[3]
+    (B, T, H, E), D = v.shape, k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = torch.empty(N, H, D, E, dtype=torch.float32, device=v.device)
     if T == 0:
@@ -57,7 +57,7 @@ def states(
     tiles, _, (_, *views), _ = chosen
     programs = H * -(-E // tiles.TE)
     segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, True)
-    (local,), (boundary,) = segments.allocate_states(k, E) if segments.is_split else ((final,), (final,))
+    (local,), (boundary,) = segments.allocate_states(k, v) if segments.is_split else ((final,), (final,))
     if reverse:
         local_states(segments, tiles, log_decay, 1.0, None, (k, v), None, local, (None, None, *views), final)
     else:

@@ -18,11 +18,11 @@ PIECES = 4  # of a segment, at most: a power of two
 class Tiles(NamedTuple):
     """Which of ``sweeps``, and its sizes: C rows a block, TD and TE columns of D and E a program.
 
-    BD and BE are the next powers of two.
+    BD and BE are the next powers of two, BE of ``widest_part``.
 
-    even_*: whether these cover the columns without a rest. lazy: whether states are carried lazily
-    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. Kernels get
-    all of this as one constant.
+    even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it. lazy:
+    whether states are carried lazily (``numerics.advance``): where their bits matter, and need not be those of two
+    calls one after the other. group: heads of v to a head of q and k. Kernels get all of this as one constant.
     """
 
     sweep: str
@@ -40,6 +40,29 @@ class Tiles(NamedTuple):
     even_TE: bool = False
     precision: str = "tf32"
     lazy: bool = False
+    group: int = 1
+
+
+class Float32(NamedTuple):
+    """How float32 is multiplied, and in which tiles: ``columns`` of D or E a program; the rest as in ``Tiles``."""
+
+    precision: str
+    C: int
+    columns: int
+    warps: int
+    stages: int
+    per_multiprocessor: int
+
+
+#: On Hopper, D and E up to 128, by whether products are exact and whether the pass is a backward one. Exact ones of
+#: three TF32 products take a third of the time that float32's own multipliers take: at 2, 8192, 16, 128 1.42 and 5.00
+#: ms for 4.3 and 16.1, with an error of 4.5e-7 for 2.6e-7. In TF32 itself it is 0.62 and 1.93 ms.
+HOPPER_FLOAT32 = {
+    (True, False): Float32("tf32x3", 16, 32, 4, 2, 2),
+    (True, True): Float32("tf32x3", 16, 32, 4, 2, 2),
+    (False, False): Float32("tf32", 32, 32, 4, 2, 2),
+    (False, True): Float32("tf32", 16, 32, 4, 2, 3),
+}
 
 
 def padded(size: int) -> int:
@@ -48,31 +71,44 @@ def padded(size: int) -> int:
 
 
 @cache
-def refusal(D: int, E: int, dtype: torch.dtype) -> Exception | None:
-    """Why the kernels do not take such a call: a state of over 256 columns does not fit in registers."""
+def refusal(D: int, dtype: torch.dtype) -> Exception | None:
+    """Why the kernels do not take such a call: a program has all D rows of some columns of a state in registers."""
     if dtype.itemsize > 4:
         return TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
-    if max(D, E) > 256:
-        return ValueError(f"D is {D} and E {E}; backend 'triton' takes up to 256, 'tiled' any")
+    if D > 256:
+        return ValueError(f"D is {D}; backend 'triton' takes up to 256, 'tiled' any")
     return None
+
+
+def widest_part(D: int, E: int) -> int:
+    """Columns of v, at most, that the sweeps for dq and dk take at once: all E, or parts of as many as D is padded to.
+
+    The columns are independent: other sweeps take any number in tiles, these two want all of a row in registers.
+    """
+    return E if E <= 256 else max(128, padded(D))
 
 
 @cache
 def tiles(
-    capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool, backward: bool = False
-) -> Tiles:
+    capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool, exact: bool = False,
+    backward: bool = False,
+) -> Tiles:  # fmt: skip
     """The launch table, by architecture, D, E, dtype and direction.
 
-    ``aligned``: the copy engine can address every tensor (16-byte strides and bases).
+    ``aligned``: the copy engine can address every tensor (16-byte strides and bases). ``exact``: float32 is multiplied
+    as float32, not as TF32.
     """
-    BD, BE = padded(D), padded(E)
+    BD, BE = padded(D), padded(widest_part(D, E))
     wide = max(BD, BE)
     if capability[0] == 9 and dtype.itemsize == 2 and aligned:
         return hopper_tiles(D, E, backward)
     # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
     # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
     amd, small = capability[0] == 0, capability[0] in (8, 12)
-    if dtype.itemsize == 4:
+    precision, per_multiprocessor = "ieee" if exact else "tf32", 1
+    if dtype.itemsize == 4 and capability[0] == 9 and wide <= 128:
+        precision, C, tile, warps, stages, per_multiprocessor = HOPPER_FLOAT32[exact, backward]
+    elif dtype.itemsize == 4:
         C, tile, warps, stages = 16, 16, 8, 2 if wide <= 128 else 1
         if amd or wide <= 128:
             tile, warps = 32, 4
@@ -84,7 +120,9 @@ def tiles(
         C, tile, warps, stages = 32, 64, 8, 1
         if amd:
             tile, warps = 32, 4
-    return with_tile(Tiles("portable", C, BD, BE, 0, 0, warps, stages, 1), D, E, tile)
+    TD, TE = min(BD, tile), min(BE, tile)
+    even = BD == D, BE == E, D % TD == 0, E % TE == 0
+    return Tiles("portable", C, BD, BE, TD, TE, warps, stages, per_multiprocessor, *even, precision)
 
 
 def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
@@ -95,8 +133,8 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
     same, and with few heads more of it. States of over 128 columns take half of the registers that a program may have.
     Stages are what fits, or what was fastest: at 96 forward 0.245 ms with two, 0.273 with three; at 80 0.223 and 0.209.
     """
-    BD, BE = (min(width for width in HOPPER_WIDTHS if width >= size) for size in (D, E))
-    wide = max(BD, BE)
+    BD, BE = (min(width for width in HOPPER_WIDTHS if width >= size) for size in (D, widest_part(D, E)))
+    wide = max(BD, BE) if backward else BD  # forward nobody has all columns of E
     if wide > 128 or (backward and wide > 64):
         return Tiles("hopper", 64, BD, BE, 128, 128, 8, {80: 4, 96: 4, 256: 2}.get(wide, 3), 1)
     return Tiles("hopper", 64, BD, BE, 64, 64, 4, 3 if wide <= 80 else 2, 2)
@@ -109,15 +147,6 @@ def with_flows(tiles: Tiles) -> Tiles:
     a_row = 2 * (2 * max(tiles.BD, tiles.BE) + 2 * tiles.TD)
     room = (226 << 10) - 2 * tiles.C * (tiles.C + tiles.TD)
     return tiles._replace(stages=min(tiles.stages, room // (tiles.C * a_row)))
-
-
-def with_tile(tiles: Tiles, D: int, E: int, tile: int) -> Tiles:
-    """The same for the portable sweep, with this many columns a program."""
-    BD, BE = padded(D), padded(E)
-    TD, TE = min(BD, tile), min(BE, tile)
-    return tiles._replace(
-        BD=BD, BE=BE, TD=TD, TE=TE, even_BD=BD == D, even_BE=BE == E, even_TD=D % TD == 0, even_TE=E % TE == 0
-    )  # fmt: skip
 
 
 @cache
@@ -143,7 +172,7 @@ class TensorView(NamedTuple):
 class Tiling(NamedTuple):
     """Tile sizes, how many programs run at once, and the views of tensors.
 
-    inputs: of those asked about; outputs: of contiguous ones like k and like v.
+    inputs: of those asked about; outputs: of contiguous ones [B, T, H, D] and [B, T, H, E].
     """
 
     tiles: Tiles
@@ -157,7 +186,7 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = Fal
 
     Raises:
         TypeError: dtype is float64.
-        ValueError: D or E is over 256.
+        ValueError: D is over 256.
     """
     bases = 0
     signature: list[tuple[int, ...]] = []
@@ -165,26 +194,25 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = Fal
         bases |= x.data_ptr()
         signature += (x.shape, x.stride())
     k = tensors[1]
-    precision, lazy = "tf32", False
-    if k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        precision, lazy = "ieee", not batch_invariant
-    return _tiling(device(k), k.dtype, not bases & 15, precision, lazy, backward, *signature)
+    exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    lazy = exact and not batch_invariant
+    return _tiling(device(k), k.dtype, not bases & 15, exact, lazy, backward, *signature)
 
 
 @lru_cache(maxsize=4096)
 def _tiling(
-    chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, precision: str, lazy: bool,
+    chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, exact: bool, lazy: bool,
     backward: bool, *signature: tuple[int, ...],
 ) -> Tiling:  # fmt: skip
     shapes, strides = signature[::2], signature[1::2]
-    outputs = [(shape, _contiguous(shape)) for shape in shapes[1:3]]
+    (B, T, H, E), D = shapes[2], shapes[1][3]
+    outputs = [(shape, _contiguous(shape)) for shape in ((B, T, H, D), (B, T, H, E))]
     tensors = [*zip(shapes, strides, strict=True), *outputs]
-    D, E = shapes[1][3], shapes[2][3]
-    refused = refusal(D, E, dtype)
+    refused = refusal(D, dtype)
     if refused is not None:
         raise refused
     aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
-    chosen = tiles(chip[0], D, E, dtype, aligned, backward)._replace(precision=precision, lazy=lazy)
+    chosen = tiles(chip[0], D, E, dtype, aligned, exact, backward)._replace(lazy=lazy, group=H // shapes[1][2])
     *inputs, like_k, like_v = [_view(*tensor) for tensor in tensors]
     return Tiling(chosen, chip[1] * chosen.per_multiprocessor, tuple(inputs), (like_k, like_v))
 
@@ -195,8 +223,11 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _copyable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter."""
-    return all(
+    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter.
+
+    An odd width is refused of one row too: a sequence of one token, whose bits may have to be those of longer ones.
+    """
+    return shape[3] & 7 == 0 and all(
         size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
     )
 

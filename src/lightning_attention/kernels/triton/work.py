@@ -46,7 +46,7 @@ class Flow(NamedTuple):
     """What a sweep leaves for the gradient of log_decay (``decay_gradient.py``).
 
     partner: the tensor whose gradient the sweep writes, as c is given; states: where it keeps its state at the borders
-    of groups, [batches · groups, H, D, E], from ``offset`` on; sum: where it writes its part of the sum.
+    of groups, from ``offset`` on and ``stride`` apart; sum: where it writes its part of the sum.
     """
 
     partner: tl.tensor
@@ -85,9 +85,10 @@ def find_segment(plan, index, T, piece=0, pieces=1):
     else:
         boundary_index = index
         sequence = index // plan.segments_per_sequence
-        start = (index % plan.segments_per_sequence) * plan.segment_rows
-        stop = tl.minimum(start + plan.segment_rows, T)
-        ends = (start == 0).to(tl.int32) + (stop == T).to(tl.int32) * 2
+        place = index % plan.segments_per_sequence
+        start = place * plan.segment_rows
+        stop = tl.minimum(start + plan.segment_rows, T)  # the last one may have no rows, after one that stops at T too
+        ends = (place == 0).to(tl.int32) + (place + 1 == plan.segments_per_sequence).to(tl.int32) * 2
         batch = sequence
         if plan.begins is not None:
             stop = tl.maximum(tl.minimum(stop, tl.load(plan.begins + T)), start)
@@ -127,11 +128,9 @@ def reach(rate, segment_rows):
 
 
 @triton.jit
-def rows_in_a_piece(rows, segment_rows, piece_rows, PACKED: tl.constexpr):
-    """In a segment of so many rows; the last of a packed sequence is one piece, because there may be very many."""
-    if PACKED:
-        piece_rows = tl.where(rows < segment_rows, segment_rows, piece_rows)
-    return piece_rows
+def rows_in_a_piece(rows, segment_rows, piece_rows, last_piece_rows):
+    """In a segment of so many rows; only the last of a sequence has fewer than the others."""
+    return tl.where(rows < segment_rows, last_piece_rows, piece_rows)
 
 
 @triton.jit
@@ -190,10 +189,39 @@ def starts_group(rows, at):
 
 
 @triton.jit
-def rows_to_group_end(rows, stop):
-    """From the end of a block to that of its group."""
-    group = (stop - 1 - rows.start) // GROUP_ROWS
-    return tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - stop
+def reaches_past(rate, rows, EXACT: tl.constexpr):
+    """Whether what enters a block of so many rows matters beyond it, to the precision of products (EXACT: float32's).
+
+    Beside what its first row gets, which has decayed once.
+    """
+    BITS: tl.constexpr = 24.0 if EXACT else 7.0
+    return rate * (rows - 1) > -BITS
+
+
+@triton.jit
+def rows_crossed(rows, at, tokens, row, rate, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """How many decays count for what the rows of a block send on past it (dk) or get from before it (dq).
+
+    Those within the block, and of the blocks that are crossed as a whole those of its group: for dk they are added; for
+    dq, which stays in the block, taken off. Where nothing gets past a whole block, it may past a shorter last one.
+    """
+    start = at
+    if REVERSE:
+        start = at + tokens
+    group = (at - rows.start) // GROUP_ROWS
+    count = tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - start
+    is_far = reaches_past(rate, C, EXACT)
+    if rows.ends is not None:  # and only blocks that are all of the row's document
+        of_document = (tl.load(rows.ends + tl.minimum(at + row, rows.stop - 1)) - start) // C * C
+        count = tl.where(is_far, tl.maximum(tl.minimum(count, of_document), 0), 0)
+    else:
+        left = rows.stop - start
+        count = tl.where(is_far, count, tl.where((left < C) & reaches_past(rate, left, EXACT), left, 0))
+    if REVERSE:
+        crossed = tl.maximum(tokens - 1 - row, 0) + count
+    else:
+        crossed = row + 1 - count
+    return crossed
 
 
 @triton.jit
@@ -221,12 +249,16 @@ def starts_from_initial(fresh, sequence):
 
 
 @triton.jit
-def find_snapshot(cu_seqlens, slots, snapshot_at, snapshot_slots, index, sequence, segment_rows):
-    """Its sequence's first row, after how many rows it is, in which segment, and whether to take it."""
+def find_snapshot(cu_seqlens, slots, first_boundary, snapshot_at, snapshot_slots, index, sequence, segment_rows):
+    """Its sequence's first row, after how many rows it is, in which segment, and whether to take it.
+
+    Between two segments it is in the second, after none of its rows: the state that the scan has made.
+    """
     start = tl.load(cu_seqlens + sequence).to(tl.int32)
     length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start
     rows = tl.load(snapshot_at + index).to(tl.int32)
     wanted = (tl.load(snapshot_slots + index) >= 0) & (rows >= 0) & (rows <= length)
     if slots is not None:
         wanted = wanted & (tl.load(slots + sequence) >= 0)
-    return start, rows, tl.maximum(rows - 1, 0) // segment_rows, wanted
+    segments = tl.load(first_boundary + sequence + 1) - tl.load(first_boundary + sequence)  # 0 where there is one
+    return start, rows, tl.minimum(rows // segment_rows, tl.maximum(segments - 1, 0)), wanted

@@ -66,6 +66,17 @@ CASES = {
     "256, half precision, segments": {"T": 9_000, "H": 1, "D": 256, "dtype": FP16},
     "136 and 72, packed, segments": {"lengths": [5_000, 0, 3_999], "padding": 1, "H": 1, "D": 136, "E": 72},
     "160, half precision, packed": {"lengths": PACKED, "padding": 9, "H": 2, "D": 160, "dtype": FP16},
+    "128 and 328, segments": {"T": 9000, "H": 2, "D": 128, "E": 328},
+    "192 and 300, packed": {"lengths": PACKED, "padding": 9, "D": 192, "E": 300},
+    "128, fewer heads of q and k": {"B": 2, "T": 1000, "H": 8, "Hk": 2, "D": 128},
+    "64 and 128, one head of q and k, packed, segments": {
+        "lengths": [11_000, 0, 8_999],
+        "H": 4,
+        "Hk": 1,
+        "D": 64,
+        "E": 128,
+    },
+    "20, fewer heads of q and k, float32": {"T": 333, "H": 4, "Hk": 2, "D": 20, "dtype": FP32},
     "64, float32": {"B": 2, "T": 1000, "H": 4, "D": 64, "dtype": FP32},
     "128, float32": {"T": 500, "D": 128, "dtype": FP32},
 }

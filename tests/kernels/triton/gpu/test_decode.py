@@ -247,3 +247,23 @@ def test_nothing_is_read_on_the_host(operation: str):
         apply(operation, given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (FP32, FP32), (BF16, BF16)])
+@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 112), (256, 256)])
+def test_how_many_others_there_are_changes_no_bit(
+    width: tuple[int, int], dtype: torch.dtype, state_dtype: torch.dtype
+):  # fmt: skip
+    D, E = width
+    H, most, n = 8, 300, 0
+    q, k = torch.randn(2, most, H, D, device=DEVICE).to(dtype)
+    v, pool = torch.randn(most, H, E, device=DEVICE).to(dtype), torch.randn(most, H, D, E, device=DEVICE)
+    pool, rate = pool.to(state_dtype), decay.alibi(H).to(DEVICE)
+    alone = None
+    for N in (1, 7, 64, most):  # each has other columns without batch_invariant
+        state = pool.clone()
+        slots = torch.arange(N, device=DEVICE)
+        out = lightning_attention_decode(q[:N], k[:N], v[:N], rate, state, slots=slots, batch_invariant=True)
+        got = out[n], state[n]
+        alone = alone or got
+        assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True)), N

@@ -113,6 +113,32 @@ def test_a_decay_that_is_no_number_shows():
     assert out[:, :, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("D", [64, 128])
+def test_float32_over_its_range(D: int, factor: float):
+    """Where a product is several of shorter numbers, these must have its range, and their sum its precision."""
+    problem = make_problem(T=700, D=D, scale=D**-0.5)
+    problem = replace(
+        problem, q=problem.q * factor, k=problem.k / factor, initial_state=problem.initial_state / factor,
+        dfinal=problem.dfinal * factor,
+    )  # fmt: skip
+    assert not misses(solve(problem), solve_in_float64(problem))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_infinite_float32_shows_and_stays_in_its_head(bad: float):
+    problem = make_problem(T=300, H=3, D=64)
+    spoilt = replace(problem, k=problem.k.clone(), v=problem.v.clone())
+    spoilt.k[:, 150, 1, 3] = bad
+    spoilt.v[:, 200, 2, 5] = bad
+    clean, got = solve(problem), solve(spoilt)
+    assert torch.equal(got.output[:, :, 0], clean.output[:, :, 0])
+    assert torch.equal(got.output[:, :128, 1:], clean.output[:, :128, 1:])
+    assert not got.output[:, 151:, 1].isfinite().any()
+    assert not got.output[:, 201:, 2, 5].isfinite().any()
+    assert torch.equal(got.output[:, :, 2, 6:], clean.output[:, :, 2, 6:])
+
+
 @pytest.mark.parametrize(("T", "batch_invariant"), [(65_536, False), (65_536, True), (1_048_576, False)])
 def test_slow_decays_in_float32(T: int, batch_invariant: bool):
     room_for(12)

@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_attention import lightning_attention, lightning_attention_prefill
+from lightning_attention import INVARIANT_CHUNK, LightningOutput, lightning_attention, lightning_attention_prefill
+from lightning_attention.kernels.triton.backend import BACKEND
 from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
+from tests.kernels.triton.support.device import moved as problem_on_gpu
 from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
 from tests.kernels.triton.support.serving import bits, moved
-from tests.support import relative_error
+from tests.support import Problem, make_problem, relative_error
+from tests.support.chunks import read_in_chunks
 
 # That mode calls itself a prototype.
 pytestmark = [*needs_gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
@@ -41,7 +44,7 @@ def run(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160)])
+@pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160), (48, 300)])
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
 def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tuple[int, int], segments: bool):
     batch = make_batch(
@@ -52,6 +55,14 @@ def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tu
     with poisoned():
         got = prefilled(moved(batch, DEVICE), segments)
     assert_right(batch, *got, max(TOLERANCE[dtype], 3e-3 * (state_dtype == BF16)))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_fewer_heads_of_q_and_k(segments: bool):
+    batch = make_batch([1, 700, 3], [3, 1, 2], snapshots=[[(1, 4)], [(64, 6)], [(0, 5)]], H=4, Hk=2, D=64, dtype=BF16)
+    with poisoned():
+        got = prefilled(moved(batch, DEVICE), segments)
+    assert_right(batch, *got, TOLERANCE[BF16])
 
 
 @settings(max_examples=20, deadline=None)
@@ -169,3 +180,30 @@ def test_runs_have_the_same_bits():
         got = run(batch)
         assert torch.equal(got[0], expected[0])
         assert torch.equal(bits(got[1]), bits(expected[1]))
+
+
+def attended(prompt: Problem, T: int) -> LightningOutput:
+    """Training's forward pass of the first T tokens."""
+    return lightning_attention(
+        prompt.q[:, :T], prompt.k[:, :T], prompt.v[:, :T], prompt.log_decay, scale=prompt.scale,
+        initial_state=prompt.initial_state, output_final_state=True, batch_invariant=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("dtype", "width"), [(BF16, 128), (BF16, 64), (BF16, 256), (FP16, 128), (FP32, 64)])
+def test_chunks_have_the_bits_of_training(dtype: torch.dtype, width: int, seed: int):
+    """Whatever else is in the calls; and a snapshot has those of a call that ended there."""
+    draw, R = torch.Generator().manual_seed(seed), INVARIANT_CHUNK
+    options = {"H": 8, "D": width, "dtype": dtype, "seed": seed, "initial": bool(seed)}
+    for T in (int(torch.randint(2 * R, 20_000, (), generator=draw)), 3 * R, 2 * R + 1, 70, 1):
+        cuts = [cut for cut in range(R, T, R) if int(torch.randint(3, (), generator=draw))]
+        at = int(torch.randint(1, [*cuts, T][0] + 1, (), generator=draw)) if seed else [*cuts, T][0] // R * R
+        whole = problem_on_gpu(make_problem(T=T, **options))
+        with poisoned():
+            out, state, snapshot = read_in_chunks(BACKEND.prefill, whole, cuts, at)
+        expected, final = attended(whole, T)
+        assert torch.equal(out, expected), (T, cuts)
+        assert torch.equal(state, final), (T, cuts)
+        if at > 0:
+            assert torch.equal(snapshot, attended(whole, at).final_state), (T, at)

@@ -16,6 +16,8 @@ CASES: dict[str, dict[str, Any]] = {
     "whole sequences": {"B": 8, "T": 300, "H": 16, "D": 64},
     "split": {"B": 1, "T": 20_000, "H": 2, "D": 128},
     "split, more columns than a program has": {"B": 1, "T": 9000, "H": 2, "D": 256, "E": 192},
+    "split, many columns": {"B": 1, "T": 9000, "H": 2, "D": 128, "E": 320},
+    "fewer heads of k": {"B": 1, "T": 9000, "H": 4, "Hk": 2, "D": 64},
     "packed": {"lengths": [0, 700, 1, 64, 0, 5000, 63], "padding": 100, "H": 3, "D": 128},
     "packed, one split": {"lengths": [70_000, 5, 0, 16_384, 900], "H": 2, "D": 128},
     "odd widths": {"B": 2, "T": 777, "H": 2, "D": 40, "E": 24},
@@ -26,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 def expected(problem: Problem, reverse: bool) -> Tensor:
     """Token by token in chunks, float64."""
     k, v = problem.k.to(DEVICE).double(), problem.v.to(DEVICE).double()
+    k = k.repeat_interleave(v.shape[2] // k.shape[2], 2)
     rate = problem.log_decay.to(DEVICE).double()
     found = []
     for b, tokens in problem.sequences():
@@ -44,7 +47,7 @@ def test_against_float64(case: str, dtype: torch.dtype, reverse: bool):
     for batch_invariant in (False, True):
         with poisoned():
             got = states(given.k, given.v, given.log_decay, given.cu_seqlens, reverse, batch_invariant)
-        assert got.shape == (len(list(problem.sequences())), *problem.k.shape[2:], problem.v.shape[3])
+        assert got.shape == (len(list(problem.sequences())), *problem.dfinal.shape[1:])
         wanted = expected(problem, reverse)
         if not problem.k.shape[1]:
             assert not got.any()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_attention import decay, lightning_attention
+from lightning_attention import INVARIANT_CHUNK, decay, lightning_attention
 from tests.kernels.triton.support.device import (
     DEVICE,
     assert_same_bits,
@@ -76,20 +76,37 @@ def _one(whole: Problem, row: int, tokens: slice, sequence: int) -> Problem:
     return replace(whole, cu_seqlens=None, **arrays, **states)
 
 
+def _check_one(whole: Problem, row: int, tokens: slice, sequence: int) -> None:
+    """That a sequence has the same bits alone."""
+    got = solve(whole, batch_invariant=True)
+    alone = solve(_one(whole, row, tokens, sequence), batch_invariant=True)
+    for name in PER_TOKEN:
+        assert torch.equal(getattr(got, name)[row : row + 1, tokens], getattr(alone, name)), name
+    for name in PER_SEQUENCE:
+        assert torch.equal(getattr(got, name)[sequence : sequence + 1], getattr(alone, name)), name
+
+
 @pytest.mark.parametrize(("dtype", "width"), [(BF16, 128), (BF16, 64), (BF16, 20), (torch.float16, 128)])
 def test_batch_invariance(dtype: torch.dtype, width: int):
-    def same_bits(whole: Problem, row: int, tokens: slice, sequence: int) -> None:
-        got = solve(whole, batch_invariant=True)
-        alone = solve(_one(whole, row, tokens, sequence), batch_invariant=True)
-        for name in PER_TOKEN:
-            assert torch.equal(getattr(got, name)[row : row + 1, tokens], getattr(alone, name)), name
-        for name in PER_SEQUENCE:
-            assert torch.equal(getattr(got, name)[sequence : sequence + 1], getattr(alone, name)), name
-
-    same_bits(make_problem(B=3, T=1000, D=width, dtype=dtype), 1, slice(None), 1)
+    _check_one(make_problem(B=3, T=1000, D=width, dtype=dtype), 1, slice(None), 1)
     for before in (1, 64, 77, 3000):
         packed = make_problem(lengths=[before, 1000, 9], padding=5, D=width, dtype=dtype)
-        same_bits(packed, 0, slice(before, before + 1000), 1)
+        _check_one(packed, 0, slice(before, before + 1000), 1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("dtype", "width"), [(BF16, 128), (BF16, 64), (BF16, 256), (torch.float16, 128), (FP32, 64)])
+def test_batch_invariance_of_long_sequences(dtype: torch.dtype, width: int, seed: int):
+    """Of segments, with last ones of every kind: random lengths, whole segments, a token more."""
+    options = {"H": 8 if width <= 128 else 2, "D": width, "dtype": dtype, "seed": seed}
+    lengths = torch.randint(1, 20_000, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths += [2 * INVARIANT_CHUNK, INVARIANT_CHUNK + 1, 1]
+    packed = make_problem(lengths=lengths, padding=5, **options)
+    for n, length in enumerate(lengths):
+        before = sum(lengths[:n])
+        _check_one(packed, 0, slice(before, before + length), n)
+    for T in (lengths[0], 2 * INVARIANT_CHUNK):
+        _check_one(make_problem(B=3, T=T, **options), 1, slice(None), 1)
 
 
 @pytest.mark.parametrize("cut", [64, 640, 960])

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from lightning_attention.kernels.triton import tiling
 from tests.kernels.triton.support.offline import CHIPS, Chip, Launch, launched
 
 pytestmark = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def assert_fits(launches: list[Launch], chip: Chip) -> None:
 def test_compiles_and_fits(chip: str, D: int, E: int, dtype: torch.dtype):
     learnable = FULL or chip == "sm_90"
     launches = launched(CHIPS[chip], D, E, dtype, learnable=learnable)
-    names = ["forward_kernel", "backward_kernel", "decay_gradient_kernel"]
+    names = ["forward_kernel", "backward_kernel", "flow_kernel"]
     assert [x.name for x in launches] == names[: 2 + learnable]
     assert_fits(launches, CHIPS[chip])
     if chip != "sm_90" and dtype != FP32:  # what Hopper spills, the test after next says
@@ -63,12 +64,20 @@ def test_documents_parted_by_masks(chip: str, D: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    ("D", "E", "segments"), [(64, 64, False), (128, 128, False), (128, 128, True), (80, 80, False), (256, 128, False)]
+    ("D", "E", "segments", "Hk"),
+    [
+        (64, 64, False, 4),
+        (128, 128, False, 4),
+        (128, 128, True, 4),
+        (128, 128, True, 2),
+        (80, 80, False, 4),
+        (256, 128, False, 4),
+    ],
 )
-def test_nothing_spills_on_hopper(D: int, E: int, segments: bool):
+def test_nothing_spills_on_hopper(D: int, E: int, segments: bool, Hk: int):
     """The main configurations: every number in registers; two programs of four warps to a multiprocessor, or one."""
     chip = CHIPS["sm_90"]
-    for launch in launched(chip, D, E, BF16, states=False, learnable=False, segments=segments):
+    for launch in launched(chip, D, E, BF16, states=False, learnable=False, segments=segments, Hk=Hk):
         print(launch)
         if launch.name != "scan_kernel":
             assert "wgmma" in launch.compiled.asm["ptx"]
@@ -91,3 +100,14 @@ def test_a_new_length_or_batch_compiles_nothing():
     documents = kernels(packed=True, states=False, T=300)
     for T, N in ((1, 1), (65, 40), (1_000_003, 9)):
         assert kernels(packed=True, states=False, T=T, N=N) == documents, (T, N)
+
+
+@pytest.mark.parametrize("width", [20, 24])
+def test_one_token_is_swept_as_many_are(width: int):
+    """A prompt's only token, or its last chunk's, has the bits that it has amid others."""
+
+    def sweep(T: int) -> str:
+        signature = ((1, T, 1, width), (T * width, width, width, 1)) * 3
+        return tiling._tiling(((9, 0), 132), BF16, True, False, False, False, *signature).tiles.sweep
+
+    assert sweep(1) == sweep(2)

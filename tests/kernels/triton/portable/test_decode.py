@@ -46,21 +46,22 @@ def _with_strided_slots_and_decay(call) -> tuple[Tensor, Tensor]:
     log_decay = torch.stack([call.log_decay] * 2, 1)[:, 0]
     assert not slots.is_contiguous()
     assert not log_decay.is_contiguous()
-    return decode(call.q, call.k, call.v, log_decay, state, slots, 1.0), state
+    return decode(call.q, call.k, call.v, log_decay, state, slots, 1.0, False), state
 
 
 def test_what_it_does_not_take():
     q = torch.zeros(1, 1, 16, dtype=torch.float64)
     with pytest.raises(TypeError, match="q has dtype float64; backend 'triton' takes"):
-        decode(q, q, q, None, torch.zeros(1, 1, 16, 16), None, 1.0)
+        decode(q, q, q, None, torch.zeros(1, 1, 16, 16), None, 1.0, False)
     q = torch.zeros(1, 1, 257)
-    with pytest.raises(ValueError, match="D is 257 and E 257; backend 'triton' takes up to 256"):
-        decode(q, q, q, None, torch.zeros(1, 1, 257, 257), None, 1.0)
+    with pytest.raises(ValueError, match="D is 257; backend 'triton' takes up to 256"):
+        decode(q, q, q, None, torch.zeros(1, 1, 257, 257), None, 1.0, False)
 
 
 def launched(
-    chip: str, D: int, E: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, S: int = 9, packed: int = 1
-) -> Launch:
+    chip: str, D: int, E: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, S: int = 9, packed: int = 1,
+    batch_invariant: bool = False,
+) -> Launch:  # fmt: skip
     H = 4
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -69,7 +70,7 @@ def launched(
     q, k, v = tensor(N, packed, H, 2 * D + E)[:, 0].split([D, D, E], 2)
     state, slots = tensor(S, H, D, E, dtype=state_dtype), tensor(N, dtype=torch.int32)
     log_decay = tensor(H, dtype=FP32)
-    (launch,) = launched_by(lambda: decode(q, k, v, log_decay, state, slots, 1.0), CHIPS[chip])
+    (launch,) = launched_by(lambda: decode(q, k, v, log_decay, state, slots, 1.0, batch_invariant), CHIPS[chip])
     print(launch)
     return launch
 
@@ -99,3 +100,14 @@ def test_another_batch_or_pool_compiles_nothing():
     first = launched("sm_90", 16, 16, BF16, FP32).compiled
     for N, S, packed in ((1, 1, 1), (16, 17, 1), (1000, 2**26, 3), (2, 3, 5)):
         assert launched("sm_90", 16, 16, BF16, FP32, N=N, S=S, packed=packed).compiled is first, (N, S, packed)
+
+
+def test_how_many_others_there_are_changes_no_sum():
+    """With batch_invariant: the order in which a program sums over D is that of its tile."""
+    for batch_invariant, count in ((True, 1), (False, 3)):
+        numbers = (1, 100, 1000)
+        tiles = {
+            launched("sm_90", 128, 128, BF16, FP32, N=N, batch_invariant=batch_invariant).constants["TILE"]
+            for N in numbers
+        }
+        assert len(tiles) == count

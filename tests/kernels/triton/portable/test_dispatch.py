@@ -11,6 +11,7 @@ import triton.language as tl
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.recurrent import StateTile, decode_kernel
+from lightning_attention.kernels.triton.tiling import TensorView
 
 
 def _decode(**changes: Any) -> tuple[Any, ...]:
@@ -81,10 +82,10 @@ def test_constants_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch):
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: compiled.append(args[-1]) or SimpleNamespace()
 
-    monkeypatch.setattr(dispatch, "_launch", lambda *_: lambda *_: None)
+    monkeypatch.setattr(dispatch, "Launch", lambda *_: lambda *_: None)
     monkeypatch.setattr(dispatch, "_launches", {})
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    kernel, tile = Kernel(), StateTile(16, 16, 16, 16, True)
+    kernel, tile = Kernel(), StateTile(16, 16, 16, 16, True, 1)
     for constants in (tile, tile, tile._replace(aligned=False), tile._replace(columns=32), tile):
         dispatch.run(kernel, (1, 1, 1), _decode(), (constants,), 4, -1)
     assert compiled == [tile, tile._replace(aligned=False), tile._replace(columns=32)]
@@ -102,6 +103,45 @@ def test_an_unknown_launcher_is_named_in_the_log(caplog: pytest.LogCaptureFixtur
         assert dispatch.encoding_launcher(_wrapping(tensordesc_meta=[])) is None
     assert "'launcher' is not found" in caplog.text
     assert triton.__version__ in caplog.text
+
+
+def _launch(below: bool) -> tuple[dispatch.Launch, list[Any]]:
+    """A launch with a descriptor as its second argument, and what it hands to the launcher."""
+    given: list[Any] = []
+    launch = dispatch.Launch.__new__(dispatch.Launch)
+    launch.constants, launch.known, launch.compiled = ("tiles",), (7, ("packed",)), None
+    launch.execute, launch.below = lambda *args: given.append(args), None
+    if below:
+        encoders = {1: lambda address, shape, strides: (("encoded", address), *shape, *strides)}
+        launch.below = dispatch._Below(launch.execute, (7, "options"), encoders)
+    return launch, given
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_launch_is_made_again_over_other_addresses(below: bool):
+    launch, given = _launch(below)
+    view = TensorView((1, 64, 4, 64), (16384, 256, 64, 1))
+
+    def args(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, ...]:
+        return x, dispatch.Descriptor(y, view, 64, 32), None, 5, 0.5
+
+    x, y, other = torch.empty(4), torch.empty(1, 64, 4, 64, dtype=torch.bfloat16), torch.empty(1, 64, 4, 64)
+    places = {id(x): (0, 0), id(y): (1, 8)}
+    again = launch.again((3, 2, 1), args(x, y), lambda tensor: places[id(tensor)])
+    launch((3, 2, 1), 11, args(other, y))
+    again(11, [other.data_ptr(), y.data_ptr() - 8])
+    slow, fast = (list(map(_plain, call)) for call in given)
+    assert slow == fast
+    again(12, [1 << 40, (1 << 40) + 256])  # the one before is not changed by it
+    assert list(map(_plain, given[1])) == slow
+    assert _plain(given[2][3]) == 12
+
+
+def _plain(x: Any) -> Any:
+    """An argument of a launcher as it gets to the kernel."""
+    if isinstance(x, dispatch.Descriptor):
+        return x.base.data_ptr(), x.shape, x.strides, x.block_shape, x.dtype
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="Triton 3.6's launcher")

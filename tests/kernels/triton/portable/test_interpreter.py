@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.triton.support.cutting import chunk_of
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.support import Problem, Solution, cumulative, make_problem, problems, relative_error, solve_exactly
 
@@ -44,6 +45,7 @@ SOLVED = {
     "forgotten at once": {"T": 150, "H": 1, "kind": "strong"},
     "no decay": {"T": 150, "D": 20, "kind": "none"},
     "decays of every strength": {"T": 100, "H": 5, "kind": "mixed"},
+    "fewer heads of q and k": {"T": 70, "H": 4, "Hk": 2, "D": 20, "E": 17},
     "packed": {**PACKED, "index_dtype": torch.int32},
     "packed, a segment and a half each": {"lengths": [104, 104, 104], "kind": "none"},
     "packed, half precision, forgotten at once": {**PACKED, "kind": "strong", "D": 17, "dtype": torch.float16},
@@ -58,6 +60,14 @@ def test_against_the_closed_form(interpreter: Interpreter, case: str, segments: 
     run = interpreter.solve(problem if problem.cu_seqlens is None else padded_with(NAN, problem), segments=segments)
     assert not misses(run.solution, problem)
     assert run.scans == (2 if segments and case != "one token" else 0)  # one in each pass
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_more_columns_than_the_gradients_of_q_and_k_take_at_once(interpreter: Interpreter, segments: bool):
+    problem = make_problem(T=40, H=1, E=260)
+    run = interpreter.solve(problem, segments=segments)
+    assert not misses(run.solution, problem)
+    assert run.scans == (4 if segments else 0)  # one forward, and one for each part of the columns
 
 
 @st.composite
@@ -248,20 +258,17 @@ def _tokens(problem: Problem, part: slice, **changes: Tensor | None) -> Problem:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batch_invariance(interpreter: Interpreter, dtype: torch.dtype):
-    whole = make_problem(lengths=[33, 150, 17], D=20, dtype=dtype)
+    """A sequence whose last segment is more than a piece, and one that ends where a segment does."""
+    chunk = chunk_of(dtype)
+    cut = 2 * chunk + 3 * chunk // 4
+    whole = make_problem(lengths=[cut, chunk], H=1, D=20, dtype=dtype)
     packed = interpreter.solve(whole, segments=True, batch_invariant=True)
-    assert packed.scans == 0
-    own = slice(33, 183)
-    alone = _tokens(whole, own, cu_seqlens=None, initial_state=whole.initial_state[1:2], dfinal=whole.dfinal[1:2])
-    expected = interpreter.solve(alone, segments=True, batch_invariant=True).solution
-    for name in PER_TOKEN:
-        assert torch.equal(getattr(packed.solution, name)[:, own], getattr(expected, name)), name
-    for name in PER_SEQUENCE:
-        assert torch.equal(getattr(packed.solution, name)[1:2], getattr(expected, name)), name
-
-    # The same sequence in two calls, cut where a block ends.
-    first = interpreter.solve(_tokens(alone, slice(64)), batch_invariant=True).solution
-    rest = _tokens(alone, slice(64, None), initial_state=first.final_state)
-    last = interpreter.solve(rest, batch_invariant=True).solution
-    assert torch.equal(torch.cat([first.output, last.output], 1), expected.output)
-    assert torch.equal(last.final_state, expected.final_state)
+    assert packed.scans == 2
+    for n, own in enumerate([slice(cut), slice(cut, cut + chunk)]):
+        states = {name: getattr(whole, name)[n : n + 1] for name in ("initial_state", "dfinal")}
+        alone = _tokens(whole, own, cu_seqlens=None, **states)
+        expected = interpreter.solve(alone, segments=True, batch_invariant=True).solution
+        for name in PER_TOKEN:
+            assert torch.equal(getattr(packed.solution, name)[:, own], getattr(expected, name)), (n, name)
+        for name in PER_SEQUENCE:
+            assert torch.equal(getattr(packed.solution, name)[n : n + 1], getattr(expected, name)), (n, name)

@@ -146,7 +146,7 @@ def _decode_many(tokens: int) -> Tensor:
     one, k = torch.ones(1, 1, 1), torch.full((1, 1, 1), 1e-3)
     state, rate = torch.ones(1, 1, 1, 1), torch.tensor([-4e-8])
     for _ in range(tokens):
-        decode(one, k, one, rate, state, None, 1.0)
+        decode(one, k, one, rate, state, None, 1.0, False)
     return state.squeeze()
 
 
@@ -159,5 +159,5 @@ def _decode_growing() -> Tensor:
     from lightning_attention.kernels.triton.decode import decode
 
     zero, state = torch.zeros(1, 1, 1), torch.ones(1, 1, 1, 1)
-    decode(zero, zero, zero, torch.tensor([3.0]), state, None, 1.0)
+    decode(zero, zero, zero, torch.tensor([3.0]), state, None, 1.0, False)
     return state.squeeze()

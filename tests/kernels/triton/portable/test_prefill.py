@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lightning_attention.kernels.triton.prefill import prefill
+from tests.kernels.triton.support.cutting import chunk_of, cutting
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
 from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
 from tests.kernels.triton.support.serving import bits
-from tests.support import relative_error
+from tests.support import Problem, make_problem, relative_error
+from tests.support.chunks import read_in_chunks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(9, 8), (-1, -1)]]
@@ -30,6 +32,13 @@ def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.
 
 
 @interpreted
+@pytest.mark.parametrize("segments", [False, True])
+def test_fewer_heads_of_q_and_k(interpreter: Interpreter, segments: bool):
+    batch = make_batch([1, 70], [3, 1], snapshots=[[(1, 4)], [(64, 6)]], H=4, Hk=2, padding=1)
+    assert_right(batch, *interpreter.call(prefilled, batch, segments))
+
+
+@interpreted
 @settings(max_examples=8)
 @given(batch=batches(D=20, E=5, H=1))
 def test_any_batch(interpreter: Interpreter, batch: Batch):
@@ -42,7 +51,7 @@ def _decoded(batch: Batch) -> Tensor:
 
     state = batch.pool.clone()
     q, k, v, log_decay, _, _, slots, _, scale, _, _ = batch.arguments(state)
-    decode(q, k, v, log_decay, state, slots, scale)
+    decode(q, k, v, log_decay, state, slots, scale, False)
     return state
 
 
@@ -98,6 +107,38 @@ def test_in_pieces(interpreter: Interpreter):
     assert relative_error(alike[2], pool[2]) <= 1e-6
 
 
+def _attended(prompt: Problem) -> tuple[Tensor, Tensor | None]:
+    from lightning_attention.kernels.triton.attention import attention
+
+    inputs = (prompt.q, prompt.k, prompt.v, prompt.log_decay, prompt.initial_state, None, prompt.scale)
+    with cutting(True, prompt.q.dtype):
+        return attention(*inputs, True, True)
+
+
+def _read(prompt: Problem, cuts: list[int], snapshot_at: int) -> tuple[Tensor, Tensor, Tensor]:
+    with cutting(True, prompt.q.dtype):
+        return read_in_chunks(prefill, prompt, cuts, snapshot_at)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [FP32, torch.float16])
+def test_chunks_have_the_bits_of_training(interpreter: Interpreter, dtype: torch.dtype):
+    """Of prompts that end with a segment, a token after one, and within one; of a short one in blocks; of snapshots."""
+    chunk = chunk_of(dtype)
+    for T, cuts, at in (
+        (2 * chunk, [chunk], -1), (2 * chunk + 1, [2 * chunk], chunk), (chunk + 9, [], chunk + 5),
+        (chunk - 9, [chunk // 2], -1),
+    ):  # fmt: skip
+        prompt = make_problem(T=T, H=1, D=20, dtype=dtype, initial=dtype == FP32)
+        out, state, snapshot = interpreter.call(_read, prompt, cuts, at)
+        expected, final = interpreter.call(_attended, prompt)
+        assert torch.equal(out, expected)
+        assert torch.equal(state, final)
+        if at > 0:
+            shorter = replace(prompt, **{name: getattr(prompt, name)[:, :at] for name in "qkv"})
+            assert torch.equal(snapshot, interpreter.call(_attended, shorter)[1])
+
+
 NAMES = {
     "plan_kernel", "states_kernel", "scan_kernel", "snapshot_kernel", "forward_kernel", "short_kernel",
     "clear_padding_kernel",
@@ -115,7 +156,7 @@ def launched(chip: str, D: int, state_dtype: torch.dtype, *, T: int = 4096, N: i
     cu_seqlens, slots, at, to = (tensor(*n, dtype=torch.int32) for n in ((N + 1,), (N,), (N, P), (N, P)))
     fresh = tensor(N, dtype=torch.bool)
     launches = launched_by(
-        lambda: prefill(q, k, v, log_decay, state, cu_seqlens, slots, fresh, 1.0, at, to), CHIPS[chip]
+        lambda: prefill(q, k, v, log_decay, state, cu_seqlens, slots, fresh, 1.0, at, to, False), CHIPS[chip]
     )
     for launch in launches:
         print(launch)

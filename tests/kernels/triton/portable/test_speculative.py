@@ -58,7 +58,7 @@ def _decoded(call: Call) -> tuple[Tensor, Tensor]:
     assert call.accepted is not None
     state, slots = call.state(), call.indices(call.slots)
     steps = [
-        decode(call.q[t, None], call.k[t, None], call.v[t, None], call.log_decay, state, slots, call.scale)
+        decode(call.q[t, None], call.k[t, None], call.v[t, None], call.log_decay, state, slots, call.scale, False)
         for t in range(len(call.q))
         if call.accepted[t]
     ]

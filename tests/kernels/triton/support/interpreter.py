@@ -85,7 +85,7 @@ def _solve(problem: Problem, segments: bool, batch_invariant: bool, want_final: 
     p, scans = problem, []
     inputs = (p.q, p.k, p.v, p.log_decay, p.initial_state, p.cu_seqlens, p.scale)
     learnable = p.log_decay is not None
-    with cutting(segments), patch.object(scan_kernel, "pre_run_hooks", [lambda *_, **__: scans.append(1)]):
+    with cutting(segments, p.q.dtype), patch.object(scan_kernel, "pre_run_hooks", [lambda *_, **__: scans.append(1)]):
         out, final = attention(*inputs, want_final, batch_invariant)
         dq, dk, dv, dlog_decay, dinitial = attention_backward(
             p.dout, p.dfinal if want_final else None, *inputs, batch_invariant, learnable

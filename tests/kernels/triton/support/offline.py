@@ -145,15 +145,16 @@ def launched(
     B: int = 1,
     T: int = 4096,
     N: int = 3,
+    Hk: int = 4,
 ) -> list[Launch]:
-    """What forward (and backward) launch, for 4 heads; ``states``: initial and final ones; ``learnable``: the decay;
-    N: sequences, where they are ``packed``."""
+    """What forward (and backward) launch, for 4 heads, Hk of them of q and k; ``states``: initial and final ones;
+    ``learnable``: the decay; N: sequences, where they are ``packed``."""
     H, N = 4, N if packed else B
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k, v, dout = tensor(B, T, H, D), tensor(B, T, H, D), tensor(B, T, H, E), tensor(B, T, H, E)
+    q, k, v, dout = tensor(B, T, Hk, D), tensor(B, T, Hk, D), tensor(B, T, H, E), tensor(B, T, H, E)
     log_decay = tensor(H, dtype=torch.float32)
     state = tensor(N, H, D, E, dtype=torch.float32) if states else None
     cu_seqlens = tensor(N + 1, dtype=torch.int32) if packed else None

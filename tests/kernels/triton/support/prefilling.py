@@ -54,6 +54,7 @@ def make_batch(
     fresh: Sequence[bool] | None = None,
     snapshots: Sequence[Sequence[tuple[int, int]]] = (),
     H: int = 2,
+    Hk: int | None = None,
     D: int = 16,
     E: int = 16,
     rows: int = S,
@@ -78,8 +79,9 @@ def make_batch(
             pool[slot] = NAN
     pool[sorted(set(range(rows)) - set(slots))] = NAN
     log_decay = {"none": None, "alibi": decay.alibi(H), "strong": torch.full((H,), -8.0)}[kind]
+    q, k, v = projection.split([D, D, E], 2)
     return Batch(
-        *projection.split([D, D, E], 2), log_decay, pool, list(lengths), slots, None if fresh is None else list(fresh),
+        q[:, :Hk], k[:, :Hk], v, log_decay, pool, list(lengths), slots, None if fresh is None else list(fresh),
         [list(pairs) for pairs in snapshots], scale, index_dtype,
     )  # fmt: skip
 
@@ -102,13 +104,13 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
     )  # fmt: skip
 
 
-def prefilled(batch: Batch, segments: bool = False) -> tuple[Tensor, Tensor]:
-    """Outputs and pool; ``segments`` cuts sequences into segments of two pieces, a block each."""
+def prefilled(batch: Batch, segments: bool = False, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
+    """Outputs and pool; ``segments`` cuts sequences as ``cutting`` says."""
     from lightning_attention.kernels.triton.prefill import prefill
 
     state = batch.pool.clone()
     with cutting(segments):
-        return prefill(*batch.arguments(state)), state
+        return prefill(*batch.arguments(state), batch_invariant), state
 
 
 def assert_right(batch: Batch, out: Tensor, state: Tensor, tolerance: float | None = None) -> None:

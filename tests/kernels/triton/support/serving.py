@@ -79,6 +79,7 @@ def make_call(
     slots: list[int] | None = None,
     *,
     H: int = 2,
+    Hk: int | None = None,
     D: int = 16,
     E: int = 16,
     dtype: torch.dtype = torch.float32,
@@ -101,7 +102,7 @@ def make_call(
     pool[sorted(set(range(len(pool))) - set(owners))] = NAN
     log_decay = {"none": None, "alibi": decay.alibi(H), "strong": torch.full((H,), -8.0)}[kind]
     q, k, v = projection.split([D, D, E], 2)
-    return Call(q, k, v, log_decay, pool, list(lengths), list(owners), **others)
+    return Call(q[:, :Hk], k[:, :Hk], v, log_decay, pool, list(lengths), list(owners), **others)
 
 
 def arguments(operation: str, call: Call, state: Tensor, without_slots: bool = False) -> tuple[Any, ...]:
@@ -109,7 +110,7 @@ def arguments(operation: str, call: Call, state: Tensor, without_slots: bool = F
     slots = None if without_slots else call.indices(call.slots)
     cu_seqlens = call.indices(cumulative(call.lengths).tolist())
     if operation == "decode":
-        return call.q, call.k, call.v, call.log_decay, state, slots, call.scale
+        return call.q, call.k, call.v, call.log_decay, state, slots, call.scale, False
     if operation == "verify":
         parents = call.parents
         if parents is not None:
@@ -138,8 +139,10 @@ def with_operations(operation: str, call: Call) -> tuple[Tensor | None, Tensor]:
 def apply(operation: str, given: tuple[Any, ...]) -> Tensor | None:
     """The public function, on what ``arguments`` returns."""
     if operation == "decode":
-        q, k, v, log_decay, state, slots, scale = given
-        return lightning_attention_decode(q, k, v, log_decay, state, slots=slots, scale=scale)
+        q, k, v, log_decay, state, slots, scale, batch_invariant = given
+        return lightning_attention_decode(
+            q, k, v, log_decay, state, slots=slots, scale=scale, batch_invariant=batch_invariant
+        )
     if operation == "verify":
         q, k, v, log_decay, state, cu_seqlens, slots, parents, scale = given
         return lightning_attention_verify(
@@ -195,6 +198,8 @@ DECODED: dict[str, dict[str, Any]] = {
     "padding, and the last row": {"slots": [-1, 2, -7, 6], "D": 128, "E": 20, "index_dtype": torch.int32},
     "all padding": {"slots": [-1, -1]},
     "odd widths": {"slots": [4, 1], "D": 5, "E": 3},
+    "fewer heads of q and k": {"slots": [4, -1, 1], "H": 6, "Hk": 2, "D": 20},
+    "many columns": {"slots": [4, -1, 1], "D": 20, "E": 300},
     "half precision": {"slots": [4, -1, 1], "D": 80, "E": 48, "dtype": torch.float16},
     "a layer of a larger pool": {"slots": [6, 1], "layout": "layer", "D": 20, "E": 36},
     "columns first": {"slots": [6, 1], "layout": "columns first", "D": 20, "E": 36},
@@ -213,6 +218,9 @@ VERIFIED: dict[str, dict[str, Any]] = {
         "lengths": [8, 7, 1], "slots": [6, 0, 2],
         "parents": TREES["branches"] + TREES["several roots"] + TREES["one draft"], "D": 20, "E": 36,
     },
+    "fewer heads of q and k": {
+        "lengths": [8], "slots": [3], "parents": TREES["branches"], "H": 4, "Hk": 1, "D": 20, "E": 36,
+    },
     "half precision, forgotten at once": {
         "lengths": [7], "slots": [3], "parents": TREES["several roots"], "dtype": torch.float16, "kind": "strong",
     },
@@ -227,6 +235,7 @@ COMMITTED: dict[str, dict[str, Any]] = {
         "index_dtype": torch.int32,
     },
     "a path of a tree": {"lengths": [7], "slots": [6], "accepted": [0, 1, 0, 0, 0, 1, 0], "dtype": torch.float16},
+    "fewer heads of k": {"lengths": [3, 2], "slots": [0, 5], "accepted": [1, 1, 0, 1, 1], "H": 4, "Hk": 2},
     "none": {"lengths": [3, 2], "slots": [0, 5], "accepted": [0] * 5},
     "a layer of a larger pool": {
         "lengths": [1, 40], "slots": [2, 4], "accepted": [1] + [0] * 39 + [1], "layout": "layer", "kind": "none",

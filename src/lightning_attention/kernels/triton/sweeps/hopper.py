@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import carried_units, power_below, what_is_lost
-from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
+from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles
 from lightning_attention.kernels.triton.work import (
@@ -34,7 +34,8 @@ from lightning_attention.kernels.triton.work import (
     is_past,
     is_within,
     nearest_border,
-    rows_to_group_end,
+    reaches_past,
+    rows_crossed,
     starts_group,
 )
 
@@ -79,23 +80,23 @@ class Buffers(NamedTuple):
 
 
 @gluon.jit
-def fetch(a, b, c, flow, smem, stage, rows, start, pred, C: gl.constexpr, WIDTH: gl.constexpr, TILE: gl.constexpr,
-          OUTPUT: gl.constexpr):  # fmt: skip
+def fetch(a, b, c, flow, smem, stage, rows, b_head, c_head, start, pred, C: gl.constexpr, WIDTH: gl.constexpr,
+          TILE: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
     """Start the copies of a block into its stage."""
     MAIN: gl.constexpr = main_part(WIDTH)
     bar = smem.ready.index(stage)
     columns: gl.constexpr = WIDTH + TILE + (WIDTH if OUTPUT else 0) + (0 if flow is None else TILE)
     mbarrier.expect(bar, C * columns * 2, pred=pred)
-    copy_in(b.main, [rows.batch, start, rows.head, 0], bar, smem.b.index(stage), pred=pred)
+    copy_in(b.main, [rows.batch, start, b_head, 0], bar, smem.b.index(stage), pred=pred)
     if WIDTH > MAIN:
-        copy_in(b.rest, [rows.batch, start, rows.head, MAIN], bar, smem.b_rest.index(stage), pred=pred)
+        copy_in(b.rest, [rows.batch, start, b_head, MAIN], bar, smem.b_rest.index(stage), pred=pred)
     if OUTPUT:
-        copy_in(a.main, [rows.batch, start, rows.head, 0], bar, smem.a.index(stage), pred=pred)
+        copy_in(a.main, [rows.batch, start, b_head, 0], bar, smem.a.index(stage), pred=pred)
         if WIDTH > MAIN:
-            copy_in(a.rest, [rows.batch, start, rows.head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
-    copy_in(c, [rows.batch, start, rows.head, rows.column], bar, smem.c.index(stage), pred=pred)
+            copy_in(a.rest, [rows.batch, start, b_head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
+    copy_in(c, [rows.batch, start, c_head, rows.column], bar, smem.c.index(stage), pred=pred)
     if flow is not None:
-        copy_in(flow.partner, [rows.batch, start, rows.head, rows.column], bar, smem.partner.index(stage), pred=pred)
+        copy_in(flow.partner, [rows.batch, start, c_head, rows.column], bar, smem.partner.index(stage), pred=pred)
 
 
 @gluon.jit
@@ -110,6 +111,19 @@ def clear_tail(smem, tokens, C: gl.constexpr, BW: gl.constexpr):
         if r + R > tokens:
             rows = smem.slice(r, R)
             rows.store(gl.where((row + r < tokens)[:, None], rows.load(layout), 0.0).to(smem.dtype))
+
+
+@gluon.jit
+def keep_documents(p, border, at, C: gl.constexpr, REVERSE: gl.constexpr):
+    """Zero the scores between documents, in shared memory: the loop has no registers to spare for it."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
+    R: gl.constexpr = 256 // C * gl.num_warps()
+    row = at + gl.arange(0, R, gl.SliceLayout(1, layout))
+    of_column = border.load(gl.SliceLayout(0, layout))
+    for r in gl.static_range(0, C, R):
+        rows = p.slice(r, R)
+        within = is_within((row + r)[:, None], of_column[None, :], REVERSE)
+        rows.store(gl.where(within, rows.load(layout), 0.0).to(p.dtype))
 
 
 @gluon.jit
@@ -150,6 +164,29 @@ def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.conste
 
 
 @gluon.jit
+def store_part(base, part, TILE: gl.constexpr, WIDTH: gl.constexpr):
+    """Write the numbers of a state in the order in which threads have them, 16 bytes a thread at a time."""
+    by_thread = part.reshape([TILE // 16, 2, 8, WIDTH // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
+    each = by_thread.reshape([TILE * 4 // 2, WIDTH // 2])
+    layout: gl.constexpr = each.type.layout
+    row = gl.arange(0, TILE * 4 // 2, gl.SliceLayout(1, layout))
+    col = gl.arange(0, WIDTH // 2, gl.SliceLayout(0, layout))
+    where = base + row[:, None] * (WIDTH // 2) + col[None, :]
+    where = gl.max_contiguous(gl.multiple_of(where, [1, 16]), [1, 8])
+    gl.store(where, each.to(base.dtype.element_ty))
+
+
+@gluon.jit
+def keep_flow(flow, at, state, state_rest, factor, TILE: gl.constexpr, WIDTH: gl.constexpr):
+    """Write the state at the border of a group where the program for its gradient writes that."""
+    MAIN: gl.constexpr = main_part(WIDTH)
+    base = flow_state(flow, at)
+    store_part(base, state * factor, TILE, MAIN)
+    if WIDTH > MAIN:
+        store_part(base + TILE * MAIN, state_rest * factor, TILE, WIDTH - MAIN)
+
+
+@gluon.jit
 def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.constexpr, PACKED: gl.constexpr,
           TRANSPOSED: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
     """The loop, as ``roles.py`` calls it: from ``first_state`` to the state at ``end``.
@@ -171,6 +208,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
     HALF: gl.constexpr = c.dtype == gl.float16
     WARPS: gl.constexpr = gl.num_warps()
     _, c_width = widths(shape, TRANSPOSED)
+    b_head, c_head = heads_read(rows, TILES, TRANSPOSED)
     # Every four warps have 64 rows of a product, so 64 columns of c; of the scores, which have 64 rows, some columns.
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, C * 4 // WARPS, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, C, 16])
@@ -201,6 +239,9 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     barrier()
+    if BORDERS:
+        border_smem = gl.allocate_shared_memory(gl.int32, [2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        line = gl.arange(0, C, gl.BlockedLayout([1], [32], [WARPS], [0]))
     smem = Buffers(b_smem, b_rest_smem, a_smem, a_rest_smem, c_smem, partner_smem, ready)
 
     stop = rows.stop
@@ -211,7 +252,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         first = rows.start + (blocks - 1) * C
         step = -C
     for s in gl.static_range(STAGES - 1):
-        fetch(a, b, c, flow, smem, s, rows, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, flow, smem, s, rows, b_head, c_head, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, MAIN, gl.SliceLayout(0, state_layout))
@@ -239,8 +280,14 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
     if flow is not None:
         crossing = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, out_layout))
-        lagging = gl.zeros([C], gl.float32, gl.SliceLayout(1, scores_layout))
+        no_lag = gl.zeros([C, C], gl.float32, scores_layout).reshape([C, WARPS // 4, C * 4 // WARPS])
+        lagging = gl.sum(no_lag, 2)
+        is_far = reaches_past(rate, C, False)
 
+    if BORDERS:
+        border_smem.index(0).store(gl.load(rows.borders + gl.minimum(first + line, stop - 1)))
+        nearest = nearest_border(rows.borders, first, gl.minimum(first + C, stop), REVERSE)
+        barrier()
     lost_in_whole = what_is_lost(rate, C)
     stage = 0
     phase = 0
@@ -252,13 +299,14 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         if REST > 0:
             b_rest = b_rest_smem.index(stage).reshape([C, REST])
         if BORDERS:
-            nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
             is_kept = is_past(nearest, at, at + tokens, REVERSE)
+            following = gl.minimum(gl.maximum(at + step, rows.start), stop - 1)  # loaded a block ahead
+            borders_ahead = gl.load(rows.borders + gl.minimum(following + line, stop - 1))
+            nearest_ahead = nearest_border(rows.borders, following, gl.minimum(following + C, stop), REVERSE)
         if flow is not None:
             if not REVERSE:
-                if starts_group(rows, at):
-                    store_state(flow_state(flow, at), state, state_rest, 1.0, rows.column, shape, WIDTH, TILE,
-                                TRANSPOSED)  # fmt: skip
+                if starts_group(rows, at) & is_far:
+                    keep_flow(flow, at, state, state_rest, 1.0, TILE, WIDTH)
         mbarrier.wait(ready.index(stage), phase)
         if PACKED:
             if tokens < C:
@@ -282,7 +330,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         # The stage before this one is free: what read it last was the product that made ``state``.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, flow, smem, last, rows, first + ahead * step, ahead < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, flow, smem, last, rows, b_head, c_head, first + ahead * step, ahead < blocks, C, WIDTH, TILE,
+              OUTPUT)  # fmt: skip
         if OUTPUT:
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 largest = gl.max(gl.abs(state), 1)
@@ -315,14 +364,20 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         if OUTPUT:
             scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
             p = scores * mask
-            if BORDERS:
-                if not is_kept:  # the block has rows of several documents, or of one that begins or ends with it
-                    border = gl.load(rows.borders + at + gl.minimum(score_row, tokens - 1))
-                    p = gl.where(is_within(at + j, border[None, :], REVERSE), p, 0.0)
             if flow is not None and not REVERSE:
                 within = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[within])
-                lagging += gl.sum(p * within * gap.to(gl.float32), 1)
+                lag = p * within * gap.to(gl.float32)
+                if BORDERS:
+                    of_row = border_smem.index(n % 2).load(gl.SliceLayout(0, scores_layout))
+                    lag = gl.where(is_within(at + j, of_row[None, :], REVERSE), lag, 0.0)
+                if PACKED:
+                    lag = gl.where((score_row < tokens)[None, :], lag, 0.0)
+                lagging += gl.sum(lag.reshape([C, WARPS // 4, C * 4 // WARPS]), 2)
             p_smem.store(p.to(dtype))
+            if BORDERS:
+                if not is_kept:  # the block has rows of several documents, or of one that begins or ends with it
+                    barrier()
+                    keep_documents(p_smem, border_smem.index(n % 2), at, C, REVERSE)
             fence_async_shared()
             barrier()
             o = warpgroup_mma_wait(0, deps=[o])
@@ -343,14 +398,14 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 o = o * (gl.exp2(across - to_end) * scale)[None, :]
             if BORDERS:
                 if not is_kept:
-                    border = gl.load(rows.borders + at + gl.minimum(out_row, tokens - 1))
+                    border = border_smem.index(n % 2).load(gl.SliceLayout(0, out_layout))
                     o = gl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
             if flow is not None:  # what is sent on past the edge of the block, or got from there
-                sent_on = o * partner.load(out_layout).to(gl.float32)
+                sent_on = o * gl.convert_layout(partner.load(left_out), out_layout).to(gl.float32)
                 if PACKED:
                     sent_on = gl.where((out_row < tokens)[None, :], sent_on, 0.0)
-                to_group_end = gl.maximum(tokens - 1 - out_row, 0) + rows_to_group_end(rows, at + tokens)
-                crossing += gl.sum(sent_on * to_group_end.to(gl.float32)[None, :], 1)
+                lag = rows_crossed(rows, at, tokens, out_row, rate, C, REVERSE, False).to(gl.float32)
+                crossing += gl.sum(sent_on * lag[None, :], 1)
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
         if WIDE:
             to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
@@ -390,9 +445,11 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
             state = warpgroup_mma_wait(0, deps=[state])
         if flow is not None:
             if REVERSE:
-                if starts_group(rows, at):
-                    store_state(flow_state(flow, at), state, state_rest, gl.exp2(unit), rows.column, shape, WIDTH,
-                                TILE, TRANSPOSED)  # fmt: skip
+                if starts_group(rows, at) & is_far:
+                    keep_flow(flow, at, state, state_rest, gl.exp2(unit), TILE, WIDTH)
+        if BORDERS:
+            border_smem.index((n + 1) % 2).store(borders_ahead)
+            nearest = nearest_ahead
         barrier()  # every warp is done with this stage: the next turn starts a copy into it
         stage += 1
         if stage == STAGES:
@@ -406,7 +463,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
     if flow is not None:
         total = gl.sum(crossing, 0)
         if not REVERSE:
-            total = gl.sum(lagging, 0) - total
+            total += gl.sum(gl.sum(lagging, 1), 0)
         gl.store(flow.sum, total)
     if end.final is not None:
         if end.is_stored:
@@ -445,10 +502,11 @@ def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_
 
 @dispatch.unspecialized(gluon.jit)
 def states_kernel(k, k_rest, v, q, q_rest, dout, log_decay, local_before, local_after, final, segment_table,
-                  segments_per_sequence, segment_rows, begins, ends, piece_rows, piece_count, T, H, D, E, scale,
-                  TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
+                  segments_per_sequence, segment_rows, begins, ends, piece_rows, last_piece_rows, piece_count, T, H, D,
+                  E, scale, TILES: gl.constexpr, PERSISTENT: gl.constexpr):  # fmt: skip
     roles.states(sweep, Input(k, k_rest), v, Input(q, q_rest), dout, log_decay, local_before, local_after, final,
                  Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), piece_rows,
+                 last_piece_rows,
                  Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import advance, carried_units, power_below, whole_and_rest
-from lightning_attention.kernels.triton.roles import Operands, first_state, state_pointers, widths
+from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.work import (
     Pool,
@@ -31,7 +31,8 @@ from lightning_attention.kernels.triton.work import (
     is_past,
     is_within,
     nearest_border,
-    rows_to_group_end,
+    reaches_past,
+    rows_crossed,
     starts_group,
 )
 
@@ -84,8 +85,9 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
     PRECISION: tl.constexpr = TILES.precision
     HALF: tl.constexpr = b.pointer.dtype.element_ty == tl.float16
     b_width, c_width = widths(shape, TRANSPOSED)
-    b_rows = rows_of(b, rows.batch, rows.head)
-    c_rows = rows_of(c, rows.batch, rows.head)
+    b_head, c_head = heads_read(rows, TILES, TRANSPOSED)
+    b_rows = rows_of(b, rows.batch, b_head)
+    c_rows = rows_of(c, rows.batch, c_head)
     start = rows.start
     stop = rows.stop
     column = rows.column
@@ -96,8 +98,11 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         state *= tl.exp2(-unit)
     elapsed = 0
     if flow is not None:
-        partner_rows = rows_of(flow.partner, rows.batch, rows.head)
+        partner_rows = rows_of(flow.partner, rows.batch, c_head)
         total = tl.zeros([C], tl.float32)
+        numbers = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        EXACT: tl.constexpr = PRECISION != "tf32"
+        is_far = reaches_past(rate, C, EXACT)
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -118,7 +123,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             nearest = nearest_border(rows.borders, at, at + tokens, REVERSE)
             is_kept = is_past(nearest, at, at + tokens, REVERSE)
         if a is not None:
-            a_rows = rows_of(a, rows.batch, rows.head)
+            a_rows = rows_of(a, rows.batch, b_head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
             scores = tl.dot(bt, at_, input_precision=PRECISION) * mask
             if HALF:  # rows of the state, each times a power of two that makes it fit
@@ -140,17 +145,13 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
                 partner = tl.trans(load_rows(partner_rows, at, stop, column, c_width, C, TILE, EVEN_C,
                                              flow.partner.row_stride))  # fmt: skip
                 sent_on = tl.sum(o * partner.to(tl.float32), 0)  # or got from there: past the edge of the block
-                if REVERSE:
-                    total += sent_on * (to_end + rows_to_group_end(rows, at + tokens))
-                else:
-                    total -= sent_on * (to_end + rows_to_group_end(rows, at + tokens))
+                total += sent_on * rows_crossed(rows, at, tokens, row, rate, C, REVERSE, EXACT)
+                if not REVERSE:
                     within = tl.dot(tl.trans(ct), partner, input_precision=PRECISION)
                     total += tl.sum(scores * within * gap, 0)
-                    if starts_group(rows, at):
-                        where, exists = state_pointers(
-                            flow_state(flow, at), tl.arange(0, WIDTH), col, shape, TRANSPOSED
-                        )
-                        tl.store(where, (state * tl.exp2(rate * elapsed)).to(flow.states.dtype.element_ty), mask=exists)
+                    if starts_group(rows, at) & is_far:
+                        kept = state * tl.exp2(rate * elapsed)
+                        tl.store(flow_state(flow, at) + numbers, kept.to(flow.states.dtype.element_ty))
             o = tl.dot(ct, scores.to(ct.dtype), o, input_precision=PRECISION)
             out_rows = out.pointer + rows.batch * out.batch_stride + rows.head * c_width
             where = out_rows + (at + row).to(tl.int64)[:, None] * (shape.H * c_width) + col[None, :]
@@ -172,16 +173,15 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         if rows.borders is not None:
             weights = tl.where(is_within(at + row, nearest, REVERSE), weights, 0.0)
         weighted = (weighted * weights[None, :]).to(ct.dtype)
-        if PRECISION == "ieee":  # one sum a block rounds a long state less often than one a row
+        if PRECISION != "tf32":  # one sum a block rounds a long state less often than one a row
             state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
         else:
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
         if flow is not None:
             if REVERSE:
-                if starts_group(rows, at):
-                    where, exists = state_pointers(flow_state(flow, at), tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+                if starts_group(rows, at) & is_far:
                     kept = state * tl.exp2(rate * elapsed + unit)
-                    tl.store(where, kept.to(flow.states.dtype.element_ty), mask=exists)
+                    tl.store(flow_state(flow, at) + numbers, kept.to(flow.states.dtype.element_ty))
     if flow is not None:
         tl.store(flow.sum, tl.sum(total, 0))
     if end.final is not None:
@@ -226,19 +226,21 @@ def backward_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64"
                    Shape(T, H, D, E), scale, TILES)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "piece_rows", "piece_count",
+@triton.jit(do_not_specialize=["segments_per_sequence", "segment_rows", "begins", "ends", "piece_rows",
+                               "last_piece_rows", "piece_count",
                                "T"])  # fmt: skip
 def states_kernel(k, k_batch_stride: "i64", k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride,
                   v_head_stride: "i64", q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64", dout,
                   dout_batch_stride: "i64", dout_row_stride, dout_head_stride: "i64", log_decay, local_before,
                   local_after, final, segment_table, segments_per_sequence, segment_rows, begins, ends, piece_rows,
+                  last_piece_rows,
                   piece_count, T, H, D, E, scale, TILES: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
     roles.states(sweep, Input(k, k_batch_stride, k_row_stride, k_head_stride),
                  Input(v, v_batch_stride, v_row_stride, v_head_stride),
                  Input(q, q_batch_stride, q_row_stride, q_head_stride),
                  Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride), log_decay, local_before,
                  local_after, final, Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends),
-                 piece_rows, Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
+                 piece_rows, last_piece_rows, Shape(T, H, D, E), scale, piece_count, TILES, PERSISTENT)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "fresh", "cu_seqlens", "first_boundary", "snapshot_at", "snapshot_slots",
