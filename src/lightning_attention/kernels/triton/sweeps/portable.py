@@ -168,8 +168,6 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             weight = from_start
         if rows.borders is not None:
             state = tl.where(is_kept, state, 0.0)
-            if TILES.lazy:
-                elapsed = tl.where(is_kept, elapsed, 0)
         weighted = ct.to(tl.float32)
         weights = tl.exp2(rate * (weight - elapsed)) * weight_scale
         if rows.borders is not None:
