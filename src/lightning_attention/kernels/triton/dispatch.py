@@ -259,12 +259,13 @@ class Launch:
             flat.append(x)
             if isinstance(x, Tensor):
                 pointers.append((here, *place(x)))
+                flat[here] = None  # a recording keeps nobody's memory, nor what was differentiated
             elif isinstance(x, Descriptor):
                 if i in encoders:
                     flat += (*x.shape, *x.strides)
                     make = partial(_encoded, encoders[i], x.shape, x.strides)
                 else:
-                    make = x.at
+                    make = x.at(0).at  # and without its tensor
                 descriptors.append((here, *place(x.base), lru_cache(maxsize=1024)(make)))
                 flat[here] = None
         flat += self.constants

@@ -207,7 +207,7 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     of_dk = None
     if flow_sums is not None:
         SIZE: tl.constexpr = TILES.TD * TILES.BE
-        stride = shape.H.to(tl.int64) * d_tiles * SIZE
+        stride = (head * 0 + shape.H).to(tl.int64) * d_tiles * SIZE  # a lone head is a constant to Triton
         tile_index = (role - e_tiles) % d_tiles
         offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + (head * d_tiles + tile_index) * SIZE
         sums = flow_sums + (pid // roles * 2 * d_tiles + role - e_tiles)

@@ -1,5 +1,7 @@
 """Calls that are made again from a recording: over which tensors, and when not; ../gpu has the numbers."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +67,22 @@ def settle(call: Callable[..., Any], *args: Any) -> None:
     for _ in range(3):
         call(*args)
     RUNS.clear(), LAUNCHED.clear()
+
+
+def test_a_recording_keeps_no_tensor(call):
+    """Kept inputs would be memory that nobody can free, and keep the graph that leads to them."""
+    (q, k), rate = tensors(4, 2), torch.empty(1)
+    alive: list[weakref.ref[Tensor]] = []
+    for _ in range(3):
+        out, final = call(q, k, rate, 1.0, True)
+        alive += [weakref.ref(x) for x in (out, final)]
+    alive += [weakref.ref(x) for x in (q, k, rate)]
+    LAUNCHED.clear()
+    del q, k, rate, out, final
+    gc.collect()
+    assert [x() for x in alive] == [None] * len(alive)
+    call(*tensors(4, 2), torch.empty(1), 1.0, True)
+    assert len(RUNS) == 2  # the fourth call was made from the recording, as the third was
 
 
 def test_a_call_is_made_again_over_its_own_tensors(call):
