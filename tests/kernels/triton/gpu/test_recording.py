@@ -15,8 +15,9 @@ from lightning_attention import (
     lightning_attention_prefill,
     lightning_attention_verify,
 )
+from tests.kernels.triton.support.device import needs_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 BF16 = torch.bfloat16
 
 SEQUENCES = {
