@@ -111,3 +111,10 @@ def test_one_token_is_swept_as_many_are(width: int):
         return tiling._tiling(((9, 0), 132), BF16, True, False, False, False, *signature).tiles.sweep
 
     assert sweep(1) == sweep(2)
+
+
+@pytest.mark.parametrize("D", [64, 192])
+def test_on_hopper_columns_of_v_are_nothing_to_a_forward_program(D: int):
+    """It has all columns of q and k, and some of v, however many there are."""
+    forward = [tiling.tiles((9, 0), D, E, BF16, True)._replace(BE=0) for E in (64, 256, 1000)]
+    assert forward == [forward[0]] * 3
