@@ -194,7 +194,7 @@ def reaches_past(rate, rows, EXACT: tl.constexpr):
 
     Beside what its first row gets, which has decayed once.
     """
-    BITS: tl.constexpr = 24.0 if EXACT else 7.0
+    BITS: tl.constexpr = 24.0 if EXACT else 12.0
     return rate * (rows - 1) > -BITS
 
 
