@@ -122,8 +122,8 @@ class Row:
                 for p in able if PACKED_ATTENTION in p.operations]  # fmt: skip
 
     def budget(self, kind: str) -> float:
-        """The error that ``lightning-attention check`` allows; TF32 has as many bits as float16."""
-        return budget(FP16 if self.precision == "high" else self.dtype, kind)
+        """The error that ``lightning-attention check`` allows; TF32, which Triton cuts off, gets that of bfloat16."""
+        return budget(BF16 if self.precision == "high" else self.dtype, kind)
 
 
 def floor(forward: float, backward: float) -> dict[str, tuple[str, float]]:

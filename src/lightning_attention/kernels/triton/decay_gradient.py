@@ -9,8 +9,8 @@ beginning of t's block to t, and the blocks between. What crosses a block whole,
 
 So F is kept only for every group of 512 rows, where both sweeps write their states; the sums of the X between follow
 from weights of the rows (``work.rows_crossed``). They are differences: over a longer group, or where a decay is so
-strong that X is smaller than what rounding leaves of them, they would be noise. There X counts as 0. In bfloat16 the
-result is within 2 % where λ^64 is about 2^-7, and within 1 % elsewhere.
+strong that X is smaller than what rounding leaves of them, they would be noise. There X counts as 0: below 2^-7 that
+was better for random inputs, but where only distant pairs have a gradient it lost that, so the limit is 2^-12.
 """
 
 from typing import NamedTuple
