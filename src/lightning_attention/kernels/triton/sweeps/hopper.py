@@ -164,6 +164,31 @@ def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.conste
 
 
 @gluon.jit
+def left_operand(state, inverse, dtype: gl.constexpr, LEFT: gl.constexpr):
+    """A part of the state for a product, its rows times ``inverse``, if that is given."""
+    layout: gl.constexpr = state.type.layout
+    if inverse is not None:
+        state = state * gl.convert_layout(inverse, gl.SliceLayout(1, layout))[:, None]
+    return gl.convert_layout(state.to(dtype), LEFT)
+
+
+@gluon.jit
+def weigh(c, at, tokens, nearest, rate, across, weight_scale, C: gl.constexpr, LEFT: gl.constexpr,
+          REVERSE: gl.constexpr):  # fmt: skip
+    """The columns of a block of c, a left operand, by what is left of each row at the end of the block.
+
+    λ^(m−1−r), or λ^(r+1) as λ^m over it: the same in every block, that would be kept in registers, 16 a thread, which
+    Triton 3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row of c is zero.
+    """
+    row = gl.arange(0, C, gl.SliceLayout(0, LEFT))
+    to_end = rate * gl.maximum(tokens - 1 - row, 0).to(gl.float32)
+    weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
+    if nearest is not None:
+        weight = gl.where(is_within(at + row, nearest, REVERSE), weight, 0.0)
+    return (c.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(c.dtype)
+
+
+@gluon.jit
 def store_part(base, part, TILE: gl.constexpr, WIDTH: gl.constexpr):
     """Write the numbers of a state in the order in which threads have them, 16 bytes a thread at a time."""
     by_thread = part.reshape([TILE // 16, 2, 8, WIDTH // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
@@ -269,7 +294,6 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         state *= gl.exp2(-unit)
         if REST > 0:
             state_rest *= gl.exp2(-unit)
-    c_row = gl.arange(0, C, gl.SliceLayout(0, left_state))
     if OUTPUT:
         j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
         score_row = gl.arange(0, C, gl.SliceLayout(0, scores_layout))
@@ -288,6 +312,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         border_smem.index(0).store(gl.load(rows.borders + gl.minimum(first + line, stop - 1)))
         nearest = nearest_border(rows.borders, first, gl.minimum(first + C, stop), REVERSE)
         barrier()
+    else:
+        nearest = None
     lost_in_whole = what_is_lost(rate, C)
     stage = 0
     phase = 0
@@ -339,27 +365,17 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                     of_rest = gl.max(gl.abs(state_rest), 1)
                     largest = gl.maximum(largest, gl.convert_layout(of_rest, gl.SliceLayout(1, state_layout)))
                 power, inverse = power_below(largest)
-                left = gl.convert_layout((state * inverse[:, None]).to(dtype), left_out)
             else:
-                left = gl.convert_layout(state.to(dtype), left_out)
+                inverse = None
+            left = left_operand(state, inverse, dtype, left_out)
             o = warpgroup_mma(left, a_block, nothing, use_acc=False, is_async=True)
             if REST > 0 and not WIDE:
-                if HALF:
-                    scaled = state_rest * gl.convert_layout(inverse, gl.SliceLayout(1, rest_layout))[:, None]
-                    left = gl.convert_layout(scaled.to(dtype), left_out)
-                else:
-                    left = gl.convert_layout(state_rest.to(dtype), left_out)
+                left = left_operand(state_rest, inverse, dtype, left_out)
                 o = warpgroup_mma(left, a_rest, o, is_async=True)
 
-        # λ^(m−1−r), or λ^(r+1) as λ^m over it: the same in every block, that would be kept in registers, 16 a thread,
-        # which Triton 3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row of c is zero.
         across = rate * tokens.to(gl.float32)
         if not WIDE:
-            to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
-            weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
-            if BORDERS:
-                weight = gl.where(is_within(at + c_row, nearest, REVERSE), weight, 0.0)
-            weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
+            weighted = weigh(c_block, at, tokens, nearest, rate, across, weight_scale, C, left_state, REVERSE)
 
         if OUTPUT:
             scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
@@ -382,11 +398,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
             barrier()
             o = warpgroup_mma_wait(0, deps=[o])
             if WIDE:  # one part after the other: the state takes half of the registers
-                if HALF:
-                    scaled = state_rest * gl.convert_layout(inverse, gl.SliceLayout(1, rest_layout))[:, None]
-                    left = gl.convert_layout(scaled.to(dtype), left_out)
-                else:
-                    left = gl.convert_layout(state_rest.to(dtype), left_out)
+                left = left_operand(state_rest, inverse, dtype, left_out)
                 o = warpgroup_mma(left, a_rest, o, is_async=True)
                 o = warpgroup_mma_wait(0, deps=[o])
             if HALF:
@@ -408,11 +420,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 crossing += gl.sum(sent_on * lag[None, :], 1)
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
         if WIDE:
-            to_end = rate * gl.maximum(tokens - 1 - c_row, 0).to(gl.float32)
-            weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
-            if BORDERS:
-                weight = gl.where(is_within(at + c_row, nearest, REVERSE), weight, 0.0)
-            weighted = (c_block.permute((1, 0)).load(left_state).to(gl.float32) * weight[None, :]).to(dtype)
+            weighted = weigh(c_block, at, tokens, nearest, rate, across, weight_scale, C, left_state, REVERSE)
         if BORDERS:
             if not is_kept:
                 state = gl.zeros([TILE, MAIN], gl.float32, state_layout)
