@@ -1,8 +1,10 @@
 """A training step through TransNormerLLM's first layer, whose LRPE doubles q and k, against its second."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +13,9 @@ from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.render import Table
 from lightning_attention.bench.report import Report
 from lightning_attention.bench.timing import Call, time_calls, wall_ms
-from lightning_attention.models.transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
+
+if TYPE_CHECKING:
+    from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
 
 SUITE, BOUND = "lrpe", 1.7
 FLUSHES = 16  # 4 ms before each call, in which the host enqueues a layer's kernels
@@ -42,6 +45,9 @@ def step(layer: TransnormerDecoderLayer, x: Tensor, positions: Tensor, grad: Ten
 
 def measure(run: Run) -> None:
     """Both layers in turns; ``ratio``: the first's time over the second's."""
+    from lightning_attention.models.transnormer import TransnormerConfig
+    from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
+
     scale: Scale = run.scale
     for name in scale.models:
         config = TransnormerConfig.from_name(name)

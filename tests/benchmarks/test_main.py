@@ -13,7 +13,8 @@ from lightning_attention.bench.render import Figure
 from lightning_attention.bench.report import Report
 
 RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
-CASES = ["cases", "constancy", "host", "lengths", "minimax", "packed", "sequence_parallel", "serve", "serving",
+WITH_A_FIGURE = next(path for path in RESULTS if path.stem == "h200-lengths")
+CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "packed", "sequence_parallel", "serve", "serving",
          "shapes"]  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_results_that_stand_are_shown(path, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "nan" not in out
     rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
-            "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3}  # fmt: skip
+            "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3, "cases": 68, "lrpe": 2}  # fmt: skip
     shown = [r for name in suites if name in rows for r in [rows[name]]]
     tables = [line for line in out.splitlines() if line and set(line) == {"─"}]
     assert len(tables) == sum(2 if name in ("lengths", "constancy") else 1 for name in suites if name in rows)
@@ -101,7 +102,7 @@ def test_torch_alone_is_enough(tmp_path):
 import sys
 sys.modules.update(dict.fromkeys({missing}))
 from benchmarks.__main__ import main
-main(["--render", {str(RESULTS[0])!r}, "--out", {str(tmp_path)!r}])
+main(["--render", {str(WITH_A_FIGURE)!r}, "--out", {str(tmp_path)!r}])
 main(["host", "--device", "cpu", "--threads", "1", "--out", {str(tmp_path)!r}])
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(find.__file__).parents[2],

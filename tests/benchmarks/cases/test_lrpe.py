@@ -10,6 +10,8 @@ from lightning_attention.bench import case
 from lightning_attention.bench.report import Report
 
 pytest.importorskip("transformers")
+from lightning_attention.models.transnormer import TransnormerConfig
+from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
 
 
 def test_both_layers_are_timed_and_shown(tmp_path: Path):
@@ -24,8 +26,8 @@ def test_both_layers_are_timed_and_shown(tmp_path: Path):
 
 
 def test_a_step_reaches_every_parameter():
-    config = lrpe.TransnormerConfig.from_name("385M", decoder_embed_dim=32, decoder_attention_heads=2, glu_dim=32)
-    layer = lrpe.TransnormerDecoderLayer(config, 0)
+    config = TransnormerConfig.from_name("385M", decoder_embed_dim=32, decoder_attention_heads=2, glu_dim=32)
+    layer = TransnormerDecoderLayer(config, 0)
     x = torch.randn(1, 5, 32, requires_grad=True)
     found = lrpe.step(layer, x, torch.arange(5)[None], torch.ones_like(x))()
     assert all(g.abs().sum() > 0 for g in found)
