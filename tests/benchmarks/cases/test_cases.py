@@ -92,7 +92,8 @@ def test_wrong_numbers_are_a_failure_of_ours(report, run, monkeypatch):
 
 def test_float32_has_its_own_budgets():
     assert Row("", *[1] * 5, dtype=FP32).budget("output") < 1e-5
-    assert Row("", *[1] * 5, dtype=FP32, precision="high").budget("output") == pytest.approx(6.1e-4, rel=1e-2)
+    rough = Row("", *[1] * 5, dtype=FP32, precision="high").budget("output")
+    assert rough == Row("", *[1] * 5).budget("output") < 6e-3
 
 
 def test_peers_get_the_rows_that_they_have(cpu):
