@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -55,14 +56,7 @@ def busy_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
     The least of means over 20 calls: what other processes do to the machine is hardly in it, and no waiting of a thread
     for another.
     """
-    samples = []
-    for _ in range(-(-repeats // 20)):
-        synchronize(device)
-        start = time.process_time_ns()
-        for _ in range(20):
-            call()
-        samples.append((time.process_time_ns() - start) / 20e3)
-    return min(samples)
+    return min(_means(call, device, repeats, time.process_time_ns, waited_for=False))
 
 
 def in_flight_us(call: Call, device: torch.device, *, repeats: int = 400) -> float:
@@ -70,12 +64,20 @@ def in_flight_us(call: Call, device: torch.device, *, repeats: int = 400) -> flo
 
     It is the host's time or the device's, whichever is longer.
     """
+    return statistics.median(_means(call, device, repeats, time.perf_counter_ns, waited_for=True))
+
+
+def _means(
+    call: Call, device: torch.device, repeats: int, clock: Callable[[], int], *, waited_for: bool
+) -> list[float]:
+    """Microseconds a call by a clock, of every 20 calls; ``waited_for``: until the device is done with them."""
     samples = []
     for _ in range(-(-repeats // 20)):
         synchronize(device)
-        start = time.perf_counter_ns()
+        start = clock()
         for _ in range(20):
             call()
-        synchronize(device)
-        samples.append((time.perf_counter_ns() - start) / 20e3)
-    return statistics.median(samples)
+        if waited_for:
+            synchronize(device)
+        samples.append((clock() - start) / 20e3)
+    return samples
