@@ -1,6 +1,6 @@
 """Problems solved: in closed form in float64, and with the package."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -97,15 +97,3 @@ def _differentiated(out: Tensor, final: Tensor, leaves: dict[str, Tensor | None]
     given = [problem.dout.to(out.dtype), problem.dfinal.to(final.dtype)]
     grads = iter(torch.autograd.grad([out, final], wanted, given, allow_unused=True, materialize_grads=True))
     return Solution(out.detach(), final.detach(), *(None if x is None else next(grads) for x in leaves.values()))
-
-
-def with_decay_held_to_its_terms(got: Solution, expected: Solution, magnitude: Solution) -> Solution:
-    """In half precision the gradient of log_decay, a sum that cancels, is held to an eighth of its terms' rounding.
-
-    Pairs of tokens that a border of blocks parts are the difference of two such sums, each rounded on its own.
-    """
-    if got.output.dtype != torch.float16 or got.log_decay is None:
-        return got
-    off = (got.log_decay.double() - expected.log_decay).norm()
-    assert off <= 1e-3 * expected.log_decay.norm() + 2**-14 * magnitude.log_decay.norm()
-    return replace(got, log_decay=expected.log_decay)

@@ -5,14 +5,13 @@ from torch import Tensor
 
 from lightning_attention.kernels.pool import summed
 from lightning_attention.kernels.triton import dispatch
-from lightning_attention.kernels.triton.decay_gradient import NO_FLOWS, Flows, decay_gradient
 from lightning_attention.kernels.triton.padding import clear_padding
 from lightning_attention.kernels.triton.plan import Plan, plan
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
-from lightning_attention.kernels.triton.tiling import Tiling, tiling, widest_part, with_flows
+from lightning_attention.kernels.triton.tiling import Tiling, tiling, widest_part, with_decay_gradient
 
 
 def sweep_forward(
@@ -84,7 +83,7 @@ def attention_backward(
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     D, E = k.shape[3], v.shape[3]
-    part = widest_part(D, E)
+    part = widest_part(D, E, need_dlog_decay)
     if part == E:
         return _backward(
             dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
@@ -149,10 +148,10 @@ def _backward(
             segments, log_decay, cu_seqlens, N, T, (local_before, states_before), (local_after, grads_after),
             initial_state, dfinal,
         )  # fmt: skip
-    flows = NO_FLOWS
-    if need_dlog_decay:
-        tiles = with_flows(tiles)
-        flows = Flows.of(segments, tiles, k, v)
+    decay_sums = None
+    if need_dlog_decay:  # what each program of dq and dk adds
+        tiles = with_decay_gradient(tiles)
+        decay_sums = torch.zeros(segments.segment_count, H, 2 * d_tiles, dtype=torch.float32, device=v.device)
     sweep = sweep_for(tiles.sweep)
     read, narrow, write = sweep.read, sweep.narrow, sweep.write
     BD, BE, TD, TE = tiles.BD, tiles.BE, tiles.TD, tiles.TE
@@ -162,15 +161,11 @@ def _backward(
         *read(dout, dout_view, tiles, BE), *narrow(q, q_view, tiles, TD), *narrow(k, k_view, tiles, TD),
         *narrow(dout, dout_view, tiles, TE), *write(dq, like_k, tiles, TD), *write(dk, like_k, tiles, TD),
         *write(dv, like_v, tiles, TE), log_decay, initial, ahead, dinitial, states_before, grads_after,
-        *flows, *segments.segmentation, T, H, D, E, scale,
+        decay_sums, *segments.segmentation, T, H, D, E, scale,
     )  # fmt: skip
     grid = (segments.segment_count * programs, 1, 1)
     sweep.launch(sweep.backward, grid, args, (tiles,), tiles.warps, k.get_device())
     if cu_seqlens is not None:
         clear_padding(cu_seqlens, T, dq, dk, dv)
-    dlog_decay = None
-    if need_dlog_decay:
-        dlog_decay = decay_gradient(
-            segments, tiles, flows, T, D, E, log_decay, initial_state, dinitial, states_before, grads_after
-        )
+    dlog_decay = None if decay_sums is None else decay_sums.sum((0, 2))
     return summed(dq, q), summed(dk, k), dv, dlog_decay, dinitial

@@ -2,7 +2,7 @@
 
 A ``SWEEP`` is the loop of ``sweeps/portable.py`` or ``sweeps/hopper.py``:
 
-    SWEEP(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES, PACKED, TRANSPOSED, REVERSE)
+    SWEEP(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES, PACKED, TRANSPOSED, REVERSE)
 
 a, b, c and out are whatever that loop reads and writes tensors by; without a, it has no output but a state. ``flow``,
 None where nobody asks for the gradient of log_decay, says what it leaves for that. Where
@@ -22,8 +22,6 @@ import triton.language as tl
 
 from lightning_attention.kernels.triton.numerics import log2_decay
 from lightning_attention.kernels.triton.work import (
-    GROUP_ROWS,
-    Flow,
     find_piece,
     find_segment,
     find_snapshot,
@@ -41,7 +39,7 @@ class Rows(NamedTuple):
     """Rows start … stop of one head, and the first of the columns of c that the program has.
 
     borders [T] int32: where the document of each row begins or, for a reverse sweep, ends (the row past its last); None
-    where all of the rows are of one document. ends: where it ends, in a backward pass.
+    where all of the rows are of one document.
     """
 
     batch: tl.tensor
@@ -50,7 +48,6 @@ class Rows(NamedTuple):
     stop: tl.tensor
     column: tl.tensor
     borders: tl.tensor
-    ends: tl.tensor
 
 
 class Begin(NamedTuple):
@@ -62,6 +59,29 @@ class Begin(NamedTuple):
     boundary: tl.tensor
     boundary_offset: tl.tensor
     is_whole_sequence: tl.tensor
+
+
+class DecayGradient(NamedTuple):
+    """What a sweep adds to the gradient of log_decay, for dq or dk.
+
+    partner: the tensor whose gradient it writes, as c is given; entered: the state [D, E] before its rows, if there is
+    one and it is of the document that they begin with; sum: where it writes its part, one float32.
+
+    The gradient is the sum over pairs s ≤ t of (t − s) times what s adds to t's output and its gradient. For pairs in
+    two blocks, t − s is the rows from s to the end of its block, the blocks between, and the rows to t of t's block.
+    The first and the last weigh, row by row, k · dk and q · dq as far as these come from other blocks. The blocks
+    between weigh R, which goes backward with the state's gradient G,
+
+        R ← λ^m (R + m G),
+
+    and meets each block's own part of the state: Σ ⟨R, Σ_s λ^(m−1−s) k_sᵀ v_s⟩, and before all rows what entered. No
+    two large numbers are subtracted. Pairs within a block the sweep for dq sums as they are.
+    """
+
+    partner: tl.tensor
+    entered: tl.tensor
+    is_entered: tl.tensor
+    sum: tl.tensor
 
 
 class End(NamedTuple):
@@ -148,7 +168,7 @@ def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary
         of_sequence = state_offset(pool.slots, segment.sequence, pool.slot_stride, head, pool.head_stride)
         of_segment = (segment.boundary_index.to(tl.int64) * shape.H + head) * shape.D * shape.E
         SWEEP(q, k, v, out, None,
-              Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins, plan.ends),
+              Rows(segment.batch, head, segment.start, segment.stop, column, plan.begins),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, segment.sequence),
                     boundary_states, of_segment, is_whole), End(pool.final, of_sequence, segment.is_last), shape,
               log2_decay(log_decay, head), scale, TILES, PACKED, False, False)  # fmt: skip
@@ -177,8 +197,7 @@ def forward(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary_states,
 
 @triton.jit
 def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, dfinal, dinitial, states_before,
-             grads_after, flow_states, flow_grads, flow_sums, plan, shape, scale,
-             TILES: tl.constexpr):  # fmt: skip
+             grads_after, decay_sums, plan, shape, scale, TILES: tl.constexpr):  # fmt: skip
     """dv = reverse sweep(k, q, dout); dq = sweep(dout, v, k); dk = reverse sweep(v, dout, q), one role a program.
 
     The roles of a segment are neighbours, so that what one reads the others find in L2. ``whole`` and ``tile`` are the
@@ -205,28 +224,39 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     reverse_from = Begin(dfinal, of_sequence, is_whole, grads_after, of_segment, is_whole)
     of_dq = None
     of_dk = None
-    if flow_sums is not None:
-        SIZE: tl.constexpr = TILES.TD * TILES.BE
-        stride = (head * 0 + shape.H).to(tl.int64) * d_tiles * SIZE  # a lone head is a constant to Triton
-        tile_index = (role - e_tiles) % d_tiles
-        offset = segment.batch * tl.cdiv(shape.T, GROUP_ROWS) * stride + (head * d_tiles + tile_index) * SIZE
-        sums = flow_sums + (pid // roles * 2 * d_tiles + role - e_tiles)
-        of_dq = Flow(tile.q, flow_states, offset, stride, sums)
-        of_dk = Flow(tile.k, flow_grads, offset, stride, sums)
+    if decay_sums is not None:
+        target = decay_sums + (pid // roles * 2 * d_tiles + role - e_tiles)
+        entered = target
+        is_entered = start < stop
+        if states_before is not None:
+            entered = states_before + of_segment
+            if initial is not None:
+                entered = tl.where(is_whole, initial + of_sequence, entered)
+            else:
+                is_entered = is_entered & (not is_whole)
+        elif initial is not None:
+            entered = initial + of_sequence
+        else:
+            is_entered = start < 0
+        if plan.begins is not None:
+            if is_entered:
+                is_entered = tl.load(plan.begins + start) < start
+        of_dq = DecayGradient(tile.q, entered, is_entered, target)
+        of_dk = DecayGradient(tile.k, entered, is_entered, target)
     if role < e_tiles:
         SWEEP(whole.k, whole.q, tile.dout, dv, None,
-              Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends, plan.ends), reverse_from,
+              Rows(segment.batch, head, start, stop, role * TILES.TE, plan.ends), reverse_from,
               End(dinitial, of_sequence, segment.is_first), shape, rate, scale, TILES, PACKED, False,
               True)  # fmt: skip
     elif role < e_tiles + d_tiles:
         column = (role - e_tiles) * TILES.TD
         SWEEP(whole.dout, whole.v, tile.k, dq, of_dq,
-              Rows(segment.batch, head, start, stop, column, plan.begins, plan.ends), forward_from,
+              Rows(segment.batch, head, start, stop, column, plan.begins), forward_from,
               End(None, 0, False), shape, rate, scale, TILES, PACKED, True, False)  # fmt: skip
     else:
         column = (role - e_tiles - d_tiles) * TILES.TD
         SWEEP(whole.v, whole.dout, tile.q, dk, of_dk,
-              Rows(segment.batch, head, start, stop, column, plan.ends, plan.ends), reverse_from,
+              Rows(segment.batch, head, start, stop, column, plan.ends), reverse_from,
               End(None, 0, False), shape, rate, scale, TILES, PACKED, True, True)  # fmt: skip
 
 
@@ -264,7 +294,7 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         else:
             wanted = (not ends) & (start < stop)
         if wanted:
-            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None, None),
+            SWEEP(None, b, c, None, None, Rows(segment.batch, head, start, stop, column, None),
                   Begin(None, 0, False, None, 0, True), End(target, 0, True), shape, rate, scale, TILES, PACKED, False,
                   REVERSE)  # fmt: skip
 
@@ -330,7 +360,7 @@ def snapshot(SWEEP: tl.constexpr, k, v, log_decay, pool, boundary_states, cu_seq
         of_sequence = state_offset(pool.slots, sequence, pool.slot_stride, head, pool.head_stride)
         target = state_offset(snapshot_slots, index, pool.slot_stride, head, pool.head_stride)
         SWEEP(None, k, v, None, None,
-              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None, None),
+              Rows(0, head, start + segment * segment_rows, start + rows, pid % tiles * TILES.TE, None),
               Begin(pool.initial, of_sequence, is_whole & starts_from_initial(pool.fresh, sequence), boundary_states,
                     boundary * shape.D * shape.E, is_whole),
               End(pool.final, target, True), shape, log2_decay(log_decay, head), 1.0, TILES, True, False,

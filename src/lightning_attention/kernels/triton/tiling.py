@@ -80,11 +80,14 @@ def refusal(D: int, dtype: torch.dtype) -> Exception | None:
     return None
 
 
-def widest_part(D: int, E: int) -> int:
+def widest_part(D: int, E: int, learned: bool = False) -> int:
     """Columns of v, at most, that the sweeps for dq and dk take at once: all E, or parts of as many as D is padded to.
 
-    The columns are independent: other sweeps take any number in tiles, these two want all of a row in registers.
+    The columns are independent: other sweeps take any number in tiles, these two want all of a row in registers. Where
+    the decay is ``learned``, they have two states there, and half as many columns.
     """
+    if learned:
+        return min(E, 128)
     return E if E <= 256 else max(128, padded(D))
 
 
@@ -140,8 +143,8 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
     return Tiles("hopper", 64, BD, BE, 64, 64, 4, 3 if wide <= 80 else 2, 2)
 
 
-def with_flows(tiles: Tiles) -> Tiles:
-    """The same where a sweep reads one more tile: with fewer stages, if Hopper's shared memory has not room for all."""
+def with_decay_gradient(tiles: Tiles) -> Tiles:
+    """The same where sweeps read one more tile: with fewer stages, if Hopper's shared memory has not room for all."""
     if tiles.sweep != "hopper" or tiles.per_multiprocessor > 1:
         return tiles
     a_row = 2 * (2 * max(tiles.BD, tiles.BE) + 2 * tiles.TD)

@@ -42,24 +42,6 @@ class Segment(NamedTuple):
     pieces: tl.tensor
 
 
-class Flow(NamedTuple):
-    """What a sweep leaves for the gradient of log_decay (``decay_gradient.py``).
-
-    partner: the tensor whose gradient the sweep writes, as c is given; states: where it keeps its state at the borders
-    of groups, from ``offset`` on and ``stride`` apart; sum: where it writes its part of the sum.
-    """
-
-    partner: tl.tensor
-    states: tl.tensor
-    offset: tl.tensor
-    stride: tl.tensor
-    sum: tl.tensor
-
-
-#: Rows in a group: a multiple of every block.
-GROUP_ROWS = tl.constexpr(512)
-
-
 class Pool(NamedTuple):
     """States of sequences: sequence i's in row ``slots[i]``, or i; where ``fresh[i]`` it starts from zero."""
 
@@ -180,54 +162,6 @@ def piece_from_start(segment, rows, reach, ends):
         stop = tl.minimum(stop, nearest_border(ends, segment.start, segment.stop, True))
     start = segment.start + segment.piece * rows
     return start, tl.minimum(stop, start + rows)
-
-
-@triton.jit
-def starts_group(rows, at):
-    """Whether a group begins with the block at a row; the first one of a segment does not count."""
-    return (at > rows.start) & ((at - rows.start) % GROUP_ROWS == 0)
-
-
-@triton.jit
-def reaches_past(rate, rows, EXACT: tl.constexpr):
-    """Whether what enters a block of so many rows matters beyond it, to the precision of products (EXACT: float32's).
-
-    Beside what its first row gets, which has decayed once.
-    """
-    BITS: tl.constexpr = 24.0 if EXACT else 12.0
-    return rate * (rows - 1) > -BITS
-
-
-@triton.jit
-def rows_crossed(rows, at, tokens, row, rate, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """How many decays count for what the rows of a block send on past it (dk) or get from before it (dq).
-
-    Those within the block, and of the blocks that are crossed as a whole those of its group: for dk they are added; for
-    dq, which stays in the block, taken off. Where nothing gets past a whole block, it may past a shorter last one.
-    """
-    start = at
-    if REVERSE:
-        start = at + tokens
-    group = (at - rows.start) // GROUP_ROWS
-    count = tl.minimum(rows.start + (group + 1) * GROUP_ROWS, rows.stop) - start
-    is_far = reaches_past(rate, C, EXACT)
-    if rows.ends is not None:  # and only blocks that are all of the row's document
-        of_document = (tl.load(rows.ends + tl.minimum(at + row, rows.stop - 1)) - start) // C * C
-        count = tl.where(is_far, tl.maximum(tl.minimum(count, of_document), 0), 0)
-    else:
-        left = rows.stop - start
-        count = tl.where(is_far, count, tl.where((left < C) & reaches_past(rate, left, EXACT), left, 0))
-    if REVERSE:
-        crossed = tl.maximum(tokens - 1 - row, 0) + count
-    else:
-        crossed = row + 1 - count
-    return crossed
-
-
-@triton.jit
-def flow_state(flow, at):
-    """Where a sweep keeps its state at the group that begins at a row: no other one begins in the same GROUP_ROWS."""
-    return flow.states + flow.offset + (at // GROUP_ROWS).to(tl.int64) * flow.stride
 
 
 @triton.jit

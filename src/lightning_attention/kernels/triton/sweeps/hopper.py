@@ -30,13 +30,9 @@ from lightning_attention.kernels.triton.work import (
     Pool,
     Segmentation,
     Shape,
-    flow_state,
     is_past,
     is_within,
     nearest_border,
-    reaches_past,
-    rows_crossed,
-    starts_group,
 )
 
 # Their names until Triton 3.6, where the new ones do not exist.
@@ -68,7 +64,7 @@ class Input(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Stages of shared memory: of b, a, c and the flow's partner, and what says that their copies have come."""
+    """Stages of shared memory: of b, a, c and the decay gradient's partner, and what says that their copies have come."""
 
     b: gl.tensor
     b_rest: gl.tensor
@@ -80,12 +76,12 @@ class Buffers(NamedTuple):
 
 
 @gluon.jit
-def fetch(a, b, c, flow, smem, stage, rows, b_head, c_head, start, pred, C: gl.constexpr, WIDTH: gl.constexpr,
+def fetch(a, b, c, decay_grad, smem, stage, rows, b_head, c_head, start, pred, C: gl.constexpr, WIDTH: gl.constexpr,
           TILE: gl.constexpr, OUTPUT: gl.constexpr):  # fmt: skip
     """Start the copies of a block into its stage."""
     MAIN: gl.constexpr = main_part(WIDTH)
     bar = smem.ready.index(stage)
-    columns: gl.constexpr = WIDTH + TILE + (WIDTH if OUTPUT else 0) + (0 if flow is None else TILE)
+    columns: gl.constexpr = WIDTH + TILE + (WIDTH if OUTPUT else 0) + (0 if decay_grad is None else TILE)
     mbarrier.expect(bar, C * columns * 2, pred=pred)
     copy_in(b.main, [rows.batch, start, b_head, 0], bar, smem.b.index(stage), pred=pred)
     if WIDTH > MAIN:
@@ -95,8 +91,8 @@ def fetch(a, b, c, flow, smem, stage, rows, b_head, c_head, start, pred, C: gl.c
         if WIDTH > MAIN:
             copy_in(a.rest, [rows.batch, start, b_head, MAIN], bar, smem.a_rest.index(stage), pred=pred)
     copy_in(c, [rows.batch, start, c_head, rows.column], bar, smem.c.index(stage), pred=pred)
-    if flow is not None:
-        copy_in(flow.partner, [rows.batch, start, c_head, rows.column], bar, smem.partner.index(stage), pred=pred)
+    if decay_grad is not None:
+        copy_in(decay_grad.partner, [rows.batch, start, c_head, rows.column], bar, smem.partner.index(stage), pred=pred)
 
 
 @gluon.jit
@@ -124,6 +120,17 @@ def keep_documents(p, border, at, C: gl.constexpr, REVERSE: gl.constexpr):
         rows = p.slice(r, R)
         within = is_within((row + r)[:, None], of_column[None, :], REVERSE)
         rows.store(gl.where(within, rows.load(layout), 0.0).to(p.dtype))
+
+
+@gluon.jit
+def keep_passing(x, border, start, stop, C: gl.constexpr, BW: gl.constexpr, REVERSE: gl.constexpr):
+    """Zero the rows of a block whose documents do not go past it, in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BW, BW // 8], [gl.num_warps(), 1], [1, 0])
+    R: gl.constexpr = 256 // BW * gl.num_warps()
+    for r in gl.static_range(0, C, R):
+        rows = x.slice(r, R)
+        goes_past = is_past(border.slice(r, R).load(gl.SliceLayout(1, layout)), start, stop, REVERSE)
+        rows.store(gl.where(goes_past[:, None], rows.load(layout), 0.0).to(x.dtype))
 
 
 @gluon.jit
@@ -173,46 +180,44 @@ def left_operand(state, inverse, dtype: gl.constexpr, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(c, at, tokens, nearest, rate, across, weight_scale, C: gl.constexpr, LEFT: gl.constexpr,
-          REVERSE: gl.constexpr):  # fmt: skip
-    """The columns of a block of c, a left operand, by what is left of each row at the end of the block.
+def weights(at, tokens, nearest, rate, C: gl.constexpr, LEFT: gl.constexpr, REVERSE: gl.constexpr):
+    """What is left of each row of a block at its end, λ^(m−1−r), or with time reversed at its beginning, λ^(r+1).
 
-    λ^(m−1−r), or λ^(r+1) as λ^m over it: the same in every block, that would be kept in registers, 16 a thread, which
-    Triton 3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row of c is zero.
+    The second as λ^m over the first: the same in every block, it would be kept in registers, 16 a thread, which Triton
+    3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row is zero.
     """
     row = gl.arange(0, C, gl.SliceLayout(0, LEFT))
     to_end = rate * gl.maximum(tokens - 1 - row, 0).to(gl.float32)
-    weight = gl.exp2(across - to_end if REVERSE else to_end) * weight_scale
+    weight = gl.exp2(rate * tokens.to(gl.float32) - to_end if REVERSE else to_end)
     if nearest is not None:
         weight = gl.where(is_within(at + row, nearest, REVERSE), weight, 0.0)
+    return weight
+
+
+@gluon.jit
+def weigh(c, weight, LEFT: gl.constexpr):
+    """The columns of a block, a left operand, by a weight for each row."""
     return (c.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(c.dtype)
 
 
 @gluon.jit
-def store_part(base, part, TILE: gl.constexpr, WIDTH: gl.constexpr):
-    """Write the numbers of a state in the order in which threads have them, 16 bytes a thread at a time."""
-    by_thread = part.reshape([TILE // 16, 2, 8, WIDTH // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
-    each = by_thread.reshape([TILE * 4 // 2, WIDTH // 2])
-    layout: gl.constexpr = each.type.layout
-    row = gl.arange(0, TILE * 4 // 2, gl.SliceLayout(1, layout))
-    col = gl.arange(0, WIDTH // 2, gl.SliceLayout(0, layout))
-    where = base + row[:, None] * (WIDTH // 2) + col[None, :]
-    where = gl.max_contiguous(gl.multiple_of(where, [1, 16]), [1, 8])
-    gl.store(where, each.to(base.dtype.element_ty))
+def write_block(out, smem, o, rows, at, tokens, width, C: gl.constexpr, TILE: gl.constexpr, PACKED: gl.constexpr):
+    """Write a block of the output, transposed in registers, by way of shared memory."""
+    tma.store_wait(0)
+    barrier()
+    smem.reshape([C, TILE]).permute((1, 0)).store(o.to(smem.dtype))
+    fence_async_shared()
+    barrier()
+    if PACKED and tokens < C:
+        where = out.pointer + rows.batch * out.batch_stride + rows.head * width + rows.column
+        store_tail(where + at.to(gl.int64) * out.row_stride, smem.reshape([C, TILE]), out.row_stride, tokens,
+                   width - rows.column, C, TILE)  # fmt: skip
+    else:
+        copy_out(out.descriptor, [rows.batch, at, rows.head, rows.column], smem)
 
 
 @gluon.jit
-def keep_flow(flow, at, state, state_rest, factor, TILE: gl.constexpr, WIDTH: gl.constexpr):
-    """Write the state at the border of a group where the program for its gradient writes that."""
-    MAIN: gl.constexpr = main_part(WIDTH)
-    base = flow_state(flow, at)
-    store_part(base, state * factor, TILE, MAIN)
-    if WIDTH > MAIN:
-        store_part(base + TILE * MAIN, state_rest * factor, TILE, WIDTH - MAIN)
-
-
-@gluon.jit
-def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.constexpr, PACKED: gl.constexpr,
+def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES: gl.constexpr, PACKED: gl.constexpr,
           TRANSPOSED: gl.constexpr, REVERSE: gl.constexpr):  # fmt: skip
     """The loop, as ``roles.py`` calls it: from ``first_state`` to the state at ``end``.
 
@@ -228,6 +233,8 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
     MORE: gl.constexpr = min(2 * TILES.stages, (217 << 10) // (2 * TILES.C * (WIDTH + TILE)))
     STAGES: gl.constexpr = TILES.stages if OUTPUT else MORE
     WIDE: gl.constexpr = WIDTH > 128
+    DERIVED: gl.constexpr = decay_grad is not None and REVERSE
+    LATE: gl.constexpr = WIDE or DERIVED
     BORDERS: gl.constexpr = rows.borders is not None
     dtype: gl.constexpr = c.dtype
     HALF: gl.constexpr = c.dtype == gl.float16
@@ -257,7 +264,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         p_smem = gl.allocate_shared_memory(dtype, [C, C], gl.NVMMASharedLayout.get_default_for([C, C], dtype))
         o_smem = gl.allocate_shared_memory(dtype, [1, C, 1, TILE], out.descriptor.layout)
     partner_smem = b_smem
-    if flow is not None:
+    if decay_grad is not None:
         partner_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, TILE], c.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -277,7 +284,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         first = rows.start + (blocks - 1) * C
         step = -C
     for s in gl.static_range(STAGES - 1):
-        fetch(a, b, c, flow, smem, s, rows, b_head, c_head, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
+        fetch(a, b, c, decay_grad, smem, s, rows, b_head, c_head, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, MAIN, gl.SliceLayout(0, state_layout))
@@ -302,11 +309,18 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         out_row = gl.arange(0, C, gl.SliceLayout(0, out_layout))
         nothing = gl.zeros([TILE, C], gl.float32, out_layout)
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
-    if flow is not None:
+    if decay_grad is not None:
         crossing = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, out_layout))
-        no_lag = gl.zeros([C, C], gl.float32, scores_layout).reshape([C, WARPS // 4, C * 4 // WARPS])
-        lagging = gl.sum(no_lag, 2)
-        is_far = reaches_past(rate, C, False)
+        if REVERSE:
+            no_part = gl.zeros([TILE, MAIN], gl.float32, state_layout)
+            derivative = no_part
+            met = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, state_layout))
+            if REST > 0:
+                no_rest = gl.zeros([TILE, REST], gl.float32, rest_layout)
+                derivative_rest = no_rest
+        else:
+            no_lag = gl.zeros([C, C], gl.float32, scores_layout).reshape([C, WARPS // 4, C * 4 // WARPS])
+            lagging = gl.sum(no_lag, 2)
 
     if BORDERS:
         border_smem.index(0).store(gl.load(rows.borders + gl.minimum(first + line, stop - 1)))
@@ -329,10 +343,6 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
             following = gl.minimum(gl.maximum(at + step, rows.start), stop - 1)  # loaded a block ahead
             borders_ahead = gl.load(rows.borders + gl.minimum(following + line, stop - 1))
             nearest_ahead = nearest_border(rows.borders, following, gl.minimum(following + C, stop), REVERSE)
-        if flow is not None:
-            if not REVERSE:
-                if starts_group(rows, at) & is_far:
-                    keep_flow(flow, at, state, state_rest, 1.0, TILE, WIDTH)
         mbarrier.wait(ready.index(stage), phase)
         if PACKED:
             if tokens < C:
@@ -340,6 +350,11 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 if REST > 0:
                     clear_tail(b_rest, tokens, C, REST)
                 clear_tail(c_block, tokens, C, TILE)
+                if decay_grad is not None:
+                    clear_tail(a_smem.index(stage).reshape([C, MAIN]), tokens, C, MAIN)
+                    if REST > 0:
+                        clear_tail(a_rest_smem.index(stage).reshape([C, REST]), tokens, C, REST)
+                    clear_tail(partner_smem.index(stage).reshape([C, TILE]), tokens, C, TILE)
                 fence_async_shared()
                 barrier()
         if OUTPUT:
@@ -348,7 +363,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
             if REST > 0:
                 a_rest = a_rest_smem.index(stage).reshape([C, REST]).permute((1, 0))
                 scores = warpgroup_mma(b_rest, a_rest, scores, is_async=True)
-            if flow is not None:
+            if decay_grad is not None:
                 partner = partner_smem.index(stage).reshape([C, TILE]).permute((1, 0))
                 if not REVERSE:
                     within = warpgroup_mma(c_block, partner, no_scores, use_acc=False, is_async=True)
@@ -356,7 +371,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         # The stage before this one is free: what read it last was the product that made ``state``.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, flow, smem, last, rows, b_head, c_head, first + ahead * step, ahead < blocks, C, WIDTH, TILE,
+        fetch(a, b, c, decay_grad, smem, last, rows, b_head, c_head, first + ahead * step, ahead < blocks, C, WIDTH, TILE,
               OUTPUT)  # fmt: skip
         if OUTPUT:
             if HALF:  # rows of the state, each times a power of two that makes it fit
@@ -373,27 +388,31 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 left = left_operand(state_rest, inverse, dtype, left_out)
                 o = warpgroup_mma(left, a_rest, o, is_async=True)
 
-        across = rate * tokens.to(gl.float32)
-        if not WIDE:
-            weighted = weigh(c_block, at, tokens, nearest, rate, across, weight_scale, C, left_state, REVERSE)
+        if not LATE:
+            weighted = weigh(c_block, weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale, left_state)
 
         if OUTPUT:
             scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
+            if DERIVED:
+                of_row = rate * gl.maximum(tokens - 1 - score_row, 0).to(gl.float32)
+                of_column = rate * gl.maximum(tokens - 1 - gl.arange(0, C, gl.SliceLayout(1, scores_layout)), 0).to(gl.float32)
+                mask = gl.where(gap >= 0, gl.exp2(of_row[None, :] - of_column[:, None]) * scale, 0.0)
             p = scores * mask
-            if flow is not None and not REVERSE:
+            if decay_grad is not None and not REVERSE:
                 within = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[within])
                 lag = p * within * gap.to(gl.float32)
                 if BORDERS:
                     of_row = border_smem.index(n % 2).load(gl.SliceLayout(0, scores_layout))
                     lag = gl.where(is_within(at + j, of_row[None, :], REVERSE), lag, 0.0)
-                if PACKED:
-                    lag = gl.where((score_row < tokens)[None, :], lag, 0.0)
                 lagging += gl.sum(lag.reshape([C, WARPS // 4, C * 4 // WARPS]), 2)
             p_smem.store(p.to(dtype))
             if BORDERS:
                 if not is_kept:  # the block has rows of several documents, or of one that begins or ends with it
                     barrier()
                     keep_documents(p_smem, border_smem.index(n % 2), at, C, REVERSE)
+                    if DERIVED:
+                        keep_passing(partner_smem.index(stage).reshape([C, TILE]), border_smem.index(n % 2), at,
+                                     at + tokens, C, TILE, REVERSE)  # fmt: skip
             fence_async_shared()
             barrier()
             o = warpgroup_mma_wait(0, deps=[o])
@@ -407,54 +426,60 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
             if REVERSE:
                 o = o * gl.exp2(to_end + unit)[None, :]
             else:
-                o = o * (gl.exp2(across - to_end) * scale)[None, :]
+                o = o * (gl.exp2(rate * tokens.to(gl.float32) - to_end) * scale)[None, :]
             if BORDERS:
                 if not is_kept:
                     border = border_smem.index(n % 2).load(gl.SliceLayout(0, out_layout))
                     o = gl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
-            if flow is not None:  # what is sent on past the edge of the block, or got from there
+            if decay_grad is not None:  # what is sent on past the edge of the block, or got from there
                 sent_on = o * gl.convert_layout(partner.load(left_out), out_layout).to(gl.float32)
-                if PACKED:
-                    sent_on = gl.where((out_row < tokens)[None, :], sent_on, 0.0)
-                lag = rows_crossed(rows, at, tokens, out_row, rate, C, REVERSE, False).to(gl.float32)
-                crossing += gl.sum(sent_on * lag[None, :], 1)
+                lag = gl.maximum(tokens - 1 - out_row, 0) if REVERSE else out_row + 1
+                crossing += gl.sum(sent_on * lag.to(gl.float32)[None, :], 1)
             o = warpgroup_mma(c_block.permute((1, 0)), p_smem, o, is_async=True)
-        if WIDE:
-            weighted = weigh(c_block, at, tokens, nearest, rate, across, weight_scale, C, left_state, REVERSE)
+        # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
+        lost = lost_in_whole
+        if tokens < C:
+            lost = what_is_lost(rate, tokens)
+        if DERIVED:
+            o = warpgroup_mma_wait(0, deps=[o])
+            write_block(out, o_smem, o, rows, at, tokens, c_width, C, TILE, PACKED)
+            leaving = weights(at, tokens, None, rate, C, left_state, False)
+            left = weigh(partner_smem.index(stage).reshape([C, TILE]), leaving, left_state)
+            part = warpgroup_mma(left, a_smem.index(stage).reshape([C, MAIN]), no_part, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=[part])
+            met += gl.sum(derivative * part, 1)
+            derivative = derivative + state * tokens.to(gl.float32)
+            derivative = derivative + derivative * lost
+            if REST > 0:
+                left = gl.convert_layout(left, left_rest)
+                part_rest = warpgroup_mma(left, a_rest_smem.index(stage).reshape([C, REST]), no_rest, use_acc=False,
+                                          is_async=True)  # fmt: skip
+                part_rest = warpgroup_mma_wait(0, deps=[part_rest])
+                met += gl.convert_layout(gl.sum(derivative_rest * part_rest, 1), gl.SliceLayout(1, state_layout))
+                derivative_rest = derivative_rest + state_rest * tokens.to(gl.float32)
+                derivative_rest = derivative_rest + derivative_rest * lost
+        if LATE:
+            weighted = weigh(c_block, weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale, left_state)
         if BORDERS:
             if not is_kept:
                 state = gl.zeros([TILE, MAIN], gl.float32, state_layout)
                 if REST > 0:
                     state_rest = gl.zeros([TILE, REST], gl.float32, rest_layout)
-        # One product and sum a number; that it rounds a decay near 0 does not matter in 16 bits.
-        lost = lost_in_whole
-        if tokens < C:
-            lost = what_is_lost(rate, tokens)
+                if DERIVED:
+                    derivative = gl.zeros([TILE, MAIN], gl.float32, state_layout)
+                    if REST > 0:
+                        derivative_rest = gl.zeros([TILE, REST], gl.float32, rest_layout)
         state = warpgroup_mma(weighted, b_block, state + state * lost, is_async=True)
         if REST > 0:
             left = gl.convert_layout(weighted, left_rest)
             state_rest = warpgroup_mma(left, b_rest, state_rest + state_rest * lost, is_async=True)
-        if OUTPUT:
+        if OUTPUT and not DERIVED:
             o = warpgroup_mma_wait(2 if REST > 0 else 1, deps=[o])
-            tma.store_wait(0)
-            barrier()
-            o_smem.reshape([C, TILE]).permute((1, 0)).store(o.to(dtype))
-            fence_async_shared()
-            barrier()
-            if PACKED and tokens < C:
-                where = out.pointer + rows.batch * out.batch_stride + rows.head * c_width + rows.column
-                store_tail(where + at.to(gl.int64) * out.row_stride, o_smem.reshape([C, TILE]), out.row_stride, tokens,
-                           c_width - rows.column, C, TILE)  # fmt: skip
-            else:
-                copy_out(out.descriptor, [rows.batch, at, rows.head, rows.column], o_smem)
+            write_block(out, o_smem, o, rows, at, tokens, c_width, C, TILE, PACKED)
         if REST > 0:
             state, state_rest = warpgroup_mma_wait(0, deps=[state, state_rest])
         else:
             state = warpgroup_mma_wait(0, deps=[state])
-        if flow is not None:
-            if REVERSE:
-                if starts_group(rows, at) & is_far:
-                    keep_flow(flow, at, state, state_rest, gl.exp2(unit), TILE, WIDTH)
         if BORDERS:
             border_smem.index((n + 1) % 2).store(borders_ahead)
             nearest = nearest_ahead
@@ -468,11 +493,20 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
     barrier()
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(s))  # another segment's may be made in the same place
-    if flow is not None:
+    if decay_grad is not None:
         total = gl.sum(crossing, 0)
-        if not REVERSE:
+        if REVERSE:
+            if decay_grad.is_entered:
+                where, exists = state_pointers(decay_grad.entered, b_col, col, shape, TRANSPOSED)
+                met += gl.sum(derivative * gl.load(where, mask=exists, other=0.0), 1)
+                if REST > 0:
+                    where, exists = state_pointers(decay_grad.entered, b_rest_col, rest_col, shape, TRANSPOSED)
+                    of_rest = gl.sum(derivative_rest * gl.load(where, mask=exists, other=0.0), 1)
+                    met += gl.convert_layout(of_rest, gl.SliceLayout(1, state_layout))
+            total += gl.sum(met, 0) * gl.exp2(unit)
+        else:
             total += gl.sum(gl.sum(lagging, 1), 0)
-        gl.store(flow.sum, total)
+        gl.store(decay_grad.sum, total)
     if end.final is not None:
         if end.is_stored:
             store_state(end.final + end.final_offset, state, state_rest, gl.exp2(unit), rows.column, shape, WIDTH, TILE,
@@ -495,7 +529,7 @@ def forward_kernel(q, q_rest, k, k_rest, v, out, out_pointer, out_batch_stride: 
 def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_tile, dout_tile, dq, dq_pointer,
                     dq_batch_stride: "i64", dq_row_stride, dk, dk_pointer, dk_batch_stride: "i64", dk_row_stride, dv,
                     dv_pointer, dv_batch_stride: "i64", dv_row_stride, log_decay, initial, dfinal, dinitial,
-                    states_before, grads_after, flow_states, flow_grads, flow_sums, segment_table,
+                    states_before, grads_after, decay_sums, segment_table,
                     segments_per_sequence, segment_rows, begins, ends, T, H, D, E, scale,
                     TILES: gl.constexpr):  # fmt: skip
     whole = Operands(Input(q, q_rest), Input(k, k_rest), Input(v, v_rest), Input(dout, dout_rest))
@@ -503,7 +537,7 @@ def backward_kernel(q, q_rest, k, k_rest, v, v_rest, dout, dout_rest, q_tile, k_
                    Output(dq, dq_pointer, dq_batch_stride, dq_row_stride),
                    Output(dk, dk_pointer, dk_batch_stride, dk_row_stride),
                    Output(dv, dv_pointer, dv_batch_stride, dv_row_stride), log_decay, initial, dfinal, dinitial,
-                   states_before, grads_after, flow_states, flow_grads, flow_sums,
+                   states_before, grads_after, decay_sums,
                    Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends), Shape(T, H, D, E),
                    scale, TILES)  # fmt: skip
 

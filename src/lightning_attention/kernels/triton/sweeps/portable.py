@@ -27,13 +27,9 @@ from lightning_attention.kernels.triton.work import (
     Pool,
     Segmentation,
     Shape,
-    flow_state,
     is_past,
     is_within,
     nearest_border,
-    reaches_past,
-    rows_crossed,
-    starts_group,
 )
 
 
@@ -71,7 +67,7 @@ def rows_of(x, batch, head):
 
 
 @triton.jit
-def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.constexpr, PACKED: tl.constexpr,  # noqa: ARG001
+def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES: tl.constexpr, PACKED: tl.constexpr,  # noqa: ARG001
           TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
     """The loop, as ``roles.py`` calls it: from ``first_state`` to the state at ``end``.
 
@@ -97,12 +93,12 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
     if HALF and REVERSE:
         state *= tl.exp2(-unit)
     elapsed = 0
-    if flow is not None:
-        partner_rows = rows_of(flow.partner, rows.batch, c_head)
+    if decay_grad is not None:
+        partner_rows = rows_of(decay_grad.partner, rows.batch, c_head)
         total = tl.zeros([C], tl.float32)
-        numbers = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        EXACT: tl.constexpr = PRECISION != "tf32"
-        is_far = reaches_past(rate, C, EXACT)
+        if REVERSE:
+            derivative = tl.zeros([TILE, WIDTH], tl.float32)
+            met = tl.zeros([TILE], tl.float32)
     row = tl.arange(0, C)
     gap = row[None, :] - row[:, None]
     if REVERSE:
@@ -126,6 +122,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             a_rows = rows_of(a, rows.batch, b_head)
             at_ = tl.trans(load_rows(a_rows, at, stop, 0, b_width, C, WIDTH, EVEN_B, a.row_stride))
             scores = tl.dot(bt, at_, input_precision=PRECISION) * mask
+            leaving = tl.exp2(rate * to_end)
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 power, inverse = power_below(tl.max(tl.abs(state), 1))
                 o = tl.dot((state * inverse[:, None]).to(bt.dtype), at_) * power[:, None]
@@ -140,18 +137,22 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
                 if not is_kept:
                     border = tl.load(rows.borders + at + tl.minimum(row, tokens - 1))
                     scores = tl.where(is_within((at + row)[:, None], border[None, :], REVERSE), scores, 0.0)
-                    o = tl.where(is_past(border, at, at + tokens, REVERSE)[None, :], o, 0.0)
-            if flow is not None:
+                    goes_past = is_past(border, at, at + tokens, REVERSE)
+                    o = tl.where(goes_past[None, :], o, 0.0)
+                    leaving = tl.where(goes_past, leaving, 0.0)
+            if decay_grad is not None:
                 partner = tl.trans(load_rows(partner_rows, at, stop, column, c_width, C, TILE, EVEN_C,
-                                             flow.partner.row_stride))  # fmt: skip
+                                             decay_grad.partner.row_stride))  # fmt: skip
                 sent_on = tl.sum(o * partner.to(tl.float32), 0)  # or got from there: past the edge of the block
-                total += sent_on * rows_crossed(rows, at, tokens, row, rate, C, REVERSE, EXACT)
-                if not REVERSE:
+                if REVERSE:
+                    total += sent_on * to_end
+                    left = (partner.to(tl.float32) * leaving[None, :]).to(partner.dtype)
+                    part = tl.dot(left, tl.trans(at_), input_precision=PRECISION)
+                    met += tl.sum(derivative * part, 1) * tl.exp2(rate * elapsed + unit)
+                else:
+                    total += sent_on * from_start
                     within = tl.dot(tl.trans(ct), partner, input_precision=PRECISION)
                     total += tl.sum(scores * within * gap, 0)
-                    if starts_group(rows, at) & is_far:
-                        kept = state * tl.exp2(rate * elapsed)
-                        tl.store(flow_state(flow, at) + numbers, kept.to(flow.states.dtype.element_ty))
             o = tl.dot(ct, scores.to(ct.dtype), o, input_precision=PRECISION)
             out_rows = out.pointer + rows.batch * out.batch_stride + rows.head * c_width
             where = out_rows + (at + row).to(tl.int64)[:, None] * (shape.H * c_width) + col[None, :]
@@ -166,8 +167,15 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
         weight = to_end
         if REVERSE:
             weight = from_start
+        if decay_grad is not None:
+            if REVERSE:
+                derivative += state * tokens
+                derivative = derivative * whole + derivative * rest
         if rows.borders is not None:
             state = tl.where(is_kept, state, 0.0)
+            if decay_grad is not None:
+                if REVERSE:
+                    derivative = tl.where(is_kept, derivative, 0.0)
         weighted = ct.to(tl.float32)
         weights = tl.exp2(rate * (weight - elapsed)) * weight_scale
         if rows.borders is not None:
@@ -177,13 +185,15 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: tl.co
             state = state * whole + (state * rest + tl.dot(weighted, bt, input_precision=PRECISION))
         else:
             state = tl.dot(weighted, bt, state * whole + state * rest, input_precision=PRECISION)
-        if flow is not None:
-            if REVERSE:
-                if starts_group(rows, at) & is_far:
-                    kept = state * tl.exp2(rate * elapsed + unit)
-                    tl.store(flow_state(flow, at) + numbers, kept.to(flow.states.dtype.element_ty))
-    if flow is not None:
-        tl.store(flow.sum, tl.sum(total, 0))
+    if decay_grad is not None:
+        found = tl.sum(total, 0)
+        if REVERSE:
+            if decay_grad.is_entered:
+                where, exists = state_pointers(decay_grad.entered, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+                entered = tl.load(where, mask=exists, other=0.0)
+                met += tl.sum(derivative * entered, 1) * tl.exp2(rate * elapsed + unit)
+            found += tl.sum(met, 0)
+        tl.store(decay_grad.sum, found)
     if end.final is not None:
         if end.is_stored:
             left, exists = state_pointers(end.final + end.final_offset, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
@@ -212,17 +222,15 @@ def backward_kernel(q, q_batch_stride: "i64", q_row_stride, q_head_stride: "i64"
                     k_row_stride, k_head_stride: "i64", v, v_batch_stride: "i64", v_row_stride, v_head_stride: "i64",
                     dout, dout_batch_stride: "i64", dout_row_stride, dout_head_stride: "i64", dq,
                     dq_batch_stride: "i64", dk, dk_batch_stride: "i64", dv, dv_batch_stride: "i64", log_decay, initial,
-                    dfinal, dinitial, states_before, grads_after, flow_states, flow_grads, flow_sums, segment_table,
-                    segments_per_sequence, segment_rows, begins, ends, T, H, D, E, scale,
-                    TILES: tl.constexpr):  # fmt: skip
+                    dfinal, dinitial, states_before, grads_after, decay_sums, segment_table, segments_per_sequence,
+                    segment_rows, begins, ends, T, H, D, E, scale, TILES: tl.constexpr):  # fmt: skip
     operands = Operands(Input(q, q_batch_stride, q_row_stride, q_head_stride),
                         Input(k, k_batch_stride, k_row_stride, k_head_stride),
                         Input(v, v_batch_stride, v_row_stride, v_head_stride),
                         Input(dout, dout_batch_stride, dout_row_stride, dout_head_stride))  # fmt: skip
     roles.backward(sweep, operands, operands, Output(dq, dq_batch_stride), Output(dk, dk_batch_stride),
                    Output(dv, dv_batch_stride), log_decay, initial, dfinal, dinitial, states_before, grads_after,
-                   flow_states, flow_grads, flow_sums,
-                   Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends),
+                   decay_sums, Segmentation(segment_table, segments_per_sequence, segment_rows, begins, ends),
                    Shape(T, H, D, E), scale, TILES)  # fmt: skip
 
 
