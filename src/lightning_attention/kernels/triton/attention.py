@@ -99,10 +99,14 @@ def attention_backward(
     ]  # fmt: skip
     dq, dk, dv, dlog_decay, dinitial = zip(*parts, strict=True)
     return (
-        torch.stack(dq).sum(0), torch.stack(dk).sum(0), torch.cat(dv, -1),
-        None if dlog_decay[0] is None else torch.stack(dlog_decay).sum(0),
+        _sum(dq), _sum(dk), torch.cat(dv, -1), None if dlog_decay[0] is None else _sum(dlog_decay),
         None if dinitial[0] is None else torch.cat(dinitial, -1),
     )  # fmt: skip
+
+
+def _sum(parts: tuple[Tensor, ...]) -> Tensor:
+    """Rounded once, as adding two is; without a copy of both."""
+    return parts[0] + parts[1] if len(parts) == 2 else torch.stack(parts).sum(0)
 
 
 def _backward(

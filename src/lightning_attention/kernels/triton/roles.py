@@ -207,7 +207,7 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
     d_tiles = tl.cdiv(shape.D, TILES.TD)
     roles = e_tiles + d_tiles + d_tiles
     pid = tl.program_id(0)
-    role = pid % roles
+    role = roles - 1 - pid % roles  # dk first, which takes longest where log_decay gets a gradient
     head = pid // roles % shape.H
     segment = find_segment(plan, pid // roles // shape.H, shape.T)
     if segment.sequence < 0:

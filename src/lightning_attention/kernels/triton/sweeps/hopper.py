@@ -64,7 +64,7 @@ class Input(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Stages of shared memory: of b, a, c and the decay gradient's partner, and what says that their copies have come."""
+    """Stages of shared memory, of b, a, c and the decay gradient's partner, and what says that copies have come."""
 
     b: gl.tensor
     b_rest: gl.tensor
@@ -176,6 +176,10 @@ def left_operand(state, inverse, dtype: gl.constexpr, LEFT: gl.constexpr):
     layout: gl.constexpr = state.type.layout
     if inverse is not None:
         state = state * gl.convert_layout(inverse, gl.SliceLayout(1, layout))[:, None]
+    if gl.num_warps() == 8 and dtype == gl.bfloat16:
+        # What reads a product's registers while another is under way waits for that one. The compiler may move .to() to
+        # where it does; not this. With four warps the second program fills the gap.
+        state = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [state], gl.bfloat16, False, 2)
     return gl.convert_layout(state.to(dtype), LEFT)
 
 
@@ -302,7 +306,8 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         if REST > 0:
             state_rest *= gl.exp2(-unit)
     if OUTPUT:
-        j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
+        score_line = gl.arange(0, C, gl.SliceLayout(1, scores_layout))
+        j = score_line[:, None]
         score_row = gl.arange(0, C, gl.SliceLayout(0, scores_layout))
         gap = (j - score_row[None, :]) if REVERSE else (score_row[None, :] - j)
         mask = gl.where(gap >= 0, gl.exp2(rate * gl.maximum(gap, 0).to(gl.float32)) * scale, 0.0)
@@ -343,6 +348,18 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
             following = gl.minimum(gl.maximum(at + step, rows.start), stop - 1)  # loaded a block ahead
             borders_ahead = gl.load(rows.borders + gl.minimum(following + line, stop - 1))
             nearest_ahead = nearest_border(rows.borders, following, gl.minimum(following + C, stop), REVERSE)
+        if OUTPUT:
+            if HALF:  # rows of the state, each times a power of two that makes it fit
+                largest = gl.max(gl.abs(state), 1)
+                if REST > 0:
+                    of_rest = gl.max(gl.abs(state_rest), 1)
+                    largest = gl.maximum(largest, gl.convert_layout(of_rest, gl.SliceLayout(1, state_layout)))
+                power, inverse = power_below(largest)
+            else:
+                inverse = None
+            left = left_operand(state, inverse, dtype, left_out)
+            if REST > 0 and not WIDE:
+                left_of_rest = left_operand(state_rest, inverse, dtype, left_out)
         mbarrier.wait(ready.index(stage), phase)
         if PACKED:
             if tokens < C:
@@ -369,34 +386,26 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
                     within = warpgroup_mma(c_block, partner, no_scores, use_acc=False, is_async=True)
 
         # The stage before this one is free: what read it last was the product that made ``state``.
+        # Further up, before the products, it costs a tenth: what barriers each copy has would not be hidden by them.
         ahead = n + STAGES - 1
         last = stage - 1 + (stage == 0).to(gl.int32) * STAGES
-        fetch(a, b, c, decay_grad, smem, last, rows, b_head, c_head, first + ahead * step, ahead < blocks, C, WIDTH, TILE,
-              OUTPUT)  # fmt: skip
+        fetch(a, b, c, decay_grad, smem, last, rows, b_head, c_head, first + ahead * step, ahead < blocks, C, WIDTH,
+              TILE, OUTPUT)  # fmt: skip
         if OUTPUT:
-            if HALF:  # rows of the state, each times a power of two that makes it fit
-                largest = gl.max(gl.abs(state), 1)
-                if REST > 0:
-                    of_rest = gl.max(gl.abs(state_rest), 1)
-                    largest = gl.maximum(largest, gl.convert_layout(of_rest, gl.SliceLayout(1, state_layout)))
-                power, inverse = power_below(largest)
-            else:
-                inverse = None
-            left = left_operand(state, inverse, dtype, left_out)
             o = warpgroup_mma(left, a_block, nothing, use_acc=False, is_async=True)
             if REST > 0 and not WIDE:
-                left = left_operand(state_rest, inverse, dtype, left_out)
-                o = warpgroup_mma(left, a_rest, o, is_async=True)
+                o = warpgroup_mma(left_of_rest, a_rest, o, is_async=True)
 
         if not LATE:
-            weighted = weigh(c_block, weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale, left_state)
+            weight = weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale
+            weighted = weigh(c_block, weight, left_state)
 
         if OUTPUT:
             scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
-            if DERIVED:
-                of_row = rate * gl.maximum(tokens - 1 - score_row, 0).to(gl.float32)
-                of_column = rate * gl.maximum(tokens - 1 - gl.arange(0, C, gl.SliceLayout(1, scores_layout)), 0).to(gl.float32)
-                mask = gl.where(gap >= 0, gl.exp2(of_row[None, :] - of_column[:, None]) * scale, 0.0)
+            if DERIVED:  # computed anew, in terms that change: two states leave it no registers
+                of_column = rate * gl.maximum(tokens - 1 - score_row, 0).to(gl.float32)
+                of_row = rate * gl.maximum(tokens - 1 - score_line, 0).to(gl.float32)
+                mask = gl.where(gap >= 0, gl.exp2(of_column[None, :] - of_row[:, None]) * scale, 0.0)
             p = scores * mask
             if decay_grad is not None and not REVERSE:
                 within = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[within])
@@ -459,7 +468,8 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
                 derivative_rest = derivative_rest + state_rest * tokens.to(gl.float32)
                 derivative_rest = derivative_rest + derivative_rest * lost
         if LATE:
-            weighted = weigh(c_block, weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale, left_state)
+            weight = weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale
+            weighted = weigh(c_block, weight, left_state)
         if BORDERS:
             if not is_kept:
                 state = gl.zeros([TILE, MAIN], gl.float32, state_layout)
