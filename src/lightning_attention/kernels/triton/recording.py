@@ -2,7 +2,7 @@
 
 Nothing on the host depends on the numbers in a tensor. Two calls whose tensors are alike (shape, strides, dtype,
 alignment) and whose other arguments are equal therefore allocate the same and launch the same kernels with the same
-arguments but for the addresses. docs/performance.md has what that saves.
+arguments but for the addresses. docs/performance.md has what that saves. A collective among them is ``dispatch.apart``.
 """
 
 from collections.abc import Callable, Sequence

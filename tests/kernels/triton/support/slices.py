@@ -17,7 +17,7 @@ class _NotYet(Exception):
     """Another rank has yet to send its message."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Mates:
     """A rank whose message is kept, and that is all until every rank's is. ``events``: what it is asked for."""
 
@@ -43,7 +43,7 @@ def places(problem: Problem, cut: Cut) -> list[Tensor]:
     """Which tokens of the problem each rank has, in its order."""
     if problem.cu_seqlens is None:
         return list(torch.arange(problem.q.shape[1]).split(list(cut)))
-    starts = problem.cu_seqlens[:-1] + torch.tensor(cut).cumsum(0) - torch.tensor(cut)
+    starts = problem.cu_seqlens[:-1].cpu() + torch.tensor(cut).cumsum(0) - torch.tensor(cut)
     return [
         torch.cat([torch.arange(s, s + n) for s, n in zip(own.tolist(), lengths, strict=True)])
         for own, lengths in zip(starts, cut, strict=True)
@@ -61,13 +61,12 @@ def solve_in_slices(
     ranks, tokens = len(cut), places(whole, cut)
     parts = []
     for r, own in enumerate(tokens):
-        padding = torch.full((1, 3), torch.nan)  # nobody may read it
         arrays = {name: getattr(whole, name)[:, own] for name in ("q", "k", "v", "dout")}
         cu_seqlens = None
         if whole.cu_seqlens is not None:
-            cu_seqlens = cumulative(cut[r]).to(whole.cu_seqlens.dtype)
-            tail = {n: padding.to(x.dtype)[..., None, None].expand(1, 3, *x.shape[2:]) for n, x in arrays.items()}
-            arrays = {name: torch.cat([x, tail[name]], 1) for name, x in arrays.items()}
+            cu_seqlens = cumulative(cut[r]).to(whole.cu_seqlens)
+            tail = {name: x.new_full((1, 3, *x.shape[2:]), torch.nan) for name, x in arrays.items()}
+            arrays = {name: torch.cat([x, tail[name]], 1) for name, x in arrays.items()}  # nobody may read the tail
         parts.append(replace(whole, **arrays, cu_seqlens=cu_seqlens))
     results: list[Any] = [()] * ranks
     seen: list[str] = []
