@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.errors import within
+from lightning_attention import decay
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ours
@@ -21,6 +22,12 @@ from lightning_attention.bench.timing import Timing, wall_ms
 from lightning_attention.check import relative_error
 
 SUITE = "sequence parallelism"
+#: With slow ones every token matters to the states, and they cost a pass over k and v.
+DECAYS: dict[str, Callable[[int], torch.Tensor | None]] = {
+    "ALiBi": decay.alibi,
+    "slow": lambda H: 1e-5 * decay.alibi(H),
+    "none": lambda H: None,  # noqa: ARG005
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ SCALES = {
 
 
 def measure(run: Run) -> None:
-    """Every number of tokens, forward and forward+backward, alone and in the group of all ranks.
+    """Every number of tokens and kind of decays, forward and forward+backward, alone and in the group of all ranks.
 
     A time is the slowest rank's, by the clock, from a barrier on. At the smallest number of tokens outputs and
     gradients are compared with those of the whole sequence on one device.
@@ -55,14 +62,16 @@ def measure(run: Run) -> None:
         dist.init_process_group("gloo")
     try:
         for T in run.scale.tokens:
-            _measure(run, T)
+            for name in DECAYS:
+                _measure(run, T, name)
     finally:
         dist.destroy_process_group()
 
 
-def _measure(run: Run, T: int) -> None:
+def _measure(run: Run, T: int, decays: str) -> None:
     scale, device, ranks, rank = run.scale, run.device, dist.get_world_size(), dist.get_rank()
-    whole = Problem(Shape(1, ranks * T, scale.H, scale.D), scale.dtype, device)  # the same on every rank
+    shape = Shape(1, ranks * T, scale.H, scale.D)
+    whole = Problem(shape, scale.dtype, device, log_decay=DECAYS[decays])  # the same on every rank
     own = slice(rank * T, (rank + 1) * T)
     part, alone, together = whole.changed(lambda x: x[:, own].clone()), ours(), ours(group=dist.group.WORLD)
     judged: dict[str, Any] = {}
@@ -72,7 +81,7 @@ def _measure(run: Run, T: int) -> None:
     del whole
     for pass_ in (FORWARD, BOTH):
         for peer in (alone, together):
-            record = part.sizes | {"T": T, "ranks": 1 if peer is alone else ranks, "pass": pass_}
+            record = part.sizes | {"T": T, "decay": decays, "ranks": 1 if peer is alone else ranks, "pass": pass_}
             record |= asdict(Timing.of(_samples(part.call(peer, pass_), scale.repeats, device)))
             run.add(SUITE, peer, **record, **(judged if peer is together and pass_ == BOTH else {}))
 
@@ -94,16 +103,18 @@ def _largest(value: float, device: torch.device) -> float:
 
 
 def show(report: Report) -> Iterator[Shown]:
-    """A row for each number of tokens, alone and in the group."""
-    records = report.find(SUITE)
+    """A row for each number of tokens and kind of decays, alone and in the group."""
+    records = [{"decay": "ALiBi"} | r for r in report.find(SUITE)]  # older ones have no other
 
     def cells(r: Record) -> dict[str, str]:
         return {f"{r['pass']}\n{r['ranks']} rank{'s' * (r['ranks'] > 1)}": f"{r['ms']:.3g}"}
 
-    yield from pivot("Sequence parallelism (ms of the slowest rank)", {"T a rank": "T"}, records, cells, words=0)
-    for r in records:
-        if "relative_error" in r:
-            yield f"outputs and gradients against the whole sequence on one device: {r['relative_error']:.1e}"
+    yield from pivot(
+        "Sequence parallelism (ms of the slowest rank)", {"T a rank": "T", "decays": "decay"}, records, cells, words=1
+    )
+    errors = [r["relative_error"] for r in records if "relative_error" in r]
+    if errors:
+        yield f"outputs and gradients against the whole sequence on one device: {max(errors):.1e}"
 
 
 CASE = Case(measure, show, SCALES, ranks=True)

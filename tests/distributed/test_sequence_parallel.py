@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_attention import lightning_attention
-from lightning_attention.distributed import sequence_parallel
+from lightning_attention import decay, lightning_attention
+from lightning_attention.distributed.sequence_parallel import Ranks
+from lightning_attention.ops.sequence_parallel import sequence_parallel, sequence_parallel_backward
 
 DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 RANKS = 4  # the example's too
@@ -172,20 +173,26 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
         )  # fmt: skip
 
     call = torch.compile(attend, fullgraph=True, backend="aot_eager") if case.compiled else attend
-    real, sent = sequence_parallel._all_gather, []
+    real, sent = Ranks.gather, []
 
-    def gather(x, group):
-        sent.append(x.numel())
-        return [x] * dist.get_world_size(group) if case.break_with == "no exchange" else real(x, group)
+    def gather(ranks, message, gathered, **options):
+        sent.append(message.numel())
+        wait = real(ranks, message, gathered, **options)
 
-    def powers(log_decay, lengths, H, real=sequence_parallel._powers):
-        if case.break_with == "no decay over the lengths":
-            log_decay = None
-        if case.break_with == "equal lengths":
-            lengths = lengths[rank].expand_as(lengths)
-        return real(log_decay, lengths, H)
+        def broken():
+            wait()
+            every = gathered.view(ranks.size, *message.shape)
+            if case.break_with == "no exchange":
+                every[:] = message
+            if message.dim() == 1:  # states and lengths, forward
+                if case.break_with == "no decay over the lengths":
+                    every[:, -N:] = 0
+                if case.break_with == "equal lengths":
+                    every[:, -N:] = message[-N:]
 
-    watched = mock.patch.multiple(sequence_parallel, _all_gather=gather, _powers=powers)
+        return broken
+
+    watched = mock.patch.object(Ranks, "gather", gather)
     autocast = torch.autocast("cpu", dtype, enabled=case.autocast)
     with autocast, nullcontext() if case.compiled else watched:  # the mocks are not for the compiler to trace
         out, final = call(own["q"], own["k"], own["v"], own.get("log_decay"), own.get("initial_state"))
@@ -276,6 +283,27 @@ def test_slices_of_a_sequence_agree_with_the_whole(tmp_path):
 @pytest.mark.slow
 def test_compiled_without_a_graph_break(tmp_path):
     assert not failures(run(COMPILED, tmp_path))
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_opcheck(group):
+    torch.manual_seed(0)
+    (q, k, v, dout), dfinal = torch.randn(4, 1, 9, 2, 4), torch.randn(2, 2, 4, 4)
+    given = decay.alibi(2), dfinal, torch.tensor([0, 2, 8])
+    args = (q, k, v, *given, 0.5, True, False, "tiled", group.group_name)
+    torch.library.opcheck(sequence_parallel.operator, args)
+    _, _, start, lengths = sequence_parallel.operator(*args)
+    saved = q, k, v, given[0], start, given[2], lengths
+    for learnable, dfinal_or_none in ((True, dfinal), (False, None)):
+        rest = (0.5, False, learnable, "tiled", group.group_name)
+        torch.library.opcheck(sequence_parallel_backward.operator, (dout, dfinal_or_none, *saved, *rest))
 
 
 def test_a_group_must_be_a_process_group():

@@ -64,15 +64,6 @@ def test_opcheck_attention_on_the_reference_backend():
     torch.library.opcheck(OPS.attention.default, arguments(problem, "reference", requires_grad=True))
 
 
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("case", ["dense", "packed", "no decay, no initial state", "fewer heads of q and k"])
-def test_opcheck_states(case: str, reverse: bool, backend: str):
-    problem = make_problem(H=H, D=D, E=E, **PROBLEMS[case])
-    args = (problem.k, problem.v, problem.log_decay, problem.cu_seqlens, reverse, False, backend)
-    torch.library.opcheck(OPS.states.default, args)
-
-
 def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict]]:
     """Each operation on a pool with its arguments; the fifth (commit: the fourth) is the pool."""
     torch.manual_seed(0)

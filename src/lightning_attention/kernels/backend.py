@@ -5,6 +5,7 @@ A new one is one such object, handed to ``lightning_attention.ops.backends.regis
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ Optional = Tensor | None
 #: length: the bits are those of one call, and of ``lightning_attention``. On Triton a segment has as many rows. At H 8,
 #: T 131072 on an H200 segments of 8192 were best forward, and of 2048 took 30 % more.
 INVARIANT_CHUNK = 4096
+
+
+class Ranks(Protocol):
+    """The ranks that hold consecutive slices of each sequence: which of them this one is, and how many there are."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, message: Tensor, gathered: Tensor, *, meanwhile: bool = False) -> Callable[[], object]:
+        """Start to write every rank's message, along the first dimension, to ``gathered``; wait with what is returned.
+
+        ``meanwhile``: whether anything is to be computed before.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +84,16 @@ class Backend:
 
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]
+
+    #: (q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, ranks) -> output, the
+    #: state after the last slice, the one before this rank's, and how many tokens each rank has of each sequence,
+    #: [size, N] of the states' type; None: by ``states`` and ``attention``, one after the other
+    sequence_parallel: Callable[..., tuple[Tensor, Optional, Tensor, Tensor]] | None = None
+
+    #: (dout, dfinal, q, k, v, log_decay, start, cu_seqlens, lengths, scale, batch_invariant, need_dlog_decay, ranks)
+    #: -> gradients of q, k, v, log_decay and start; dfinal is that in this rank's loss, start and lengths are the last
+    #: two of the above; None: by ``states`` and ``attention_backward``
+    sequence_parallel_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Optional, Tensor]] | None = None
 
     #: What a device lacks for this backend, as "it needs a GPU", or None where it lacks nothing.
     missing: Callable[[torch.device], str | None] = lambda device: None  # noqa: ARG005

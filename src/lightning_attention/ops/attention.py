@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, transforms, validation
 from lightning_attention.ops.operation import Differentiable, absent, cast_for_autocast
-from lightning_attention.ops.states import new_states
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,9 +99,9 @@ def lightning_attention(
     chosen = backends.choose(backend, q.device)
     if group is not None:
         transforms.refuse_group()
-        from lightning_attention.ops.sequence_parallel import SequenceParallel
+        from lightning_attention.ops.sequence_parallel import attention_over_ranks
 
-        out, final = SequenceParallel.apply(
+        out, final = attention_over_ranks(
             q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, chosen, group
         )
     else:
@@ -123,6 +122,12 @@ def _attention(
     )
 
 
+def new_states(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for a state of each sequence."""
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return k.new_empty(N, v.shape[2], k.shape[3], v.shape[3], dtype=validation.state_dtype(k))
+
+
 def _attention_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, k, v, _, _, cu_seqlens, _, output_final_state, *_ = inputs
     return v.new_empty(v.shape), new_states(k, v, cu_seqlens) if output_final_state else absent(q)
@@ -136,9 +141,12 @@ def _attention_backward(
     dq, dk, dv, dlog_decay, dinitial = backends.get(backend).attention_backward(
         dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
     )
-    if dlog_decay is not None:
-        dlog_decay = None if log_decay is None or not need_dlog_decay else dlog_decay.to(log_decay.dtype)
-    return dq, dk, dv, dlog_decay, dinitial
+    return dq, dk, dv, gradient_of_decay(dlog_decay, log_decay, need_dlog_decay), dinitial
+
+
+def gradient_of_decay(found: Tensor | None, log_decay: Tensor | None, needed: bool) -> Tensor | None:
+    """What a backend found, of log_decay's type; None where that is not asked for."""
+    return None if found is None or log_decay is None or not needed else found.to(log_decay.dtype)
 
 
 def _attention_backward_fake(*inputs: Any) -> tuple[Tensor, ...]:

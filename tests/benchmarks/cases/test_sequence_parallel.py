@@ -19,22 +19,32 @@ def test_two_ranks_measure_alone_and_together(tmp_path):
     assert done.stdout.count("Sequence parallelism (ms") == 1  # the first rank speaks, and no other
     records = json.loads((tmp_path / "sequence_parallel-cpu.json").read_text())["records"]
     tokens = sequence_parallel.SCALES["cpu"].tokens
-    assert [(r["T"], r["pass"], r["ranks"]) for r in records] == [
-        (T, pass_, ranks) for T in tokens for pass_ in ("forward", "forward+backward") for ranks in (1, 2)
+    assert [(r["T"], r["decay"], r["pass"], r["ranks"]) for r in records] == [
+        (T, decays, pass_, ranks)
+        for T in tokens
+        for decays in sequence_parallel.DECAYS
+        for pass_ in ("forward", "forward+backward")
+        for ranks in (1, 2)
     ]
     assert all(0 < r["min_ms"] <= r["ms"] <= r["max_ms"] for r in records)
-    (error,) = [r["relative_error"] for r in records if "relative_error" in r]
-    assert 0 < error < 1e-6
+    errors = [r["relative_error"] for r in records if "relative_error" in r]
+    assert len(errors) == len(sequence_parallel.DECAYS)
+    assert 0 < max(errors) < 1e-5
 
 
-def test_the_table_has_a_row_for_each_number_of_tokens(report):
-    for T, ms in ((8192, 0.19), (65_536, 0.7)):
+def test_the_table_has_a_row_for_each_number_of_tokens_and_kind_of_decays(report):
+    for T, ms, decays in ((8192, 0.19, {}), (8192, 0.3, {"decay": "slow"}), (65_536, 0.7, {})):
         for ranks in (1, 2):
             for pass_ in ("forward", "forward+backward"):
-                report.add(sequence_parallel.SUITE, **{"pass": pass_}, T=T, ranks=ranks, ms=ms * ranks)
+                report.add(sequence_parallel.SUITE, **{"pass": pass_}, T=T, ranks=ranks, ms=ms * ranks, **decays)
     (table,) = sequence_parallel.show(report)
     assert table.columns == [
         "T a rank",
+        "decays",
         *(f"{p}\n{n}" for n in ("1 rank", "2 ranks") for p in ("forward", "forward+backward")),
     ]
-    assert table.rows[0] == ["8,192", "0.19", "0.19", "0.38", "0.38"]
+    assert table.rows[:2] == [
+        ["8,192", "ALiBi", "0.19", "0.19", "0.38", "0.38"],
+        ["8,192", "slow", "0.3", "0.3", "0.6", "0.6"],
+    ]
+    assert table.rows[2][0] == "65,536"

@@ -85,12 +85,12 @@ def attention_backward(
     D, E = k.shape[3], v.shape[3]
     part = widest_part(D, E, need_dlog_decay)
     if part == E:
-        return _backward(
+        return backward(
             dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
         )
     columns = [slice(start, start + part) for start in range(0, E, part)]
     parts = [
-        _backward(
+        backward(
             dout[..., some], None if dfinal is None else dfinal[..., some], q, k, v[..., some], log_decay,
             None if initial_state is None else initial_state[..., some], cu_seqlens, scale, batch_invariant,
             need_dlog_decay,
@@ -109,12 +109,15 @@ def _sum(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] + parts[1] if len(parts) == 2 else torch.stack(parts).sum(0)
 
 
-def _backward(
+def backward(
     dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
-    need_dlog_decay: bool,
+    need_dlog_decay: bool, between: tuple[Plan, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """``attention_backward`` where v has no more columns than the sweeps for dq and dk take."""
+    """``attention_backward`` where v has no more columns than the sweeps for dq and dk take.
+
+    ``between``: the plan, states before its segments and gradients of those after them, where they are there already.
+    """
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
     (B, T, H, E), D = v.shape, k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -142,9 +145,12 @@ def _backward(
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)
     has_states = initial_state is not None or dfinal is not None
-    segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, reverse=True)
     states_before = grads_after = None
-    if segments.is_split:
+    if between is not None:
+        segments, states_before, grads_after = between
+    else:
+        segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, reverse=True)
+    if segments.is_split and between is None:
         (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, v, 2)
         pairs = (k_view, v_view, q_view, dout_view)
         local_states(segments, tiles, log_decay, scale, (k, v), (q, dout), local_before, local_after, pairs)

@@ -211,8 +211,8 @@ class _Below(NamedTuple):
     encoders: dict[int, Callable[..., tuple[Any, ...]]]
 
 
-#: Launches the same on a stream, over tensors at these addresses.
-Again = Callable[[int, Sequence[int]], None]
+#: Launches the same on a stream, over tensors at these addresses; the last argument has those that the call allocated.
+Again = Callable[[int, Sequence[int], list[Any]], None]
 
 
 class Launch:
@@ -270,7 +270,7 @@ class Launch:
                 flat[here] = None
         flat += self.constants
 
-        def launch(stream: int, addresses: Sequence[int]) -> None:
+        def launch(stream: int, addresses: Sequence[int], made: list[Any]) -> None:  # noqa: ARG001
             given = flat.copy()
             given[3] = stream
             for position, index, offset in pointers:
@@ -300,6 +300,15 @@ def recorded_by(recorder: Any) -> Iterator[None]:
         yield
     finally:
         _thread.recorder = None
+
+
+def apart(start: Callable[..., Callable[[], object]], *tensors: Tensor) -> Callable[[], object]:
+    """Start what is no kernel, and return what waits for it; of one such thing at a time.
+
+    In a function that is recorded, where tensors are among its allocations.
+    """
+    recorder = getattr(_thread, "recorder", None)
+    return start(*tensors) if recorder is None else recorder.apart(start, tensors)
 
 
 def _below(execute: Any, function: int, packed: tuple[int, ...], descriptors: list[int]) -> _Below | None:

@@ -66,7 +66,7 @@ class Plan(NamedTuple):
         (H, E), D = v.shape[2:], k.shape[3]
 
         def tensors(count: int) -> tuple[Tensor, ...]:
-            return torch.empty(directions, count, H, D, E, dtype=torch.float32, device=k.device).unbind()
+            return tuple(torch.empty(count, H, D, E, dtype=torch.float32, device=k.device) for _ in range(directions))
 
         boundary_states = tensors(self.boundary_count)
         local_states = boundary_states if self.pieces == 1 else tensors(self.boundary_count * self.pieces)

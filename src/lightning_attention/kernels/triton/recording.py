@@ -2,7 +2,7 @@
 
 Nothing on the host depends on the numbers in a tensor. Two calls whose tensors are alike (shape, strides, dtype,
 alignment) and whose other arguments are equal therefore allocate the same and launch the same kernels with the same
-arguments but for the addresses. docs/performance.md has what that saves.
+arguments but for the addresses. docs/performance.md has what that saves. A collective among them is ``dispatch.apart``.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +75,27 @@ class _Recorder(TorchDispatchMode):
         except LookupError:
             self.complete = False
 
+    def apart(self, start: Callable[..., Callable[[], object]], tensors: Sequence[Tensor]) -> Callable[[], object]:
+        """Take down that something is started, and that it is waited for; what it calls of PyTorch is its own."""
+        places = [i - self.count for x in tensors for i, y in enumerate(self.tensors) if _layout(x) == _layout(y)]
+        self.complete &= len(places) == len(tensors) and min(places) >= 0
+        with torch._C._DisableTorchDispatch():
+            wait = start(*tensors)
+
+        def start_again(stream: int, addresses: Sequence[int], made: list[Any]) -> None:  # noqa: ARG001
+            made.append(start(*[made[i] for i in places]))
+
+        def wait_again(stream: int, addresses: Sequence[int], made: list[Any]) -> None:  # noqa: ARG001
+            made.pop()()
+
+        def waited() -> None:
+            self.launches.append(wait_again)
+            with torch._C._DisableTorchDispatch():
+                wait()
+
+        self.launches.append(start_again)
+        return waited
+
     def _place(self, x: Tensor) -> tuple[int, int]:
         """Which of the inputs and allocations x lies in, and how many bytes past its beginning.
 
@@ -118,11 +139,11 @@ class _Recording(NamedTuple):
     several: bool
 
     def __call__(self, addresses: list[int]) -> Any:
-        made = [x.make(self.device) for x in self.made]
+        made: list[Any] = [x.make(self.device) for x in self.made]
         addresses += [x.data_ptr() for x in made]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for launch in self.launches:
-            launch(stream, addresses)
+            launch(stream, addresses, made)
         if not self.several:
             return None if self.kept[0] is None else made[self.kept[0]]
         return tuple([None if i is None else made[i] for i in self.kept])

@@ -129,10 +129,10 @@ def test_a_launch_is_made_again_over_other_addresses(below: bool):
     places = {id(x): (0, 0), id(y): (1, 8)}
     again = launch.again((3, 2, 1), args(x, y), lambda tensor: places[id(tensor)])
     launch((3, 2, 1), 11, args(other, y))
-    again(11, [other.data_ptr(), y.data_ptr() - 8])
+    again(11, [other.data_ptr(), y.data_ptr() - 8], [])
     slow, fast = (list(map(_plain, call)) for call in given)
     assert slow == fast
-    again(12, [1 << 40, (1 << 40) + 256])  # the one before is not changed by it
+    again(12, [1 << 40, (1 << 40) + 256], [])  # the one before is not changed by it
     assert list(map(_plain, given[1])) == slow
     assert _plain(given[2][3]) == 12
 

@@ -194,6 +194,53 @@ def test_what_pytorch_computes_itself_is_not_recorded():
     assert RUNS == ["zeroed"] * 5 + ["its input"] * 5 + ["part"] * 5
 
 
+def test_what_is_no_kernel_is_started_and_waited_for_again():
+    """Over what the call allocated, in its place among the launches; what PyTorch computes in it is its own."""
+
+    def start(source: Tensor, target: Tensor) -> Callable[[], None]:
+        LAUNCHED.append(("start", source.data_ptr(), target.data_ptr()))
+        target.copy_(torch.ones(6))
+
+        def wait() -> None:
+            target.add_(1)
+            LAUNCHED.append(("wait",))
+
+        return wait
+
+    kernel = Kernel()
+
+    def gathers(q: Tensor) -> Tensor:
+        RUNS.append("gathers")
+        source, out = torch.empty(3), torch.empty(6)
+        dispatch.run(kernel, (1, 1, 1), (q, source), (), 4, -1)
+        wait = dispatch.apart(start, source, out)
+        dispatch.run(kernel, (2, 1, 1), (q, source), (), 4, -1)
+        wait()
+        return out
+
+    call = recording.recorded(gathers)
+    settle(call, torch.empty(2))
+    for _ in range(2):
+        LAUNCHED.clear()
+        q = torch.empty(2)
+        out = call(q)
+        assert RUNS == []
+        assert torch.equal(out, torch.full((6,), 2.0))
+        (*_, source), started, (blocks, *_), waited = LAUNCHED
+        assert (started, blocks, waited) == (("start", source, out.data_ptr()), 2, ("wait",))
+
+    def of_an_input(q: Tensor) -> Tensor:
+        RUNS.append("of an input")
+        out = torch.empty(6)
+        dispatch.apart(start, q, out)()
+        return out
+
+    call = recording.recorded(of_an_input)
+    for _ in range(4):
+        call(torch.empty(2))
+    assert len(RUNS) == 4
+
+
 def test_an_error_leaves_nothing_behind():
     def fails(q: Tensor) -> Tensor:
         RUNS.append("fails")

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from lightning_attention.kernels.triton import dispatch, tiling
 from lightning_attention.kernels.triton.attention import attention, attention_backward
+from lightning_attention.kernels.triton.sequence_parallel import sequence_parallel, sequence_parallel_backward
 from tests.kernels.triton.support.cutting import cutting
 
 
@@ -162,4 +163,27 @@ def launched(
         attention(q, k, v, log_decay, state, cu_seqlens, 1.0, states, False)
         if backward:
             attention_backward(dout, state, q, k, v, log_decay, state, cu_seqlens, 1.0, False, learnable)
+    return launches
+
+
+class _SecondOfTwo:
+    """A rank whose messages go nowhere."""
+
+    rank, size = 1, 2
+
+    def gather(self, message: torch.Tensor, gathered: torch.Tensor, *, meanwhile: bool = False) -> Callable[[], None]:
+        return lambda: None
+
+
+def launched_in_slices(chip: Chip, D: int, packed: bool) -> list[Launch]:
+    """What a rank's forward and backward launch, in bfloat16, with states at both ends; sequences are split."""
+    B, T, H, N = (1, 4096, 4, 3) if packed else (2, 4096, 4, 2)
+    q, k, v, dout = (torch.empty(B, T, H, D, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    log_decay, state, lengths = (torch.empty(shape, device="meta") for shape in ((H,), (N, H, D, D), (2, N)))
+    cu_seqlens = torch.empty(N + 1, dtype=torch.int32, device="meta") if packed else None
+    with _on(chip, True) as launches:
+        sequence_parallel(q, k, v, log_decay, state, cu_seqlens, 1.0, True, False, _SecondOfTwo())
+        sequence_parallel_backward(
+            dout, state, q, k, v, log_decay, state, cu_seqlens, lengths, 1.0, False, False, _SecondOfTwo()
+        )
     return launches
