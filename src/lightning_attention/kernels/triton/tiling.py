@@ -91,17 +91,19 @@ def widest_part(D: int, E: int) -> int:
 @cache
 def tiles(
     capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool, exact: bool = False,
-    backward: bool = False,
+    backward: bool = False, flows: bool = False,
 ) -> Tiles:  # fmt: skip
     """The launch table, by architecture, D, E, dtype and direction.
 
     ``aligned``: the copy engine can address every tensor (16-byte strides and bases). ``exact``: float32 is multiplied
-    as float32, not as TF32.
+    as float32, not as TF32. ``flows``: a backward pass is to leave what the gradient of log_decay is made of.
     """
     BD, BE = padded(D), padded(widest_part(D, E))
     wide = max(BD, BE)
     if capability[0] == 9 and dtype.itemsize == 2 and aligned:
         return hopper_tiles(D, E, backward)
+    if capability[0] == 9 and aligned and not flows and (wide if backward else BD) <= 128:
+        return hopper_float32_tiles(max(64, BD), max(64, BE), exact, backward)
     # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
     # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
     amd, small = capability[0] == 0, capability[0] in (8, 12)
@@ -138,6 +140,14 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
     if wide > 128 or (backward and wide > 64):
         return Tiles("hopper", 64, BD, BE, 128, 128, 8, {80: 4, 96: 4, 256: 2}.get(wide, 3), 1)
     return Tiles("hopper", 64, BD, BE, 64, 64, 4, 3 if wide <= 80 else 2, 2)
+
+
+def hopper_float32_tiles(BD: int, BE: int, exact: bool, backward: bool) -> Tiles:
+    """For float32 on Hopper, D and E up to 128."""
+    precision = "bf16x6" if exact else "bf16x3"
+    if (max(BD, BE) if backward else BD) > 64:
+        return Tiles("hopper_float32", 64, BD, BE, 128, 128, 8, 2, 1, precision=precision)
+    return Tiles("hopper_float32", 64, BD, BE, 64, 64, 4, 2, 2, precision=precision)
 
 
 def with_flows(tiles: Tiles) -> Tiles:
@@ -181,7 +191,7 @@ class Tiling(NamedTuple):
     outputs: tuple[TensorView, TensorView]
 
 
-def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = False) -> Tiling:
+def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = False, flows: bool = False) -> Tiling:
     """For q, k and v, or k and v alone, and others that programs copy.
 
     Raises:
@@ -196,13 +206,13 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = Fal
     k = tensors[1]
     exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     lazy = exact and not batch_invariant
-    return _tiling(device(k), k.dtype, not bases & 15, exact, lazy, backward, *signature)
+    return _tiling(device(k), k.dtype, not bases & 15, exact, lazy, backward, flows, *signature)
 
 
 @lru_cache(maxsize=4096)
 def _tiling(
     chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, exact: bool, lazy: bool,
-    backward: bool, *signature: tuple[int, ...],
+    backward: bool, flows: bool, *signature: tuple[int, ...],
 ) -> Tiling:  # fmt: skip
     shapes, strides = signature[::2], signature[1::2]
     (B, T, H, E), D = shapes[2], shapes[1][3]
@@ -211,8 +221,8 @@ def _tiling(
     refused = refusal(D, dtype)
     if refused is not None:
         raise refused
-    aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
-    chosen = tiles(chip[0], D, E, dtype, aligned, exact, backward)._replace(lazy=lazy, group=H // shapes[1][2])
+    aligned = aligned and all(_copyable(*tensor, 16 // dtype.itemsize) for tensor in tensors)
+    chosen = tiles(chip[0], D, E, dtype, aligned, exact, backward, flows)._replace(lazy=lazy, group=H // shapes[1][2])
     *inputs, like_k, like_v = [_view(*tensor) for tensor in tensors]
     return Tiling(chosen, chip[1] * chosen.per_multiprocessor, tuple(inputs), (like_k, like_v))
 
@@ -222,13 +232,13 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return T * H * width, H * width, width, 1
 
 
-def _copyable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter.
+def _copyable(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    """Whether the copy engine can count through a tensor by ``unit`` numbers: of one row, the stride does not matter.
 
     An odd width is refused of one row too: a sequence of one token, whose bits may have to be those of longer ones.
     """
-    return shape[3] & 7 == 0 and all(
-        size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
+    return shape[3] % unit == 0 and all(
+        size == 1 or (stride % unit == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
     )
 
 

@@ -108,7 +108,7 @@ def test_one_token_is_swept_as_many_are(width: int):
 
     def sweep(T: int) -> str:
         signature = ((1, T, 1, width), (T * width, width, width, 1)) * 3
-        return tiling._tiling(((9, 0), 132), BF16, True, False, False, False, *signature).tiles.sweep
+        return tiling._tiling(((9, 0), 132), BF16, True, False, False, False, False, *signature).tiles.sweep
 
     assert sweep(1) == sweep(2)
 
