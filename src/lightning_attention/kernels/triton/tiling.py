@@ -20,9 +20,10 @@ class Tiles(NamedTuple):
 
     BD and BE are the next powers of two, BE of ``widest_part``.
 
-    even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it. lazy:
-    whether states are carried lazily (``numerics.advance``): where their bits matter, and need not be those of two
-    calls one after the other. group: heads of v to a head of q and k. Kernels get all of this as one constant.
+    even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it; bf16x3
+    and bf16x6 are those of two and of three bfloat16 parts. lazy: whether states are carried lazily
+    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. group:
+    heads of v to a head of q and k. Kernels get all of this as one constant.
     """
 
     sweep: str
@@ -54,9 +55,10 @@ class Float32(NamedTuple):
     per_multiprocessor: int
 
 
-#: On Hopper, D and E up to 128, by whether products are exact and whether the pass is a backward one. Exact ones of
-#: three TF32 products take a third of the time that float32's own multipliers take: at 2, 8192, 16, 128 1.42 and 5.00
-#: ms for 4.3 and 16.1, with an error of 4.5e-7 for 2.6e-7. In TF32 itself it is 0.62 and 1.93 ms.
+#: On Hopper, D and E up to 128, where the sweep for float32 is of no use: for tensors that the copy engine cannot
+#: address, and backward where log_decay has a gradient. By whether products are exact and whether the pass is a
+#: backward one. Exact ones of three TF32 products take a third of the time that float32's own multipliers take: at 2,
+#: 8192, 16, 128 1.42 and 5.00 ms for 4.3 and 16.1, with an error of 4.5e-7 for 2.6e-7. In TF32 it is 0.62 and 1.93 ms.
 HOPPER_FLOAT32 = {
     (True, False): Float32("tf32x3", 16, 32, 4, 2, 2),
     (True, True): Float32("tf32x3", 16, 32, 4, 2, 2),
@@ -143,11 +145,16 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
 
 
 def hopper_float32_tiles(BD: int, BE: int, exact: bool, backward: bool) -> Tiles:
-    """For float32 on Hopper, D and E up to 128."""
+    """For float32 on Hopper, D and E up to 128: one program of eight warps on a multiprocessor, or two of four.
+
+    Stages are those of c, what was fastest: one is 6 % slower than two forward at 128, and 3 % faster backward in TF32;
+    at 64 it is 4 to 6 % faster with exact products, and 1 to 5 % slower in TF32.
+    """
     precision = "bf16x6" if exact else "bf16x3"
     if (max(BD, BE) if backward else BD) > 64:
-        return Tiles("hopper_float32", 64, BD, BE, 128, 128, 8, 2, 1, precision=precision)
-    return Tiles("hopper_float32", 64, BD, BE, 64, 64, 4, 2, 2, precision=precision)
+        stages = 1 if backward and not exact else 2
+        return Tiles("hopper_float32", 64, BD, BE, 128, 128, 8, stages, 1, precision=precision)
+    return Tiles("hopper_float32", 64, BD, BE, 64, 64, 4, 1 if exact else 2, 2, precision=precision)
 
 
 def with_flows(tiles: Tiles) -> Tiles:

@@ -5,9 +5,9 @@ want theirs the other way. So every number is taken as a sum of bfloat16 numbers
 either way: where TF32 is allowed of two (16 bits), whose three largest products count; else of three (24 bits) and
 six. Small products come first: the units cut off what a sum has no room for.
 
-The copy engine brings the next block as it is, while this one is multiplied. Its parts of a and b are written beside
-it; those of the state, of c and of weighted c are left operands from registers, and those of the scores take the place
-of a's. A block of the output leaves from where c lay.
+While a block is multiplied, the copy engine brings the next one. Its parts of a and b are written beside it; those of
+the state, of c and of weighted c are left operands from registers, and those of the scores take the place of a's. A
+block of the output leaves from where c lay.
 """
 
 from triton.experimental import gluon
@@ -36,16 +36,43 @@ from lightning_attention.kernels.triton.sweeps.hopper import (
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape, is_past, is_within, nearest_border
 
+#: Two numbers at once. Triton converts the first part one number at a time, which takes a warp eight cycles (F2F), and
+#: at 128 a thread had 208 of them a block.
+TWO_PARTS = gl.constexpr("""{
+    .reg .b32 a, b;
+    cvt.rn.bf16x2.f32 $0, $3, $2;
+    shl.b32 a, $0, 16;
+    and.b32 b, $0, 0xffff0000;
+    sub.f32 a, $2, a;
+    sub.f32 b, $3, b;
+    cvt.rn.bf16x2.f32 $1, b, a;
+}""")
+THREE_PARTS = gl.constexpr("""{
+    .reg .b32 a, b, c, d;
+    cvt.rn.bf16x2.f32 $0, $4, $3;
+    shl.b32 a, $0, 16;
+    and.b32 b, $0, 0xffff0000;
+    sub.f32 a, $3, a;
+    sub.f32 b, $4, b;
+    cvt.rn.bf16x2.f32 $1, b, a;
+    shl.b32 c, $1, 16;
+    and.b32 d, $1, 0xffff0000;
+    sub.f32 c, a, c;
+    sub.f32 d, b, d;
+    cvt.rn.bf16x2.f32 $2, d, c;
+}""")
+
 
 @gluon.jit
 def parts_of(x, THREE: gl.constexpr):
     """x as a sum of bfloat16 numbers, the largest first; the third is there for three alone."""
-    high = x.to(gl.bfloat16)
-    rest = x - high.to(gl.float32)
-    middle = rest.to(gl.bfloat16)
-    low = middle
     if THREE:
-        low = (rest - middle.to(gl.float32)).to(gl.bfloat16)
+        high, middle, low = gl.inline_asm_elementwise(
+            THREE_PARTS, "=&r,=&r,=&r,r,r", [x], (gl.bfloat16, gl.bfloat16, gl.bfloat16), True, 2
+        )
+    else:
+        high, middle = gl.inline_asm_elementwise(TWO_PARTS, "=&r,=&r,r,r", [x], (gl.bfloat16, gl.bfloat16), True, 2)
+        low = middle
     return high, middle, low
 
 
@@ -209,6 +236,9 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
         barrier()
     else:
         nearest = None
+    if OUTPUT:
+        mbarrier.wait(ready.index(STAGES), 0, pred=blocks > 0)
+        split_block(a_smem, a_parts, C, C, WIDTH, False, THREE)
     stage = 0
     phase = 0
     for n in range(blocks):
@@ -219,11 +249,11 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
             following = gl.minimum(gl.maximum(at + step, rows.start), stop - 1)  # loaded a block ahead
             borders_ahead = gl.load(rows.borders + gl.minimum(following + line, stop - 1))
             nearest_ahead = nearest_border(rows.borders, following, gl.minimum(following + C, stop), REVERSE)
-        mbarrier.wait(ready.index(STAGES), n & 1)
-        split_block(b_smem, b_parts, tokens, C, WIDTH, PACKED, THREE)
         if OUTPUT:
-            split_block(a_smem, a_parts, tokens, C, WIDTH, False, THREE)
             tma.store_wait(0)
+        else:
+            mbarrier.wait(ready.index(STAGES), n & 1)
+        split_block(b_smem, b_parts, tokens, C, WIDTH, PACKED, THREE)
         fence_async_shared()
         barrier()  # the parts are there; what they came from is free, and so is where the output before lay
         fetch(a, b, a_smem, b_smem, ready.index(STAGES), rows, b_head, at + step, n + 1 < blocks, C, WIDTH, OUTPUT)
@@ -233,7 +263,7 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
 
         # Rows are counted anew in every block, from a 0 of which the compiler does not know that it is one: what is the
         # same in all of them it would keep in registers, which the loop does not have.
-        zero = gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [tokens], gl.int32, False, 1)
+        zero = (tokens <= 0).to(gl.int32)
         if OUTPUT:
             j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
             score_row = zero + gl.arange(0, C, gl.SliceLayout(0, scores_layout))[None, :]
@@ -276,10 +306,13 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                 o += warpgroup_mma_wait(0, deps=[within])
             else:
                 o = multiply(left, p_parts, o, THREE, True)
-        weighted = weigh(load_tile(c_block, tokens, left_state, PACKED), zero, at, tokens, nearest, rate, elapsed, weight_scale,
-                         THREE, REVERSE)  # fmt: skip
-        if not THREE:
-            state = multiply(weighted, b_parts, state * whole + state * rest, THREE, True)
+        tile = load_tile(c_block, tokens, left_state, PACKED)
+        weighted = weigh(tile, zero, at, tokens, nearest, rate, elapsed, weight_scale, THREE, REVERSE)
+        # One sum a block rounds a long state less often than one a row.
+        if THREE:
+            added = multiply(weighted, b_parts, nothing, THREE, False)
+        else:
+            added = multiply(weighted, b_parts, state + state * (rest + (whole - 1.0)), THREE, True)
         if OUTPUT:
             if not THREE:
                 o = warpgroup_mma_wait(PRODUCTS, deps=[o])
@@ -293,11 +326,11 @@ def sweep(a, b, c, out, flow, rows, begin, end, shape, rate, scale, TILES: gl.co
                            c_width - rows.column, C, TILE)  # fmt: skip
             else:
                 copy_out(out.descriptor, [rows.batch, at, rows.head, rows.column], c_smem.index(stage))
-        if THREE:  # one sum a block rounds a long state less often than one a row
-            added = warpgroup_mma_wait(0, deps=[multiply(weighted, b_parts, nothing, THREE, False)])
-            state = state * whole + (state * rest + added)
-        else:
-            state = warpgroup_mma_wait(0, deps=[state])
+            # While the state is made, so are a's next parts: nobody reads any more what is in their place.
+            mbarrier.wait(ready.index(STAGES), (n + 1) & 1, pred=n + 1 < blocks)
+            split_block(a_smem, a_parts, C, C, WIDTH, False, THREE)
+        added = warpgroup_mma_wait(0, deps=[added])
+        state = state * whole + (state * rest + added) if THREE else added
         if BORDERS:
             border_smem.index((n + 1) % 2).store(borders_ahead)
             nearest = nearest_ahead
