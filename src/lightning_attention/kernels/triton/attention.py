@@ -140,7 +140,7 @@ def backward(
         )
     if dout.stride(-1) != 1 or 0 in dout.stride():
         dout = dout.contiguous()
-    chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True)
+    chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True, learned=need_dlog_decay)
     tiles, _, (q_view, k_view, v_view, dout_view), (like_k, like_v) = chosen
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
     programs = H * (2 * d_tiles + e_tiles)

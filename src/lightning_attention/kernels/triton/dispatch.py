@@ -102,7 +102,7 @@ class Descriptor:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        element = gl.bfloat16 if self.base.dtype == torch.bfloat16 else gl.float16
+        element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[self.dtype]
         layout = gl.NVMMASharedLayout.get_default_for(self.block_shape, element)
         return TensorDescriptor(self.base, list(self.shape), list(self.strides), self.block_shape, layout)
 

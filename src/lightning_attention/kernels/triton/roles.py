@@ -1,12 +1,12 @@
 """What each program of a kernel does, whatever the sweep: the rows and tensors it sweeps, from and to which states.
 
-A ``SWEEP`` is the loop of ``sweeps/portable.py`` or ``sweeps/hopper.py``:
+A ``SWEEP`` is the loop of one of ``sweeps``:
 
     SWEEP(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES, PACKED, TRANSPOSED, REVERSE)
 
-a, b, c and out are whatever that loop reads and writes tensors by; without a, it has no output but a state. ``flow``,
-None where nobody asks for the gradient of log_decay, says what it leaves for that. Where
-PACKED the rows past ``rows.stop`` may be another sequence's; where TRANSPOSED b's columns are E's and c's D's.
+a, b, c and out are whatever that loop reads and writes tensors by; without a, it has no output but a state.
+``decay_grad``, None where nobody asks for the gradient of log_decay, says what it leaves for that. Where PACKED the
+rows past ``rows.stop`` may be another sequence's; where TRANSPOSED b's columns are E's and c's D's.
 
 A packed batch may be swept as one sequence, whose rows know their documents by ``rows.borders``. Then a score counts
 where b's row ``is_within`` the border of a's, and the state that enters a block counts for rows whose border
@@ -158,6 +158,12 @@ def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def either(condition, x, y):
+    """One of two pointers. As numbers, because Triton 3.6 cannot choose between pointers on AMD's chips."""
+    return tl.where(condition, x.to(tl.int64), y.to(tl.int64)).to(x.dtype)
+
+
+@triton.jit
 def forward_segment(SWEEP: tl.constexpr, q, k, v, out, log_decay, pool, boundary_states, plan, shape, scale, index,
                     head, column, TILES: tl.constexpr):  # fmt: skip
     segment = find_segment(plan, index, shape.T)
@@ -231,7 +237,7 @@ def backward(SWEEP: tl.constexpr, whole, tile, dq, dk, dv, log_decay, initial, d
         if states_before is not None:
             entered = states_before + of_segment
             if initial is not None:
-                entered = tl.where(is_whole, initial + of_sequence, entered)
+                entered = either(is_whole, initial + of_sequence, entered)
             else:
                 is_entered = is_entered & (not is_whole)
         elif initial is not None:
@@ -288,8 +294,9 @@ def piece_state(SWEEP: tl.constexpr, b, c, log_decay, local_states, final, plan,
         target = local_states + place * shape.D * shape.E
         if final is not None:
             wanted = start < stop
+            of_sequence = (segment.sequence.to(tl.int64) * shape.H + head) * shape.D * shape.E
+            target = either(is_whole, final + of_sequence, target)
             if is_whole:
-                target = final + (segment.sequence.to(tl.int64) * shape.H + head) * shape.D * shape.E
                 wanted = segment.piece == 0
         else:
             wanted = (not ends) & (start < stop)

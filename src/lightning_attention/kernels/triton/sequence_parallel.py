@@ -113,7 +113,7 @@ def _backward(
     if T == 0:
         own.zero_()
     else:
-        chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True)
+        chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True, learned=need_dlog_decay)
         tiles, (q_view, k_view, v_view, dout_view) = chosen.tiles, chosen.inputs
         programs = H * (2 * -(-D // tiles.TD) + -(-E // tiles.TE))
         segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, True, reverse=True)

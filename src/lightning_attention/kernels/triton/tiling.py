@@ -20,9 +20,10 @@ class Tiles(NamedTuple):
 
     BD and BE are the next powers of two, BE of ``widest_part``.
 
-    even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it. lazy:
-    whether states are carried lazily (``numerics.advance``): where their bits matter, and need not be those of two
-    calls one after the other. group: heads of v to a head of q and k. Kernels get all of this as one constant.
+    even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it; bf16x3
+    and bf16x6 are those of two and of three bfloat16 parts. lazy: whether states are carried lazily
+    (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. group:
+    heads of v to a head of q and k. Kernels get all of this as one constant.
     """
 
     sweep: str
@@ -54,9 +55,10 @@ class Float32(NamedTuple):
     per_multiprocessor: int
 
 
-#: On Hopper, D and E up to 128, by whether products are exact and whether the pass is a backward one. Exact ones of
-#: three TF32 products take a third of the time that float32's own multipliers take: at 2, 8192, 16, 128 1.42 and 5.00
-#: ms for 4.3 and 16.1, with an error of 4.5e-7 for 2.6e-7. In TF32 itself it is 0.62 and 1.93 ms.
+#: On Hopper, D and E up to 128, where the sweep for float32 is of no use: for tensors that the copy engine cannot
+#: address, and backward where log_decay has a gradient. By whether products are exact and whether the pass is a
+#: backward one. Exact ones of three TF32 products take a third of the time that float32's own multipliers take: at 2,
+#: 8192, 16, 128 1.42 and 5.00 ms for 4.3 and 16.1, with an error of 4.5e-7 for 2.6e-7. In TF32 it is 0.62 and 1.93 ms.
 HOPPER_FLOAT32 = {
     (True, False): Float32("tf32x3", 16, 32, 4, 2, 2),
     (True, True): Float32("tf32x3", 16, 32, 4, 2, 2),
@@ -94,17 +96,19 @@ def widest_part(D: int, E: int, learned: bool = False) -> int:
 @cache
 def tiles(
     capability: tuple[int, int], D: int, E: int, dtype: torch.dtype, aligned: bool, exact: bool = False,
-    backward: bool = False,
+    backward: bool = False, learned: bool = False,
 ) -> Tiles:  # fmt: skip
     """The launch table, by architecture, D, E, dtype and direction.
 
     ``aligned``: the copy engine can address every tensor (16-byte strides and bases). ``exact``: float32 is multiplied
-    as float32, not as TF32.
+    as float32, not as TF32. ``learned``: a backward pass gives the gradient of log_decay, too.
     """
     BD, BE = padded(D), padded(widest_part(D, E))
     wide = max(BD, BE)
     if capability[0] == 9 and dtype.itemsize == 2 and aligned:
         return hopper_tiles(D, E, backward)
+    if capability[0] == 9 and aligned and not learned and (wide if backward else BD) <= 128:
+        return hopper_float32_tiles(max(64, BD), max(64, BE), exact, backward)
     # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
     # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
     amd, small = capability[0] == 0, capability[0] in (8, 12)
@@ -141,6 +145,19 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
     if wide > 128 or (backward and wide > 64):
         return Tiles("hopper", 64, BD, BE, 128, 128, 8, {80: 4, 96: 4, 256: 2}.get(wide, 3), 1)
     return Tiles("hopper", 64, BD, BE, 64, 64, 4, 3 if wide <= 80 else 2, 2)
+
+
+def hopper_float32_tiles(BD: int, BE: int, exact: bool, backward: bool) -> Tiles:
+    """For float32 on Hopper, D and E up to 128: one program of eight warps on a multiprocessor, or two of four.
+
+    Stages are those of c, what was fastest: one is 6 % slower than two forward at 128, and 3 % faster backward in TF32;
+    at 64 it is 4 to 6 % faster with exact products, and 1 to 5 % slower in TF32.
+    """
+    precision = "bf16x6" if exact else "bf16x3"
+    if (max(BD, BE) if backward else BD) > 64:
+        stages = 1 if backward and not exact else 2
+        return Tiles("hopper_float32", 64, BD, BE, 128, 128, 8, stages, 1, precision=precision)
+    return Tiles("hopper_float32", 64, BD, BE, 64, 64, 4, 1 if exact else 2, 2, precision=precision)
 
 
 def with_decay_gradient(tiles: Tiles) -> Tiles:
@@ -184,7 +201,7 @@ class Tiling(NamedTuple):
     outputs: tuple[TensorView, TensorView]
 
 
-def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = False) -> Tiling:
+def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = False, learned: bool = False) -> Tiling:
     """For q, k and v, or k and v alone, and others that programs copy.
 
     Raises:
@@ -199,13 +216,13 @@ def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = Fal
     k = tensors[1]
     exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     lazy = exact and not batch_invariant
-    return _tiling(device(k), k.dtype, not bases & 15, exact, lazy, backward, *signature)
+    return _tiling(device(k), k.dtype, not bases & 15, exact, lazy, backward, learned, *signature)
 
 
 @lru_cache(maxsize=4096)
 def _tiling(
     chip: tuple[tuple[int, int], int], dtype: torch.dtype, aligned: bool, exact: bool, lazy: bool,
-    backward: bool, *signature: tuple[int, ...],
+    backward: bool, learned: bool, *signature: tuple[int, ...],
 ) -> Tiling:  # fmt: skip
     shapes, strides = signature[::2], signature[1::2]
     (B, T, H, E), D = shapes[2], shapes[1][3]
@@ -214,8 +231,8 @@ def _tiling(
     refused = refusal(D, dtype)
     if refused is not None:
         raise refused
-    aligned = aligned and all(_copyable(*tensor) for tensor in tensors)
-    chosen = tiles(chip[0], D, E, dtype, aligned, exact, backward)._replace(lazy=lazy, group=H // shapes[1][2])
+    aligned = aligned and all(_copyable(*tensor, 16 // dtype.itemsize) for tensor in tensors)
+    chosen = tiles(chip[0], D, E, dtype, aligned, exact, backward, learned)._replace(lazy=lazy, group=H // shapes[1][2])
     *inputs, like_k, like_v = [_view(*tensor) for tensor in tensors]
     return Tiling(chosen, chip[1] * chosen.per_multiprocessor, tuple(inputs), (like_k, like_v))
 
@@ -225,13 +242,13 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return T * H * width, H * width, width, 1
 
 
-def _copyable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the copy engine can count through a tensor of a 16-bit dtype: of one row, the stride does not matter.
+def _copyable(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    """Whether the copy engine can count through a tensor by ``unit`` numbers: of one row, the stride does not matter.
 
     An odd width is refused of one row too: a sequence of one token, whose bits may have to be those of longer ones.
     """
-    return shape[3] & 7 == 0 and all(
-        size == 1 or (stride & 7 == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
+    return shape[3] % unit == 0 and all(
+        size == 1 or (stride % unit == 0 and stride > 0) for size, stride in zip(shape[:3], strides[:3], strict=True)
     )
 
 

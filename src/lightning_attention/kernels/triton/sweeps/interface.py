@@ -35,6 +35,10 @@ def sweep_for(name: str) -> Sweep:
         from lightning_attention.kernels.triton.sweeps import hopper as gluon  # Gluon is not there on every platform
 
         return gluon.SWEEP
+    if name == "hopper_float32":
+        from lightning_attention.kernels.triton.sweeps import hopper_float32
+
+        return hopper_float32.SWEEP
     from lightning_attention.kernels.triton.sweeps import portable
 
     return portable.SWEEP
