@@ -9,7 +9,6 @@ import os
 
 import pytest
 import torch
-import triton
 
 from lightning_attention.kernels.triton import tiling
 from tests.kernels.triton.support.offline import CHIPS, Chip, Launch, launched, launched_in_slices
