@@ -306,8 +306,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         if REST > 0:
             state_rest *= gl.exp2(-unit)
     if OUTPUT:
-        score_line = gl.arange(0, C, gl.SliceLayout(1, scores_layout))
-        j = score_line[:, None]
+        j = gl.arange(0, C, gl.SliceLayout(1, scores_layout))[:, None]
         score_row = gl.arange(0, C, gl.SliceLayout(0, scores_layout))
         gap = (j - score_row[None, :]) if REVERSE else (score_row[None, :] - j)
         mask = gl.where(gap >= 0, gl.exp2(rate * gl.maximum(gap, 0).to(gl.float32)) * scale, 0.0)
@@ -402,10 +401,9 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
 
         if OUTPUT:
             scores = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[scores])
-            if DERIVED:  # computed anew, in terms that change: two states leave it no registers
-                of_column = rate * gl.maximum(tokens - 1 - score_row, 0).to(gl.float32)
-                of_row = rate * gl.maximum(tokens - 1 - score_line, 0).to(gl.float32)
-                mask = gl.where(gap >= 0, gl.exp2(of_column[None, :] - of_row[:, None]) * scale, 0.0)
+            if DERIVED:  # Two states leave no registers for it: it is made anew, by a 0 that the compiler doesn't know.
+                gap = j - (score_row + (tokens <= 0).to(gl.int32))[None, :]
+                mask = gl.where(gap >= 0, gl.exp2(rate * gl.maximum(gap, 0).to(gl.float32)) * scale, 0.0)
             p = scores * mask
             if decay_grad is not None and not REVERSE:
                 within = warpgroup_mma_wait(2 if REST > 0 and not WIDE else 1, deps=[within])
