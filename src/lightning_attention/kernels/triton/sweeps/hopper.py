@@ -24,6 +24,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import carried_units, power_below, what_is_lost
 from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, state_pointers, widths
+from lightning_attention.kernels.triton.sweeps.hopper_blocks import (
+    Output,
+    barrier,
+    clear_tail,
+    copy_in,
+    keep_documents,
+    keep_passing,
+    main_part,
+    read_tile,
+    store_state,
+    weigh,
+    weights,
+    write,
+    write_block,
+)
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles
 from lightning_attention.kernels.triton.work import (
@@ -34,23 +49,6 @@ from lightning_attention.kernels.triton.work import (
     is_within,
     nearest_border,
 )
-
-# Their names until Triton 3.6, where the new ones do not exist.
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-
-class Output(NamedTuple):
-    """A contiguous tensor [B, T, H, width] that is written.
-
-    By the copy engine, but for the last block of a packed sequence, which a copy of C rows would overrun.
-    """
-
-    descriptor: gl.tensor
-    pointer: gl.tensor
-    batch_stride: gl.tensor
-    row_stride: gl.tensor
 
 
 class Input(NamedTuple):
@@ -96,81 +94,6 @@ def fetch(a, b, c, decay_grad, smem, stage, rows, b_head, c_head, start, pred, C
 
 
 @gluon.jit
-def clear_tail(smem, tokens, C: gl.constexpr, BW: gl.constexpr):
-    """Zero the rows of a block past its ``tokens``: they are another sequence's, or padding that may hold anything."""
-    # One vector a thread at a time: the loop has no registers to spare.
-    V: gl.constexpr = min(8, C * BW // (32 * gl.num_warps()))
-    R: gl.constexpr = 32 * V // BW * gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([1, V], [32 * V // BW, BW // V], [gl.num_warps(), 1], [1, 0])
-    row = gl.arange(0, R, gl.SliceLayout(1, layout))
-    for r in gl.static_range(0, C, R):
-        if r + R > tokens:
-            rows = smem.slice(r, R)
-            rows.store(gl.where((row + r < tokens)[:, None], rows.load(layout), 0.0).to(smem.dtype))
-
-
-@gluon.jit
-def keep_documents(p, border, at, C: gl.constexpr, REVERSE: gl.constexpr):
-    """Zero the scores between documents, in shared memory: the loop has no registers to spare for it."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
-    R: gl.constexpr = 256 // C * gl.num_warps()
-    row = at + gl.arange(0, R, gl.SliceLayout(1, layout))
-    of_column = border.load(gl.SliceLayout(0, layout))
-    for r in gl.static_range(0, C, R):
-        rows = p.slice(r, R)
-        within = is_within((row + r)[:, None], of_column[None, :], REVERSE)
-        rows.store(gl.where(within, rows.load(layout), 0.0).to(p.dtype))
-
-
-@gluon.jit
-def keep_passing(x, border, start, stop, C: gl.constexpr, BW: gl.constexpr, REVERSE: gl.constexpr):
-    """Zero the rows of a block whose documents do not go past it, in shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BW, BW // 8], [gl.num_warps(), 1], [1, 0])
-    R: gl.constexpr = 256 // BW * gl.num_warps()
-    for r in gl.static_range(0, C, R):
-        rows = x.slice(r, R)
-        goes_past = is_past(border.slice(r, R).load(gl.SliceLayout(1, layout)), start, stop, REVERSE)
-        rows.store(gl.where(goes_past[:, None], rows.load(layout), 0.0).to(x.dtype))
-
-
-@gluon.jit
-def store_tail(x, smem, stride, tokens, width, C: gl.constexpr, BW: gl.constexpr):
-    """Write the first ``tokens`` rows of a block."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BW, BW // 8], [gl.num_warps(), 1], [1, 0])
-    R: gl.constexpr = 256 // BW * gl.num_warps()
-    row = gl.arange(0, R, gl.SliceLayout(1, layout))
-    col = gl.arange(0, BW, gl.SliceLayout(0, layout))
-    for r in gl.static_range(0, C, R):
-        if r < tokens:
-            inside = (row + r < tokens)[:, None] & (col < width)[None, :]
-            gl.store(x + (row + r)[:, None] * stride + col[None, :], smem.slice(r, R).load(layout), mask=inside)
-
-
-@gluon.constexpr_function
-def main_part(width):
-    """Columns of the first of two parts."""
-    return 64 if width < 128 else 128
-
-
-@gluon.jit
-def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.constexpr, TILE: gl.constexpr,
-                TRANSPOSED: gl.constexpr):  # fmt: skip
-    """Write a program's part of a state, of one or two parts, times a factor."""
-    MAIN: gl.constexpr = main_part(WIDTH)
-    WARPS: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MAIN, 16])
-    col = column + gl.arange(0, TILE, gl.SliceLayout(1, layout))
-    where, exists = state_pointers(base, gl.arange(0, MAIN, gl.SliceLayout(0, layout)), col, shape, TRANSPOSED)
-    gl.store(where, (state * factor).to(base.dtype.element_ty), mask=exists)
-    if WIDTH > MAIN:
-        rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH - MAIN, 16])
-        b_col = MAIN + gl.arange(0, WIDTH - MAIN, gl.SliceLayout(0, rest_layout))
-        col = column + gl.arange(0, TILE, gl.SliceLayout(1, rest_layout))
-        where, exists = state_pointers(base, b_col, col, shape, TRANSPOSED)
-        gl.store(where, (state_rest * factor).to(base.dtype.element_ty), mask=exists)
-
-
-@gluon.jit
 def left_operand(state, inverse, dtype: gl.constexpr, LEFT: gl.constexpr):
     """A part of the state for a product, its rows times ``inverse``, if that is given."""
     layout: gl.constexpr = state.type.layout
@@ -181,43 +104,6 @@ def left_operand(state, inverse, dtype: gl.constexpr, LEFT: gl.constexpr):
         # where it does; not this. With four warps the second program fills the gap.
         state = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [state], gl.bfloat16, False, 2)
     return gl.convert_layout(state.to(dtype), LEFT)
-
-
-@gluon.jit
-def weights(at, tokens, nearest, rate, C: gl.constexpr, LEFT: gl.constexpr, REVERSE: gl.constexpr):
-    """What is left of each row of a block at its end, λ^(m−1−r), or with time reversed at its beginning, λ^(r+1).
-
-    The second as λ^m over the first: the same in every block, it would be kept in registers, 16 a thread, which Triton
-    3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row is zero.
-    """
-    row = gl.arange(0, C, gl.SliceLayout(0, LEFT))
-    to_end = rate * gl.maximum(tokens - 1 - row, 0).to(gl.float32)
-    weight = gl.exp2(rate * tokens.to(gl.float32) - to_end if REVERSE else to_end)
-    if nearest is not None:
-        weight = gl.where(is_within(at + row, nearest, REVERSE), weight, 0.0)
-    return weight
-
-
-@gluon.jit
-def weigh(c, weight, LEFT: gl.constexpr):
-    """The columns of a block, a left operand, by a weight for each row."""
-    return (c.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(c.dtype)
-
-
-@gluon.jit
-def write_block(out, smem, o, rows, at, tokens, width, C: gl.constexpr, TILE: gl.constexpr, PACKED: gl.constexpr):
-    """Write a block of the output, transposed in registers, by way of shared memory."""
-    tma.store_wait(0)
-    barrier()
-    smem.reshape([C, TILE]).permute((1, 0)).store(o.to(smem.dtype))
-    fence_async_shared()
-    barrier()
-    if PACKED and tokens < C:
-        where = out.pointer + rows.batch * out.batch_stride + rows.head * width + rows.column
-        store_tail(where + at.to(gl.int64) * out.row_stride, smem.reshape([C, TILE]), out.row_stride, tokens,
-                   width - rows.column, C, TILE)  # fmt: skip
-    else:
-        copy_out(out.descriptor, [rows.batch, at, rows.head, rows.column], smem)
 
 
 @gluon.jit
@@ -576,15 +462,6 @@ def read(x: Tensor | None, view: TensorView, tiles: Tiles, width: int) -> tuple[
     main = main_part(width)
     rest = dispatch.Descriptor(x, view, tiles.C, width - main) if width > main else None
     return dispatch.Descriptor(x, view, tiles.C, main), rest
-
-
-def read_tile(x: Tensor | None, view: TensorView, tiles: Tiles, width: int) -> tuple[Any, ...]:
-    return (None if x is None else dispatch.Descriptor(x, view, tiles.C, width),)
-
-
-def write(x: Tensor, view: TensorView, tiles: Tiles, width: int) -> tuple[Any, ...]:
-    batch, row, _, _ = x.stride()
-    return dispatch.Descriptor(x, view, tiles.C, width), x, batch, row
 
 
 SWEEP = Sweep(

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lightning_attention.kernels.triton import dispatch, roles
 from lightning_attention.kernels.triton.numerics import advance, carried_units, whole_and_rest
 from lightning_attention.kernels.triton.roles import Operands, first_state, heads_read, widths
-from lightning_attention.kernels.triton.sweeps.hopper import (
+from lightning_attention.kernels.triton.sweeps.hopper_blocks import (
     Output,
     barrier,
     copy_in,
