@@ -109,12 +109,12 @@ def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.conste
 def weights(at, tokens, nearest, rate, C: gl.constexpr, LEFT: gl.constexpr, REVERSE: gl.constexpr):
     """What is left of each row of a block at its end, λ^(m−1−r), or with time reversed at its beginning, λ^(r+1).
 
-    The second as λ^m over the first: the same in every block, it would be kept in registers, 16 a thread, which Triton
-    3.6 and 3.8 then spill. The exponent of a row past the end is clamped; that row is zero.
+    Counted by a 0 that the compiler does not know: what is the same in every block it would keep in registers, 16 a
+    thread, and spill others. One product, because the difference of two is fused in one kernel and not in another. The
+    exponent of a row past the end is clamped; that row is zero.
     """
-    row = gl.arange(0, C, gl.SliceLayout(0, LEFT))
-    to_end = rate * gl.maximum(tokens - 1 - row, 0).to(gl.float32)
-    weight = gl.exp2(rate * tokens.to(gl.float32) - to_end if REVERSE else to_end)
+    row = (tokens <= 0).to(gl.int32) + gl.arange(0, C, gl.SliceLayout(0, LEFT))
+    weight = gl.exp2(rate * (row + 1 if REVERSE else gl.maximum(tokens - 1 - row, 0)).to(gl.float32))
     if nearest is not None:
         weight = gl.where(is_within(at + row, nearest, REVERSE), weight, 0.0)
     return weight
