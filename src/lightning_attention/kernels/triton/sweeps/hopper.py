@@ -282,7 +282,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
                 o = warpgroup_mma(left_of_rest, a_rest, o, is_async=True)
 
         if not LATE:
-            weight = weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale
+            weight = weights(at, tokens, nearest, rate, C, left_state, REVERSE, WIDE) * weight_scale
             weighted = weigh(c_block, weight, left_state)
 
         if OUTPUT:
@@ -352,7 +352,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
                 derivative_rest = derivative_rest + state_rest * tokens.to(gl.float32)
                 derivative_rest = derivative_rest + derivative_rest * lost
         if LATE:
-            weight = weights(at, tokens, nearest, rate, C, left_state, REVERSE) * weight_scale
+            weight = weights(at, tokens, nearest, rate, C, left_state, REVERSE, WIDE) * weight_scale
             weighted = weigh(c_block, weight, left_state)
         if BORDERS:
             if not is_kept:

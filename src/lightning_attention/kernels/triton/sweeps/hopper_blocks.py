@@ -106,15 +106,21 @@ def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.conste
 
 
 @gluon.jit
-def weights(at, tokens, nearest, rate, C: gl.constexpr, LEFT: gl.constexpr, REVERSE: gl.constexpr):
+def weights(at, tokens, nearest, rate, C: gl.constexpr, LEFT: gl.constexpr, REVERSE: gl.constexpr,
+            WIDE: gl.constexpr = False):  # fmt: skip
     """What is left of each row of a block at its end, λ^(m−1−r), or with time reversed at its beginning, λ^(r+1).
 
     Counted by a 0 that the compiler does not know: what is the same in every block it would keep in registers, 16 a
     thread, and spill others. One product, because the difference of two is fused in one kernel and not in another. The
     exponent of a row past the end is clamped; that row is zero.
     """
-    row = (tokens <= 0).to(gl.int32) + gl.arange(0, C, gl.SliceLayout(0, LEFT))
-    weight = gl.exp2(rate * (row + 1 if REVERSE else gl.maximum(tokens - 1 - row, 0)).to(gl.float32))
+    row = gl.arange(0, C, gl.SliceLayout(0, LEFT))
+    if WIDE:  # there one product spills 24 and 72 bytes
+        to_end = rate * gl.maximum(tokens - 1 - row, 0).to(gl.float32)
+        weight = gl.exp2(rate * tokens.to(gl.float32) - to_end if REVERSE else to_end)
+    else:
+        row = (tokens <= 0).to(gl.int32) + row
+        weight = gl.exp2(rate * (row + 1 if REVERSE else gl.maximum(tokens - 1 - row, 0)).to(gl.float32))
     if nearest is not None:
         weight = gl.where(is_within(at + row, nearest, REVERSE), weight, 0.0)
     return weight
