@@ -68,6 +68,7 @@ CASES = [
     Case(((20, 0, 70), (3, 65, 0)), MILD, padding=5),
     Case((20, 30, 40), MILD, partial_loss=True),
     Case((20, 30, 40), MILD, Hk=1),
+    Case((5, 0, 7), (float("-inf"), -0.1)),
     Case((70, 80), MILD, dtype="bfloat16"),
     Case((70, 80), MILD, dtype="bfloat16", autocast=True),
     # A stream of three sequences cut into four: the second crosses three ranks.

@@ -24,8 +24,9 @@ from lightning_attention.kernels.backend import Ranks
 
 
 def powers(log_decay: Tensor | None, lengths: Tensor, H: int) -> Tensor:
-    """λ^n: lengths [R, N] -> [R, N, H, 1, 1]."""
+    """λ^n: lengths [R, N] -> [R, N, H, 1, 1]; λ^0 is 1, also where λ is 0."""
     rate = lengths.new_zeros(H) if log_decay is None else log_decay.to(lengths.dtype)
+    rate = rate.clamp(min=torch.finfo(rate.dtype).min)
     return (lengths[..., None] * rate).exp()[..., None, None]
 
 

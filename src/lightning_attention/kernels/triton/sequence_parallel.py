@@ -77,6 +77,8 @@ def sequence_parallel_backward(
     cu_seqlens: Tensor | None, lengths: Tensor, scale: float, batch_invariant: bool, need_dlog_decay: bool,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    if dout.stride(-1) != 1 or 0 in dout.stride():
+        dout = dout.contiguous()
     args = (
         dout, dfinal, q, k, v, log_decay, start, cu_seqlens, lengths, scale, batch_invariant, need_dlog_decay, ranks,
     )  # fmt: skip
@@ -97,8 +99,6 @@ def _backward(
     """
     log_decay, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(cu_seqlens)
     (_, T, H, E), D, N = v.shape, k.shape[3], start.shape[0]
-    if dout.stride(-1) != 1 or 0 in dout.stride():
-        dout = dout.contiguous()
 
     def empty(count: int) -> Tensor:
         return torch.empty(count, *start.shape, dtype=torch.float32, device=v.device)

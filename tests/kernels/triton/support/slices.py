@@ -88,8 +88,9 @@ def solve_in_slices(
     def back(r: int, mates: Mates) -> Any:
         p, (_, _, start, lengths) = parts[r], results[r]
         dfinal = (p.dfinal if r == 0 else torch.zeros_like(p.dfinal)) if final else None
+        dout = p.dout.transpose(1, 3).contiguous().transpose(1, 3)  # autograd gives it any strides
         return backward(
-            p.dout, dfinal, p.q, p.k, p.v, p.log_decay, start, p.cu_seqlens, lengths, p.scale, batch_invariant,
+            dout, dfinal, p.q, p.k, p.v, p.log_decay, start, p.cu_seqlens, lengths, p.scale, batch_invariant,
             p.log_decay is not None, mates,
         )  # fmt: skip
 
