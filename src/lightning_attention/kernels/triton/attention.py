@@ -11,7 +11,7 @@ from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states
 from lightning_attention.kernels.triton.sweeps.interface import sweep_for
-from lightning_attention.kernels.triton.tiling import Tiling, tiling, widest_part, with_decay_gradient
+from lightning_attention.kernels.triton.tiling import Tiling, columns_at_once, tiling, with_decay_gradient
 
 
 def sweep_forward(
@@ -82,8 +82,8 @@ def attention_backward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, batch_invariant: bool,
     need_dlog_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    D, E = k.shape[3], v.shape[3]
-    part = widest_part(D, E, need_dlog_decay)
+    E = v.shape[3]
+    part = columns_at_once(k, v, need_dlog_decay)
     if part == E:
         return backward(
             dout, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, batch_invariant, need_dlog_decay
@@ -138,8 +138,7 @@ def backward(
             torch.zeros_like(log_decay) if log_decay is not None else None,
             dinitial,
         )
-    if dout.stride(-1) != 1 or 0 in dout.stride():
-        dout = dout.contiguous()
+    dout = dispatch.with_unit_rows(dout)
     chosen = tiling(q, k, v, dout, batch_invariant=batch_invariant, backward=True, learned=need_dlog_decay)
     tiles, _, (q_view, k_view, v_view, dout_view), (like_k, like_v) = chosen
     d_tiles, e_tiles = -(-D // tiles.TD), -(-E // tiles.TE)
@@ -150,14 +149,14 @@ def backward(
         segments, states_before, grads_after = between
     else:
         segments = plan(k, v, cu_seqlens, chosen, programs, batch_invariant, has_states, reverse=True)
-    if segments.is_split and between is None:
-        (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, v, 2)
-        pairs = (k_view, v_view, q_view, dout_view)
-        local_states(segments, tiles, log_decay, scale, (k, v), (q, dout), local_before, local_after, pairs)
-        scan(
-            segments, log_decay, cu_seqlens, N, T, (local_before, states_before), (local_after, grads_after),
-            initial_state, dfinal,
-        )  # fmt: skip
+        if segments.is_split:
+            (local_before, local_after), (states_before, grads_after) = segments.allocate_states(k, v, 2)
+            pairs = (k_view, v_view, q_view, dout_view)
+            local_states(segments, tiles, log_decay, scale, (k, v), (q, dout), local_before, local_after, pairs)
+            scan(
+                segments, log_decay, cu_seqlens, N, T, (local_before, states_before), (local_after, grads_after),
+                initial_state, dfinal,
+            )  # fmt: skip
     decay_sums = None
     if need_dlog_decay:  # what each program of dq and dk adds
         tiles = with_decay_gradient(tiles)

@@ -95,6 +95,16 @@ def passed(state, local, rate, rows):
 
 
 @triton.jit
+def program_of(SIZE, BLOCK: tl.constexpr):
+    """A program's sequence and head, how many heads there are, its columns of a flat state, and where they lie."""
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    H = tl.num_programs(1)
+    col = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    return sequence, head, H, col, col < SIZE, (sequence.to(tl.int64) * H + head) * SIZE + col
+
+
+@triton.jit
 def boundaries_of(first_boundary, segments_per_sequence, sequence):
     """The first of the states between a sequence's segments, and how many there are."""
     begin = sequence * segments_per_sequence
@@ -109,13 +119,8 @@ def boundaries_of(first_boundary, segments_per_sequence, sequence):
 def start_kernel(gathered, initial, start, final, lengths, boundary_states, log_decay, first_boundary,
                  segments_per_sequence, segment_rows, rank, ranks, message_size: "i64", states_size: "i64", SIZE,
                  BLOCK: tl.constexpr):  # fmt: skip
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    H = tl.num_programs(1)
-    col = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < SIZE
+    sequence, head, H, col, inside, of_sequence = program_of(SIZE, BLOCK)
     rate = log2_decay(log_decay, head)
-    of_sequence = (sequence.to(tl.int64) * H + head) * SIZE + col
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         state = tl.load(initial + of_sequence, mask=inside, other=0.0)
@@ -145,13 +150,8 @@ def start_kernel(gathered, initial, start, final, lengths, boundary_states, log_
 @dispatch.unspecialized(triton.jit)
 def end_kernel(gathered, lengths, dend, grads_after, log_decay, cu_seqlens, first_boundary, segments_per_sequence,
                segment_rows, T, rank, ranks, parts, part_size: "i64", SIZE, BLOCK: tl.constexpr):  # fmt: skip
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    H = tl.num_programs(1)
-    col = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < SIZE
+    sequence, head, H, col, inside, of_sequence = program_of(SIZE, BLOCK)
     rate = log2_decay(log_decay, head)
-    of_sequence = (sequence.to(tl.int64) * H + head) * SIZE + col
     state = tl.zeros([BLOCK], tl.float32)
     for r in range(0, ranks * (parts - 1)):  # none, or every rank's second part
         state += tl.load(gathered + (r * parts + 1) * part_size + of_sequence, mask=inside, other=0.0)

@@ -20,7 +20,7 @@ from lightning_attention.kernels.triton.plan import plan
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.scan import scan
 from lightning_attention.kernels.triton.states import local_states, states
-from lightning_attention.kernels.triton.tiling import tiling, widest_part
+from lightning_attention.kernels.triton.tiling import columns_at_once, tiling
 
 
 @recorded
@@ -77,12 +77,11 @@ def sequence_parallel_backward(
     cu_seqlens: Tensor | None, lengths: Tensor, scale: float, batch_invariant: bool, need_dlog_decay: bool,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    if dout.stride(-1) != 1 or 0 in dout.stride():
-        dout = dout.contiguous()
+    dout = dispatch.with_unit_rows(dout)
     args = (
         dout, dfinal, q, k, v, log_decay, start, cu_seqlens, lengths, scale, batch_invariant, need_dlog_decay, ranks,
     )  # fmt: skip
-    if widest_part(k.shape[3], v.shape[3], need_dlog_decay) == v.shape[3]:
+    if columns_at_once(k, v, need_dlog_decay) == v.shape[3]:
         return _backward(*args)
     return plain.sequence_parallel_backward(states, attention_backward, *args)  # which takes v in parts
 

@@ -78,6 +78,7 @@ CASES = {
     },
     "20, fewer heads of q and k, float32": {"T": 333, "H": 4, "Hk": 2, "D": 20, "dtype": FP32},
     "64, float32": {"B": 2, "T": 1000, "H": 4, "D": 64, "dtype": FP32},
+    "64 and 192, float32": {"T": 500, "H": 2, "D": 64, "E": 192, "dtype": FP32},
     "128, float32": {"T": 500, "D": 128, "dtype": FP32},
     "80 and 96, fewer heads of q and k, float32, packed": {
         "lengths": PACKED,

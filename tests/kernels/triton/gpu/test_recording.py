@@ -15,7 +15,7 @@ from lightning_attention import (
     lightning_attention_prefill,
     lightning_attention_verify,
 )
-from tests.kernels.triton.support.device import needs_gpu
+from tests.kernels.triton.support.device import assert_recorded_calls_repeat, needs_gpu
 
 pytestmark = needs_gpu
 BF16 = torch.bfloat16
@@ -94,10 +94,4 @@ RUNS |= {name: lambda name=name: pools(name) for name in ("decode", "prefill", "
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recorded_call_has_the_bits_of_the_first(name: str):
     run = RUNS[name]()
-    first = [run(0), run(1)]  # nothing is recorded before a shape comes for the second time
-    kept = []
-    for _ in range(3):
-        for seed in (0, 1):
-            found = run(seed)
-            kept.append(found)  # so that the next gets other memory
-            assert all(map(torch.equal, found, first[seed]))
+    assert_recorded_calls_repeat(run)

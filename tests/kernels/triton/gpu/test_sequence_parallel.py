@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_attention import decay, lightning_attention
 from lightning_attention.kernels.triton.sequence_parallel import sequence_parallel, sequence_parallel_backward
-from tests.kernels.triton.support.device import misses, moved, needs_gpu, poisoned, solve_in_float64
+from tests.kernels.triton.support.device import (
+    assert_recorded_calls_repeat,
+    misses,
+    moved,
+    needs_gpu,
+    poisoned,
+    solve_in_float64,
+)
 from tests.kernels.triton.support.slices import Cut, solve_in_slices
 from tests.support import make_problem
 
@@ -64,10 +71,4 @@ def test_a_recorded_call_has_the_bits_of_the_first(group: dist.ProcessGroup, T: 
         outputs = [x for x in found if x is not None]
         return [*outputs, *torch.autograd.grad(outputs, inputs, [dout, dfinal][: len(outputs)])]
 
-    first = [run(0), run(1)]  # nothing is recorded before a shape comes for the second time
-    kept = []
-    for _ in range(3):
-        for seed in (0, 1):
-            found = run(seed)
-            kept.append(found)  # so that the next gets other memory
-            assert all(map(torch.equal, found, first[seed]))
+    assert_recorded_calls_repeat(run)

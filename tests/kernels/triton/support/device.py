@@ -1,6 +1,6 @@
 """Problems on a GPU: solved there, exactly and with the kernels, and how far the two may differ."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from unittest.mock import patch
@@ -86,6 +86,17 @@ def assert_same_bits(got: Solution, expected: Solution, *names: str) -> None:
     for name in names or [f.name for f in fields(Solution)]:
         a, b = getattr(got, name), getattr(expected, name)
         assert (a is None and b is None) or torch.equal(a, b), name
+
+
+def assert_recorded_calls_repeat(run: Callable[[int], list[Tensor]]) -> None:
+    """Calls made again from a recording give the bits of those that were not, from the tensors of a seed."""
+    first = [run(0), run(1)]  # nothing is recorded before a shape comes for the second time
+    kept = []
+    for _ in range(3):
+        for seed in (0, 1):
+            found = run(seed)
+            kept.append(found)  # so that the next gets other memory
+            assert all(map(torch.equal, found, first[seed]))
 
 
 def room_for(gigabytes: float) -> None:

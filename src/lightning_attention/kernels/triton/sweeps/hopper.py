@@ -27,11 +27,13 @@ from lightning_attention.kernels.triton.roles import Operands, first_state, head
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import (
     Output,
     barrier,
+    borders_of,
     clear_tail,
     copy_in,
     keep_documents,
     keep_passing,
     main_part,
+    order_of_blocks,
     read_tile,
     store_state,
     weigh,
@@ -47,7 +49,6 @@ from lightning_attention.kernels.triton.work import (
     Shape,
     is_past,
     is_within,
-    nearest_border,
 )
 
 
@@ -167,12 +168,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
     smem = Buffers(b_smem, b_rest_smem, a_smem, a_rest_smem, c_smem, partner_smem, ready)
 
     stop = rows.stop
-    blocks = (stop - rows.start + C - 1) // C
-    first = rows.start
-    step = C
-    if REVERSE:
-        first = rows.start + (blocks - 1) * C
-        step = -C
+    blocks, first, step = order_of_blocks(rows, C, REVERSE)
     for s in gl.static_range(STAGES - 1):
         fetch(a, b, c, decay_grad, smem, s, rows, b_head, c_head, first + s * step, s < blocks, C, WIDTH, TILE, OUTPUT)
 
@@ -213,8 +209,8 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
             lagging = gl.sum(no_lag, 2)
 
     if BORDERS:
-        border_smem.index(0).store(gl.load(rows.borders + gl.minimum(first + line, stop - 1)))
-        nearest = nearest_border(rows.borders, first, gl.minimum(first + C, stop), REVERSE)
+        borders_first, nearest = borders_of(rows, first, line, C, REVERSE)
+        border_smem.index(0).store(borders_first)
         barrier()
     else:
         nearest = None
@@ -231,8 +227,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         if BORDERS:
             is_kept = is_past(nearest, at, at + tokens, REVERSE)
             following = gl.minimum(gl.maximum(at + step, rows.start), stop - 1)  # loaded a block ahead
-            borders_ahead = gl.load(rows.borders + gl.minimum(following + line, stop - 1))
-            nearest_ahead = nearest_border(rows.borders, following, gl.minimum(following + C, stop), REVERSE)
+            borders_ahead, nearest_ahead = borders_of(rows, following, line, C, REVERSE)
         if OUTPUT:
             if HALF:  # rows of the state, each times a power of two that makes it fit
                 largest = gl.max(gl.abs(state), 1)

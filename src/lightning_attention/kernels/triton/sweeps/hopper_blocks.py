@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.roles import state_pointers
 from lightning_attention.kernels.triton.tiling import TensorView, Tiles
-from lightning_attention.kernels.triton.work import is_past, is_within
+from lightning_attention.kernels.triton.work import is_past, is_within, nearest_border
 
 # Their names until Triton 3.6, where the new ones do not exist.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -28,6 +28,25 @@ class Output(NamedTuple):
     pointer: gl.tensor
     batch_stride: gl.tensor
     row_stride: gl.tensor
+
+
+@gluon.jit
+def order_of_blocks(rows, C: gl.constexpr, REVERSE: gl.constexpr):
+    """How many blocks a sweep has, where the first one begins, and how far it is to the next."""
+    blocks = (rows.stop - rows.start + C - 1) // C
+    first = rows.start
+    step = C
+    if REVERSE:
+        first = rows.start + (blocks - 1) * C
+        step = -C
+    return blocks, first, step
+
+
+@gluon.jit
+def borders_of(rows, start, line, C: gl.constexpr, REVERSE: gl.constexpr):
+    """The borders of a block's rows, one for each number of ``line``, and its ``nearest_border``."""
+    borders = gl.load(rows.borders + gl.minimum(start + line, rows.stop - 1))
+    return borders, nearest_border(rows.borders, start, gl.minimum(start + C, rows.stop), REVERSE)
 
 
 @gluon.jit

@@ -26,15 +26,16 @@ from lightning_attention.kernels.triton.roles import Operands, first_state, head
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import (
     Output,
     barrier,
+    borders_of,
     copy_in,
-    copy_out,
+    order_of_blocks,
     read_tile,
     store_state,
-    store_tail,
     write,
+    write_block,
 )
 from lightning_attention.kernels.triton.sweeps.interface import Sweep
-from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape, is_past, is_within, nearest_border
+from lightning_attention.kernels.triton.work import Pool, Segmentation, Shape, is_past, is_within
 
 #: Two numbers at once. Triton converts the first part one number at a time, which takes a warp eight cycles (F2F), and
 #: at 128 a thread had 208 of them a block.
@@ -211,12 +212,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         line = gl.arange(0, C, gl.BlockedLayout([1], [32], [WARPS], [0]))
 
     stop = rows.stop
-    blocks = (stop - rows.start + C - 1) // C
-    first = rows.start
-    step = C
-    if REVERSE:
-        first = rows.start + (blocks - 1) * C
-        step = -C
+    blocks, first, step = order_of_blocks(rows, C, REVERSE)
     fetch(a, b, a_smem, b_smem, ready.index(STAGES), rows, b_head, first, blocks > 0, C, WIDTH, OUTPUT)
     for s in gl.static_range(STAGES - 1):
         fetch_tile(c, c_smem, ready, s, rows, c_head, first + s * step, s < blocks, C, TILE)
@@ -231,8 +227,8 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         no_out = gl.zeros([TILE, C], gl.float32, out_layout)
         no_scores = gl.zeros([C, C], gl.float32, scores_layout)
     if BORDERS:
-        border_smem.index(0).store(gl.load(rows.borders + gl.minimum(first + line, stop - 1)))
-        nearest = nearest_border(rows.borders, first, gl.minimum(first + C, stop), REVERSE)
+        borders_first, nearest = borders_of(rows, first, line, C, REVERSE)
+        border_smem.index(0).store(borders_first)
         barrier()
     else:
         nearest = None
@@ -247,8 +243,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         if BORDERS:
             is_kept = is_past(nearest, at, at + tokens, REVERSE)
             following = gl.minimum(gl.maximum(at + step, rows.start), stop - 1)  # loaded a block ahead
-            borders_ahead = gl.load(rows.borders + gl.minimum(following + line, stop - 1))
-            nearest_ahead = nearest_border(rows.borders, following, gl.minimum(following + C, stop), REVERSE)
+            borders_ahead, nearest_ahead = borders_of(rows, following, line, C, REVERSE)
         if OUTPUT:
             tma.store_wait(0)
         else:
@@ -316,16 +311,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         if OUTPUT:
             if not THREE:
                 o = warpgroup_mma_wait(PRODUCTS, deps=[o])
-            barrier()  # c has been read
-            c_block.store(o)
-            fence_async_shared()
-            barrier()
-            if PACKED and tokens < C:
-                where = out.pointer + rows.batch * out.batch_stride + rows.head * c_width + rows.column
-                store_tail(where + at.to(gl.int64) * out.row_stride, c_block.permute((1, 0)), out.row_stride, tokens,
-                           c_width - rows.column, C, TILE)  # fmt: skip
-            else:
-                copy_out(out.descriptor, [rows.batch, at, rows.head, rows.column], c_smem.index(stage))
+            write_block(out, c_smem.index(stage), o, rows, at, tokens, c_width, C, TILE, PACKED)  # c has been read
             # While the state is made, so are a's next parts: nobody reads any more what is in their place.
             mbarrier.wait(ready.index(STAGES), (n + 1) & 1, pred=n + 1 < blocks)
             split_block(a_smem, a_parts, C, C, WIDTH, False, THREE)
