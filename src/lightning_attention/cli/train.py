@@ -33,7 +33,7 @@ def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
         kind, about = list[str], typer.Argument(metavar="INPUT", help=text, show_default=False)
     else:
         flag, default = setting.name.replace("_", "-"), setting.default
-        if kind is bool:
+        if kind is bool and default is not None:
             default = "yes" if default else "no"
         about = typer.Option(
             f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
