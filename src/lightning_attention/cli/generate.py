@@ -76,10 +76,9 @@ def generate(
         if math.isnan(value):
             raise typer.BadParameter("nan is not a number", param_hint=option)
     openings = _texts(texts or []) if prompts is None else []
-    from lightning_attention.models.pretrained import load_model, load_tokenizer
     from lightning_attention.serving.text import Generator, Prompt
-    from lightning_attention.training.checkpoint import find_model
     from lightning_attention.training.runtime import Runtime
+    from lightning_attention.training.trained import open_trained
 
     like = Prompt("", max_tokens, temperature, top_p, seed, ignore_eos)
     if prompts is not None:
@@ -87,12 +86,13 @@ def generate(
     else:
         wanted = [replace(like, text=text, seed=seed + i) for i, text in enumerate(openings)]
     runtime = Runtime.choose(device, "float32")
-    folder = find_model(model)
-    loaded = load_model(folder)
-    if not hasattr(loaded, "blocks"):
-        kind = loaded.config.model_type
-        raise InputError(f"{folder} holds a {kind}; generate needs a transnormer, and a {kind} is for transformers")
-    generator = Generator(loaded.to(runtime.device), load_tokenizer(folder))
+    trained = open_trained(model)
+    if not hasattr(trained.model, "blocks"):
+        kind = trained.model.config.model_type
+        raise InputError(
+            f"{trained.folder} holds a {kind}; generate needs a transnormer, and a {kind} is for transformers"
+        )
+    generator = Generator(trained.model.to(runtime.device), trained.tokenizer)
     stream = generator.stream(wanted, max_batch=max_batch)
     if prompts is not None:
         _print_lines(stream, ids)
