@@ -87,7 +87,7 @@ def evaluate(
                 advance=lambda done, total: status.update(f"{done / total:.0%} of {total / 1e6:,.1f} MB"),
             )
     except (MemoryError, RuntimeError) as error:
-        raise memory_error(error) from error
+        raise memory_error(error, "--batch-size or --seq-len") from error
     record = {
         "model": str(trained.folder),
         "kind": trained.model.config.model_type,

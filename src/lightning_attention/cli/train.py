@@ -138,11 +138,11 @@ def _refuse_several_processes() -> None:
         )
 
 
-def memory_error(error: Exception) -> Exception:
+def memory_error(error: Exception, smaller: str = "width, batch_size or seq_len") -> Exception:
     """The error itself, or what to do about it where it is that a model or a batch does not fit."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
-        return InputError(f"not enough memory: {text}; try a smaller width, batch_size or seq_len")
+        return InputError(f"not enough memory: {text}; try a smaller {smaller}")
     return error
 
 

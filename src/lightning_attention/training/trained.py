@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_attention.errors import InputError
+from lightning_attention.models.llama import ServedLlama
 from lightning_attention.models.pretrained import load_model, load_tokenizer, save_model
+from lightning_attention.serving import DecoderModel
+from lightning_attention.serving.text import Prompt
 from lightning_attention.training.checkpoint import atomic_folder, find_model
 
 
@@ -18,6 +22,13 @@ class Trained(NamedTuple):
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+
+    def served(self, prompts: Iterable[Prompt]) -> DecoderModel:
+        """The model as `serving` runs it. A Llama gets room for the longest of the prompts and what comes after it."""
+        if self.model.config.model_type != "llama":
+            return self.model
+        ids = ((self.tokenizer.encode(p.text, split_special_tokens=True), p.max_tokens) for p in prompts)
+        return ServedLlama(self.model, max(max(1, len(prompt)) + more for prompt, more in ids))
 
 
 def open_trained(path: Path) -> Trained:
