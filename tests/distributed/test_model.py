@@ -1,10 +1,13 @@
-"""A model over slices of rows against the same model over the whole rows, on 2 and 3 gloo processes."""
+"""Models and layers over slices of rows against themselves over the whole rows, on 2 and 3 gloo processes."""
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -16,9 +19,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from lightning_attention.distributed import sequence_parallel
+from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM, slices
+from lightning_attention.nn import LightningAttention, token_positions
 from tests.support.numerics import relative_error
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "hybrid.py"
 RANKS = 3
 TOLERANCE = 2e-5  # float32, three blocks
 WRONG = 1e-3
@@ -114,7 +120,7 @@ def whole_batch(case: Case) -> dict[str, Tensor]:
     return batch
 
 
-def gradients(model: TransnormerForCausalLM) -> dict[str, Tensor]:
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return found
@@ -164,6 +170,65 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
     return dict(zip(errors, worst.tolist(), strict=True))
 
 
+def load_hybrid() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hybrid", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hybrid_errors(rank: int, group: dist.ProcessGroup) -> dict[str, float]:
+    """The example of a hybrid model, whose eighth layer has softmax attention; its labels come shifted."""
+    hybrid, T = load_hybrid(), 10
+    torch.manual_seed(1)
+    model = hybrid.Hybrid(40, width=32, heads=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(std=0.2)
+    ids = torch.randint(40, (2, RANKS * T + 1))
+    whole = model(ids[:, :-1])[0]
+    F.cross_entropy(whole.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    expected, own = gradients(model), slice(rank * T, (rank + 1) * T)
+    logits, carried = model(ids[:, :-1][:, own], group=group)
+    assert carried == [None] * 8
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:][:, own].flatten()).backward()
+    errors = {"logits": relative_error(logits, whole[:, own])}
+    for name, grad in gradients(model).items():
+        dist.all_reduce(grad, group=group)
+        errors[name] = relative_error(grad / RANKS, expected[name])
+    return errors
+
+
+def layer_errors(rank: int, group: dist.ProcessGroup) -> dict[str, float]:
+    """A layer with rope over slices of packed sequences, as the operation takes them; the third is on one alone."""
+    lengths = torch.tensor([[9, 4, 1], [0, 7, 0], [8, 3, 0]])  # ranks, sequences
+    layer = LightningAttention.bailing(32, 4, layer=0, num_layers=2).double()
+    torch.manual_seed(2)
+    x, weight = torch.randn(2, 1, int(lengths.sum()), 32, dtype=torch.double)
+    torch.manual_seed(0)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    whole_cuts = F.pad(lengths.sum(0).cumsum(0), (1, 0))
+    starts = whole_cuts[:-1] + lengths[:rank].sum(0)
+    places = torch.cat([torch.arange(s, s + n) for s, n in zip(starts.tolist(), lengths[rank].tolist(), strict=True)])
+    whole, state = layer(x, cu_seqlens=whole_cuts, output_state=True)
+    (whole * weight).sum().backward()
+    expected = gradients(layer)
+    cuts = F.pad(lengths[rank].cumsum(0), (1, 0))
+    positions = token_positions(x[:, places], cu_seqlens=cuts, group=group)
+    assert torch.equal(positions, token_positions(x, cu_seqlens=whole_cuts)[places])
+    padded = token_positions(torch.empty(1, len(places) + 2), cu_seqlens=cuts.int(), group=group)
+    assert torch.equal(padded[: len(places)], positions)
+    out, last = layer(x[:, places], positions=positions, cu_seqlens=cuts, output_state=True, group=group)
+    (out * weight[:, places]).sum().backward()
+    errors = {"output": relative_error(out, whole[:, places]), "state": relative_error(last, state)}
+    for name, grad in gradients(layer).items():
+        dist.all_reduce(grad, group=group)
+        errors[name] = relative_error(grad, expected[name])
+    return errors
+
+
 def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -174,6 +239,8 @@ def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
     for seed, case in enumerate(cases):
         if rank < len(case.lengths):
             results.append(run_case(case, seed, rank, groups[len(case.lengths) - 1]))
+    others = {"hybrid": hybrid_errors(rank, groups[-1]), "layer": layer_errors(rank, groups[-1])}
+    Path(folder, f"others{rank}.json").write_text(json.dumps(others))
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
@@ -195,8 +262,62 @@ def test_slices_of_rows_are_the_rows(tmp_path: Path) -> None:
     for case, errors in results[len(CASES) :]:
         for name in ["lm_head.weight"] if case.break_with == "no next label" else ["logits", "lm_head.weight"]:
             assert errors[name] > WRONG, (case.break_with, name)
+    for rank in range(RANKS):
+        others = json.loads((tmp_path / f"others{rank}.json").read_text())
+        assert max(others["hybrid"].values()) <= TOLERANCE, others["hybrid"]
+        assert max(others["layer"].values()) <= 1e-13, others["layer"]
 
 
 @pytest.mark.slow
 def test_compiled_without_a_graph_break(tmp_path: Path) -> None:
     assert not failures(run(COMPILED, tmp_path))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_wrong_use_of_the_model(group: dist.ProcessGroup) -> None:
+    model, ids = tiny(), torch.randint(3, 97, (1, 12))
+    cache = model(ids, use_cache=True)[CACHE]
+    assert getattr(model(ids, group=group), CACHE) is None  # though the configuration asks for one, in evaluation
+    for wrong, error, message in (
+        ({"group": "sp"}, TypeError, r"group is a str; it must be a torch\.distributed ProcessGroup"),
+        ({"use_cache": True}, ValueError, "use_cache is True together with group"),
+        ({CACHE: cache}, ValueError, "cache is given together with group"),
+        ({"attention_mask": torch.ones(1, 24)}, ValueError, r"attention_mask is \[1, 24\]; with group .* \[1, 12\]"),
+        ({"position_ids": torch.arange(24)[None]}, ValueError, r"position_ids is \[1, 24\]"),
+        (
+            {"cu_seqlens": torch.tensor([0, 6])},
+            ValueError,
+            "cu_seqlens ends at 6 and the slices have 12 tokens",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 12]), "attention_mask": torch.ones(1, 12)}, ValueError, "cu_seqlens is given"),
+        ({"input_ids": ids[:, :0]}, ValueError, "a slice has 0 tokens"),
+    ):
+        with pytest.raises(error, match=message):
+            model(**{"input_ids": ids, "group": group} | wrong)
+        with pytest.raises(error, match=message):
+            model.model(**{"input_ids": ids, "group": group} | wrong)
+
+
+def test_wrong_use_of_a_layer_and_of_the_hybrid(group: dist.ProcessGroup) -> None:
+    layer, x, cuts = LightningAttention.minicpm_sala(16, 2), torch.randn(1, 6, 16), torch.tensor([0, 2, 4])
+    with pytest.raises(ValueError, match=r"positions is None and group is given; .* nn\.token_positions"):
+        layer(x, group=group)
+    at = token_positions(x)
+    with pytest.raises(TypeError, match="group is a str"):
+        layer(x, positions=at, group="sp")
+    with pytest.raises(TypeError, match="group is a str"):
+        token_positions(x, group="sp")
+    with pytest.raises(ValueError, match="local_cu_seqlens is given without group"):
+        layer(x, cu_seqlens=cuts, local_cu_seqlens=cuts)
+    with pytest.raises(ValueError, match="local_cu_seqlens is given without cu_seqlens"):
+        layer(x, positions=at, local_cu_seqlens=cuts, group=group)
+    model, ids = load_hybrid().Hybrid(width=16), torch.randint(256, (1, 6))
+    with pytest.raises(ValueError, match="cache is given together with group"):
+        model(ids, model(ids)[1], 6, group)

@@ -33,8 +33,8 @@ class SliceDocuments:
     starts: Tensor
 
 
-def _by_boundaries(cu_seqlens: Tensor, length: int, group: "ProcessGroup") -> SliceDocuments:
-    """Those of the one row that ``cu_seqlens``, [N+1], cuts, of which this rank has ``length`` tokens.
+def _by_boundaries(cu_seqlens: Tensor, length: int, group: "ProcessGroup") -> SliceDocuments | None:
+    """Those of the one row that ``cu_seqlens``, [N+1], cuts, of which this rank has ``length`` tokens; None for one.
 
     Raises:
         ValueError: the row that ``cu_seqlens`` describes is not as long as the ranks' slices together; looked at only
@@ -48,6 +48,8 @@ def _by_boundaries(cu_seqlens: Tensor, length: int, group: "ProcessGroup") -> Sl
             f"cu_seqlens ends at {cu_seqlens[-1]} and the slices have {lengths.sum()} tokens together; "
             "with group it has the borders of the whole row, on every rank"
         )
+    if len(cu_seqlens) == 2:
+        return None
     places = cu_seqlens[:-1].long() - lengths[: group.rank()].sum()
     starts = torch.where((places >= 0) & (places < length), places, length)
     begins = torch.zeros(1, length + 1, dtype=torch.bool, device=starts.device).index_fill_(1, starts, True)
