@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lightning_attention.nn import LightningAttention, token_positions
 from tests.support.numerics import relative_error
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hybrid.py"
+DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 RANKS = 3
 TOLERANCE = 2e-5  # float32, three blocks
 WRONG = 1e-3
@@ -241,9 +243,13 @@ def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
             results.append(run_case(case, seed, rank, groups[len(case.lengths) - 1]))
     others = {"hybrid": hybrid_errors(rank, groups[-1]), "layer": layer_errors(rank, groups[-1])}
     Path(folder, f"others{rank}.json").write_text(json.dumps(others))
+    os.environ["WORLD_SIZE"] = str(ranks)
+    example = DOCS.read_text(encoding="utf-8").split("## Layers and models")[1].split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(example, names)  # ends the process group
+    assert names["difference"] < TOLERANCE
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 def run(cases: list[Case], folder: Path) -> list[tuple[Case, dict[str, float]]]:
@@ -257,6 +263,7 @@ def failures(results: list[tuple[Case, dict[str, float]]]) -> list[tuple[Case, d
 
 
 def test_slices_of_rows_are_the_rows(tmp_path: Path) -> None:
+    """And the example in the documentation runs."""
     results = run(CASES + BROKEN, tmp_path)
     assert not failures(results[: len(CASES)])
     for case, errors in results[len(CASES) :]:
