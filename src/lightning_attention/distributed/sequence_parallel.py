@@ -6,7 +6,9 @@ layers and models exchange small facts (``gathered``, ``total``), softmax layers
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
@@ -16,11 +18,9 @@ _resolve: Callable[[str], dist.ProcessGroup] = _resolve_process_group  # type: i
 
 #: What all_gather_into_tensor, since torch 2.13 all_gather_single, calls after 20 µs of Python.
 _all_gather = getattr(dist.ProcessGroup, "all_gather_single", None) or dist.ProcessGroup._allgather_base
-# Both under their names since torch 2.13, and before.
+# Under the name since torch 2.13, or the one before; the first is for the compiler too.
 _all_gather_traced = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-_all_gather_autograd = (
-    getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPTIONS = {True: AllgatherOptions(), False: AllgatherOptions()}
 for _is_async, _options in _OPTIONS.items():
     _options.asyncOp = _is_async
@@ -53,7 +53,21 @@ def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     Differentiable: what each rank's loss asks of a rank's x is added up there, by a reduce-scatter. That makes it a
     collective of the backward pass too.
     """
-    return collectives.wait_tensor(_all_gather_autograd(x.contiguous(), 1, check_group(group)))
+    return _Gather.apply(x, check_group(group)).transpose(0, 1).flatten(1, 2)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gathered(x, group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads.new_empty(grads.shape[1:])
+        _reduce_scatter(grad, grads.contiguous().flatten(0, 1), group=ctx.group)
+        return grad, None
 
 
 @dataclass(frozen=True)
