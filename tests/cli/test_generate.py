@@ -42,6 +42,19 @@ def test_continues_a_prompt_with_or_without_saying_it(run):
     assert run("the state", "--no-echo")[1] == out.removeprefix("the state")
 
 
+def test_a_llama_writes_too(run, prompts_file, tmp_path):
+    llama = train(tiny_settings(tmp_path, model="llama", steps=20, eval_every=0, save_every=0))[1].checkpoint
+    alone = run("the state", model=llama)[1]
+    assert alone.startswith("the state")
+    assert len(alone) > len("the state") + 5
+    texts = run("attention", "the state", "--seed", "1", "--no-echo", model=llama)[1]
+    status, out, err = run("--prompts", prompts_file({"prompt": "the state"}, {"prompt": "a " * 200}), model=llama)
+    assert status == 0, err
+    lines = {line["id"]: line["text"] for line in map(json.loads, out.splitlines())}
+    assert "the state" + lines[1] + "\n" == alone
+    assert run("the state", "--seed", "2", "--no-echo", model=llama)[1] == texts.split("===\n")[2]
+
+
 def test_the_seed_decides(run):
     first = run("the", "--seed", "3")[1]
     assert first == run("the", "--seed", "3")[1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_attention.errors import InputError
-from lightning_attention.models.transnormer.pretrained import load_model, load_tokenizer
+from lightning_attention.models.pretrained import load_model, load_tokenizer
 from lightning_attention.serving import engine
 from lightning_attention.serving.text import Generator, Prompt
 from lightning_attention.training.tokenizer import END_ID, PAD_ID

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_attention.models.transnormer.pretrained import load_model
+from lightning_attention.models.pretrained import load_model
 from lightning_attention.training import checkpoint, trainer
 from lightning_attention.training.config import make_config
 from lightning_attention.training.metrics import read_metrics

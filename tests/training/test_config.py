@@ -12,6 +12,8 @@ from lightning_attention.training.config import TrainConfig, make_config, read_t
         ({"seq_len": 1}, "seq_len must be at least 2"),
         ({"layers": 0}, "layers must be at least 1; got 0"),
         ({"width": 100, "heads": 3}, r"width must be a multiple of heads \(3\); got 100"),
+        ({"model": "gpt2"}, "model must be one of transnormer, llama; got 'gpt2'"),
+        ({"size": "2B"}, "size must be one of 75M, 385M, 1B, 3B, 7B; got '2B'"),
         ({"corpus": "web"}, "corpus must be one of pydoc, stdlib; got 'web'"),
         ({"precision": "fp8"}, "precision must be one of auto, bf16, float32"),
         ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
@@ -112,3 +114,32 @@ def test_resume_keeps_what_is_computed_and_changes_the_rest():
         resumed_config(stored, make_config({"lr": 0.1}))
     with pytest.raises(InputError, match="steps cannot be set"):
         resumed_config(make_config({"max_minutes": 1}).as_dict(), make_config({"steps": 9}))
+
+
+def test_a_size_stands_for_the_shape():
+    config = make_config({"size": "385m"})
+    assert (config.size, config.layers, config.width, config.heads) == ("385M", 24, 1024, 8)
+    assert (config.glu_dim, config.tie_embeddings) == (2816, False)
+    assert make_config({"size": "385M", "model": "llama"}).glu_dim == 3200
+    assert make_config({"size": "385M", "layers": 24}) == config  # no contradiction
+    assert make_config({}).width == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "has"), [("layers", 4, 16), ("glu_dim", 100, 5632), ("tie_embeddings", True, False)]
+)
+def test_nothing_contradicts_a_size(name, value, has):
+    message = f"{name} must be left out when size is 1B, which has {has}; got {value}"
+    with pytest.raises(InputError, match=message):
+        make_config({"size": "1B", name: value})
+
+
+def test_the_file_of_a_run_of_one_size_takes_another(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(make_config({"size": "75M", "lr": 0.1}).as_toml())
+    config = make_config({**read_toml(str(path)), "size": "1B"})
+    assert (config.layers, config.lr) == (16, 0.1)
+    stored = make_config({"size": "75M"}).as_dict()
+    assert resumed_config(stored, make_config({"size": "75m", "heads": 5})) == make_config(stored)
+    with pytest.raises(InputError, match="size is '75M' in the checkpoint and '1B' now"):
+        resumed_config(stored, make_config({"size": "1B"}))

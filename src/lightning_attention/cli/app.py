@@ -10,10 +10,12 @@ import typer
 import lightning_attention
 from lightning_attention.cli.bench import bench
 from lightning_attention.cli.check import check
+from lightning_attention.cli.evaluate import evaluate
+from lightning_attention.cli.export import export
 from lightning_attention.cli.generate import generate
 from lightning_attention.cli.streams import show_every_character
 from lightning_attention.cli.train import train
-from lightning_attention.errors import InputError
+from lightning_attention.errors import DiskError, DivergedError, InputError
 
 app = typer.Typer(
     help="Linear attention that trains and serves at constant speed per token.",
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (check, bench, train, generate):
+for command in (check, bench, train, evaluate, export, generate):
     app.command()(command)
 
 
@@ -49,6 +51,9 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (DiskError, DivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written, a name that is too long
         print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
         sys.exit(1)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lightning_attention.cli.prompts import MOST_SEED, MOST_TEMPERATURE, MOST_TOKENS, read_prompts
+from lightning_attention.cli.train import memory_error
 from lightning_attention.errors import InputError
 from lightning_attention.training.config import check_text
 
@@ -61,10 +62,12 @@ def generate(
     echo: Annotated[bool, typer.Option(help="Print each prompt before its continuation.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Continue prompts with a trained TransNormer, printing text as it comes.
+    """Continue prompts with a trained model, printing text as it comes.
 
-    Memory does not grow with the length: the model carries a state of fixed size. Several prompts run as one batch;
-    the first is printed as it comes, the others after it.
+    Memory does not grow with the length of a text: a TransNormer carries a state of fixed size. A Llama keeps keys and
+    values of all tokens: each prompt that runs takes room for the longest prompt and what may come after it.
+
+    Several prompts run as one batch; the first is printed as it comes, the others after it.
 
     With --prompts every prompt becomes a line of JSON when it has ended, in that order: its id (the line number where
     none is given), its text, how many tokens were generated, and whether it ended by itself (stop) or at --max-tokens
@@ -76,10 +79,9 @@ def generate(
         if math.isnan(value):
             raise typer.BadParameter("nan is not a number", param_hint=option)
     openings = _texts(texts or []) if prompts is None else []
-    from lightning_attention.models.transnormer.pretrained import load_model, load_tokenizer
     from lightning_attention.serving.text import Generator, Prompt
-    from lightning_attention.training.checkpoint import find_model
     from lightning_attention.training.runtime import Runtime
+    from lightning_attention.training.trained import open_trained
 
     like = Prompt("", max_tokens, temperature, top_p, seed, ignore_eos)
     if prompts is not None:
@@ -87,13 +89,17 @@ def generate(
     else:
         wanted = [replace(like, text=text, seed=seed + i) for i, text in enumerate(openings)]
     runtime = Runtime.choose(device, "float32")
-    folder = find_model(model)
-    generator = Generator(load_model(folder).to(runtime.device), load_tokenizer(folder))
+    trained = open_trained(model)
+    trained.model.to(runtime.device)
+    generator = Generator(trained.served(wanted), trained.tokenizer)
     stream = generator.stream(wanted, max_batch=max_batch)
-    if prompts is not None:
-        _print_lines(stream, ids)
-    else:
-        _print_streams(stream, openings if echo else [""] * len(openings))
+    try:
+        if prompts is not None:
+            _print_lines(stream, ids)
+        else:
+            _print_streams(stream, openings if echo else [""] * len(openings))
+    except (MemoryError, RuntimeError) as error:
+        raise memory_error(error, "--max-batch or --max-tokens") from error
 
 
 def _texts(prompts: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
         kind, about = list[str], typer.Argument(metavar="INPUT", help=text, show_default=False)
     else:
         flag, default = setting.name.replace("_", "-"), setting.default
-        if kind is bool:
+        if kind is bool and default is not None:
             default = "yes" if default else "no"
         about = typer.Option(
             f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
@@ -82,7 +82,7 @@ def train(
     auto_resume: Annotated[bool, _own("--auto-resume", "Go on from the newest checkpoint in --out, or start.")] = False,
     overwrite: Annotated[bool, _own("--overwrite", "Start again where --out holds a run.")] = False,
 ) -> None:
-    """Train a small TransNormer on text, on a CPU or a GPU.
+    """Train a TransNormer, or a Llama to compare it with, on text, on a CPU or a GPU.
 
     Without INPUT it trains on the English of pydoc's topics, which every Python carries. Ctrl-C saves and stops;
     --resume goes on from there as if nothing had happened. Every checkpoint is a Hugging Face folder.
@@ -108,7 +108,7 @@ def train(
         print(f"error: {error}; what was in the folder is as it was", file=sys.stderr)
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
-        raise _memory_error(error) from error
+        raise memory_error(error) from error
     except KeyboardInterrupt as error:
         print("stopped before the first step; what was in the folder is as it was", file=sys.stderr)
         raise typer.Exit(130) from error
@@ -121,7 +121,7 @@ def train(
         console.print(f"error: {error}; {trainer.folder.kept()}")
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
-        raise _memory_error(error) from error
+        raise memory_error(error) from error
     except StoppedAtOnce as stop:
         console.print(f"stopped by {stop.signal_name} at once: {trainer.folder.kept()}")
         raise typer.Exit(_status(stop.signal_name)) from stop
@@ -138,11 +138,11 @@ def _refuse_several_processes() -> None:
         )
 
 
-def _memory_error(error: Exception) -> Exception:
+def memory_error(error: Exception, smaller: str = "width, batch_size or seq_len") -> Exception:
     """The error itself, or what to do about it where it is that a model or a batch does not fit."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
-        return InputError(f"not enough memory: {text}; try a smaller width, batch_size or seq_len")
+        return InputError(f"not enough memory: {text}; try a smaller {smaller}")
     return error
 
 

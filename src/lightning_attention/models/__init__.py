@@ -1,1 +1,5 @@
 """Models, each a room of its own; importing this package imports none of them."""
+
+from lightning_attention.models.presets import preset
+
+__all__ = ["preset"]

@@ -1,1 +1,1 @@
-"""Train a small TransNormer on text: configuration, data, trainer, checkpoints."""
+"""Train a model on text: configuration, data, trainer, checkpoints; evaluate and export it."""

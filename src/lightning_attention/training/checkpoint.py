@@ -38,8 +38,10 @@ class State(TypedDict):
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, listed: bool = True) -> Iterator[Path]:
     """Yield a new folder to fill; on leaving it gets the name `target`, all at once and on disk.
+
+    A run knows its own files by the list of them that is written into the folder, unless `listed` is False.
 
     When the block raises, or the process dies at any point, `target` does not exist. Raises FileExistsError when it
     exists already, and DiskError for whatever the block or this raises where the disk has no room.
@@ -55,7 +57,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         with writing(target):  # which tells how much room there was before what is unfinished is deleted
             yield unfinished
             names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
-            (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
+            if listed:
+                (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
             _sync_tree(unfinished)
             rename(unfinished, target)
     except BaseException:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_attention.errors import InputError
+from lightning_attention.models.presets import MODELS, SIZES, find_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +29,8 @@ else:
 CHANGEABLE_ON_RESUME = frozenset({"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"})
 DEFAULT_STEPS = 1000
 DEFAULT_VAL_FRACTION = 0.1
+# Settings that `size` stands for, as they are without it.
+SHAPE = {"layers": 3, "width": 256, "heads": 4, "glu_dim": None, "tie_embeddings": True}
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is wanted, in words, and whether a value is that
 
@@ -49,6 +52,7 @@ ABOVE_0: Rule = ("above 0", lambda value: value > 0)
 COEFFICIENT: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
 # Larger sizes are slips of the keyboard, and would take all of the memory before anything could be said.
 NOT_HUGE: Rule = ("at most 1,048,576", lambda value: value <= 1 << 20)
+A_SIZE: Rule = (f"one of {', '.join(SIZES)}", lambda value: value.upper() in SIZES)
 A_VOCABULARY: Rule = ("at least 258: 256 bytes and 2 special tokens", lambda value: value >= 258)
 A_WINDOW: Rule = ("at least 2 tokens, one to read and one to predict", lambda value: value >= 2)
 PART: Rule = ("between 0 and 1", lambda value: 0 < value < 1)
@@ -94,13 +98,24 @@ class TrainConfig:
     vocab_size: int = _data(2048, "Size of the byte-level BPE vocabulary; 258 is plain bytes.", A_VOCABULARY, NOT_HUGE)
     seq_len: int = _data(256, "Tokens in one training window.", A_WINDOW)
 
-    layers: int = _model(3, "Number of layers.", AT_LEAST_1, NOT_HUGE)
-    width: int = _model(256, "Width of the model.", AT_LEAST_1, NOT_HUGE)
-    heads: int = _model(4, "Attention heads; must divide the width.", AT_LEAST_1)
-    glu_dim: int | None = _model(
-        None, "Inner width of the gated linear unit. [default: 2.75 x width]", AT_LEAST_1, NOT_HUGE
+    model: str = _model(
+        "transnormer",
+        f"Kind of model: {' or '.join(MODELS)}, transformers' own with softmax attention.",
+        _one_of(*MODELS),
     )
-    tie_embeddings: bool = _model(True, "Use one matrix for the embedding and the output head.")
+    size: str | None = _model(
+        None, f"A size of the papers in place of the five settings below: {', '.join(SIZES)}.", A_SIZE
+    )
+    layers: int = _model(None, "Number of layers. [default: 3]", AT_LEAST_1, NOT_HUGE)
+    width: int = _model(None, "Width of the model. [default: 256]", AT_LEAST_1, NOT_HUGE)
+    heads: int = _model(None, "Attention heads; must divide the width. [default: 4]", AT_LEAST_1)
+    glu_dim: int | None = _model(
+        None,
+        "Inner width of the gated linear unit. [default: 2.75 x width, or for llama as many weights]",
+        AT_LEAST_1,
+        NOT_HUGE,
+    )
+    tie_embeddings: bool = _model(None, "Use one matrix for the embedding and the output head. [default: yes]")
 
     steps: int | None = _optimisation(None, f"Optimizer steps. [default: {DEFAULT_STEPS}]", AT_LEAST_1, EIGHT_DIGITS)
     max_minutes: float | None = _optimisation(
@@ -142,6 +157,7 @@ class TrainConfig:
         """Check every value, then those that depend on each other."""
         for name in _SETTINGS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        self._settle_shape()
         timed = self.max_minutes is not None
         for name, refused, wanted in (
             ("width", self.width % self.heads, f"a multiple of heads ({self.heads})"),
@@ -152,6 +168,20 @@ class TrainConfig:
         ):
             if refused:
                 raise _refusal(name, getattr(self, name), wanted)
+
+    def _settle_shape(self) -> None:
+        """Fill in the shape of the model, from `size` where it is given."""
+        shape = SHAPE
+        if self.size is not None:
+            object.__setattr__(self, "size", self.size.upper())
+            size = find_size(self.size)
+            shape = {**{name: getattr(size, name) for name in SHAPE}, "glu_dim": size.glu(self.model)}
+        for name, value in shape.items():
+            given = getattr(self, name)
+            if given is None:
+                object.__setattr__(self, name, value)
+            elif self.size is not None and given != value:
+                raise _refusal(name, given, f"left out when size is {self.size}, which has {value}")
 
     @property
     def windows_per_step(self) -> int:
@@ -164,8 +194,9 @@ class TrainConfig:
         return self.windows_per_step * self.seq_len
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return {**asdict(self), "inputs": list(self.inputs)}
+        """Plain values, for a checkpoint. What the size stands for is left to it, so that another fits in its place."""
+        by_size = dict.fromkeys(SHAPE) if self.size is not None else {}
+        return {**asdict(self), "inputs": list(self.inputs), **by_size}
 
     def as_toml(self) -> str:
         """The same settings as a file for `--config`."""
@@ -244,8 +275,8 @@ def _refusal(name: str, value: Any, wanted: str) -> InputError:
 
 def _checked(name: str, value: Any) -> Any:
     """The value of a setting: lists become tuples, whole numbers stand for others."""
-    kind, _, optional = str(_SETTINGS[name].type).partition(" | ")
-    if value is None and optional:
+    kind = str(_SETTINGS[name].type).partition(" | ")[0]
+    if value is None and _SETTINGS[name].default is None:
         return None
     if kind.startswith("tuple"):
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lightning_attention.models.transnormer.pretrained import load_model, save_model
+from lightning_attention.models.pretrained import load_model, save_model
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig, resumed_config
 from lightning_attention.training.data import TokenData, Windows, open_data, prepare_data, validation_batches

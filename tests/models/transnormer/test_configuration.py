@@ -27,7 +27,7 @@ def test_a_named_size_can_be_changed() -> None:
     config = TransnormerConfig.from_name("1B", vocab_size=1000, decoder_layers=2)
     assert (config.vocab_size, config.decoder_layers, config.linear_use_lrpe_list) == (1000, 2, [1, 0])
     assert config.decoder_embed_dim == 2048
-    with pytest.raises(ValueError, match="name is '2B'; it must be one of 385M, 1B, 3B, 7B"):
+    with pytest.raises(ValueError, match="name is '2B'; it must be one of 75M, 385M, 1B, 3B, 7B"):
         TransnormerConfig.from_name("2B")
 
 

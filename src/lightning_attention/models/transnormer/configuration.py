@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from lightning_attention.models.presets import find_size
+
 # What a saved folder says to a process that has not imported this package: with trust_remote_code, the Auto classes of
 # transformers run the file that `auto_map` names. The file says where the code is; it holds none.
 _POINTER = "transnormer"
@@ -18,15 +20,6 @@ _AUTO_MAP = {
     "AutoConfig": f"{_POINTER}.TransnormerConfig",
     "AutoModel": f"{_POINTER}.TransnormerModel",
     "AutoModelForCausalLM": f"{_POINTER}.TransnormerForCausalLM",
-}
-
-# Layers, width, heads, glu_dim, no_scale_embedding. 385M, 1B and 7B as released; the papers name a 3B without its
-# sizes, so these are the releases' proportions: heads of 128 and a glu_dim of 2.7 widths.
-_SIZES = {
-    "385M": (24, 1024, 8, 2816, False),
-    "1B": (16, 2048, 16, 5632, False),
-    "3B": (32, 2560, 20, 6912, False),
-    "7B": (30, 4096, 32, 11008, True),
 }
 
 
@@ -132,21 +125,9 @@ class TransnormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "TransnormerConfig":
-        """The configuration of a named size: "385M", "1B", "3B" or "7B", with any field overridden.
+        """The configuration of a named size: "75M", "385M", "1B", "3B" or "7B", with any field overridden.
 
         Raises:
             ValueError: ``name`` is none of these.
         """
-        if name not in _SIZES:
-            raise ValueError(f"name is {name!r}; it must be one of {', '.join(_SIZES)}")
-        layers, width, heads, glu_dim, no_scale_embedding = _SIZES[name]
-        return cls(
-            **{
-                "decoder_layers": layers,
-                "decoder_embed_dim": width,
-                "decoder_attention_heads": heads,
-                "glu_dim": glu_dim,
-                "no_scale_embedding": no_scale_embedding,
-                **overrides,
-            }
-        )
+        return cls(**{**find_size(name).fields(cls.model_type), **overrides})

@@ -9,28 +9,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lightning_attention.errors import InputError
-from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
+from lightning_attention.models.llama import ATTENTION
+from lightning_attention.models.presets import MODELS, classes
 
 
-def load_model(folder: Path) -> TransnormerForCausalLM:
-    """The model in a Hugging Face folder, in float32 on the CPU. Raises InputError when it cannot be read."""
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model in a Hugging Face folder, in float32 on the CPU.
+
+    Raises InputError when it cannot be read, is of another kind than `MODELS`, or lacks weights.
+    """
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if found != TransnormerConfig.model_type:
-            raise InputError(f"{folder} holds a {found}; this needs a {TransnormerConfig.model_type}")
+        if found not in MODELS:
+            raise InputError(f"{folder} holds a {found}; this needs a {' or a '.join(MODELS)}")
         with _no_progress_bar():
-            model: TransnormerForCausalLM = TransnormerForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+            model, about = classes(found)[1].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=ATTENTION,
+                local_files_only=True,
+                output_loading_info=True,
             )
     except InputError:
         raise
     except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot load the model in {folder}: {reason}") from error
+    if missing := sorted(about["missing_keys"]):  # for which transformers draws random numbers
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"the model in {folder} lacks {len(missing)} of its weights: {names}")
     return model
 
 
@@ -45,7 +56,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(model: TransnormerForCausalLM, folder: Path) -> None:
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights and the configuration as a Hugging Face folder."""
     with _no_progress_bar():
         model.save_pretrained(folder)
