@@ -16,21 +16,23 @@ from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import atomic_text
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.disk import writing
-from lightning_attention.training.progress import HeldOutLoss
+from lightning_attention.training.flops import GpuMeter
+from lightning_attention.training.progress import GpuUse, HeldOutLoss
 from lightning_attention.training.schedule import Schedule
 
 
 class Record:
     """What a run has measured: how long it took, its losses, and the lines about them in metrics.jsonl."""
 
-    def __init__(self, config: TrainConfig, schedule: Schedule) -> None:
+    def __init__(self, config: TrainConfig, schedule: Schedule, meter: GpuMeter | None) -> None:
         """Nothing is measured yet, and the clock stands."""
-        self._config, self._schedule = config, schedule
+        self._config, self._schedule, self._meter = config, schedule, meter
         self.seconds = 0.0  # spent on this run by all the processes that worked on it, before this one
         self.eval_seconds = 0.0  # of the latest validation
         self.held_out: HeldOutLoss | None = None
         self.bits_per_byte: float | None = None  # of the steps up to the last logged one, as is the speed
         self.tokens_per_second: float | None = None
+        self.gpu: GpuUse | None = None
         self.mean_loss = MeanLoss()
 
     def open(self, path: Path, resume_step: int | None) -> MetricsLog:
@@ -48,7 +50,12 @@ class Record:
         nats, self.bits_per_byte = self.mean_loss.take()
         self.tokens_per_second = self._schedule.tokens_per_second()
         speed = self.tokens_per_second
-        self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed)
+        use = {}
+        if self._meter:
+            self.gpu = self._meter.read(speed)
+            use = {"tokens_per_second_per_gpu": self.gpu.tokens_per_second, "peak_memory": self.gpu.peak_memory}
+            use |= {} if self.gpu.mfu is None else {"mfu": self.gpu.mfu}
+        self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed, **use)
 
     def log_validation(self, step: int, loss: tuple[float, float], seconds: float) -> None:
         """A line about a validation: its loss in nats per token and bits per byte, and how long it took."""

@@ -15,6 +15,7 @@ from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig, resumed_config
 from lightning_attention.training.data import TokenData, Windows, open_data, prepare_data, validation_batches
 from lightning_attention.training.disk import writing
+from lightning_attention.training.flops import GpuMeter
 from lightning_attention.training.interrupt import StopRequest
 from lightning_attention.training.learner import Learner
 from lightning_attention.training.metrics import Record, read_metrics
@@ -96,7 +97,8 @@ class Trainer:
         self._tokenizer = as_pretrained(data.tokenizer)
         self._windows = Windows(data.train, config.seq_len, config.windows_per_step, config.seed)
         self.schedule = Schedule(config, self._windows.per_epoch)
-        self.record = Record(config, self.schedule)
+        self.meter = GpuMeter.of(learner.runtime, self.model, config.seq_len)
+        self.record = Record(config, self.schedule, self.meter)
         self.step = 0
 
     def fit(
@@ -144,7 +146,7 @@ class Trainer:
                     self._save()
                 if report:
                     logged = schedule.is_due(config.log_every, self.step)
-                    shown = (record.bits_per_byte, record.tokens_per_second, record.held_out)
+                    shown = (record.bits_per_byte, record.tokens_per_second, record.held_out, record.gpu)
                     report(Progress(self.step, self.planned_steps, logged, *shown))
             self._save()
             self._plot()
