@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"SIZE: {error}")
     if options.tokens < 1 or options.checkpoint_every < 0:
         parser.error("--tokens must be at least 1, --checkpoint-every at least 0")
-    jobs = [Job(*sizes, tokens=options.tokens) for sizes in options.mesh]
+    jobs = [Job(copies, shard, sp, length, options.tokens) for copies, shard, sp, length in options.mesh]
     for job in jobs:
         if job.tokens * job.sp % job.seq_len:
             parser.error(

@@ -116,7 +116,7 @@ def train(
     show = _show_bar if console.is_interactive else _show_lines
     try:
         with show(console, trainer) as report:
-            outcome = trainer.fit(report, _acknowledger(console, trainer))
+            outcome = trainer.fit(_with_samples(console, report), _acknowledger(console, trainer))
     except (DivergedError, DiskError) as error:
         console.print(f"error: {error}; {trainer.folder.kept()}")
         raise typer.Exit(1) from error
@@ -193,6 +193,19 @@ def _as_fits(progress: Progress, width: int) -> str:
     loss, speed = _numbers(progress)
     choices = (f"{loss} {speed}".strip(), f"{loss} {speed.partition(', ')[0]}".strip(), loss, loss.partition(",")[0])
     return next((numbers for numbers in choices if len(numbers) <= width), "")
+
+
+def _with_samples(console: Console, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Samples on a line each, before what else is shown of their step."""
+
+    def with_samples(progress: Progress) -> None:
+        if progress.sample is not None:
+            # A model may write what a terminal obeys.
+            text = "".join(c if c.isprintable() else " " for c in progress.sample)
+            console.print(f"sample after step {progress.step}: {text}")
+        report(progress)
+
+    return with_samples
 
 
 @contextmanager

@@ -25,7 +25,10 @@ else:
 
 # Settings that may differ between a run and its continuation: none of them touches what is computed in a step,
 # apart from `steps`, which moves the end of the schedule because somebody asked for that.
-CHANGEABLE_ON_RESUME = frozenset({"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"})
+CHANGEABLE_ON_RESUME = frozenset(
+    {"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"}
+    | {"tracker", "sample_every", "sample_prompt"}
+)
 DEFAULT_STEPS = 1000
 DEFAULT_VAL_FRACTION = 0.1
 DEFAULT_DECAY_FRACTION = 0.2
@@ -148,6 +151,13 @@ class TrainConfig:
     )
     save_every: int = _run(200, "Steps between checkpoints; 0 saves at the end only.", NOT_NEGATIVE)
     keep: int = _run(2, "Checkpoints to keep.", AT_LEAST_1)
+    tracker: str = _run(
+        "none",
+        "Show metrics.jsonl elsewhere too, with a package to be installed: none, tensorboard, trackio or wandb.",
+        _one_of("none", "tensorboard", "trackio", "wandb"),
+    )
+    sample_every: int = _run(0, "Steps between samples of generated text, in samples.jsonl; 0: none.", NOT_NEGATIVE)
+    sample_prompt: str = _run("", "What samples go on from; an empty text begins a document.")
 
     given = tuple[str, ...]()  # the settings that somebody asked for, by name: `make_config` notes them. No field.
 

@@ -19,6 +19,7 @@ from lightning_attention.training.disk import writing
 from lightning_attention.training.flops import GpuMeter
 from lightning_attention.training.progress import GpuUse, HeldOutLoss
 from lightning_attention.training.schedule import Schedule
+from lightning_attention.training.tracking import open_tracker
 
 
 class Record:
@@ -35,11 +36,23 @@ class Record:
         self.gpu: GpuUse | None = None
         self.mean_loss = MeanLoss()
 
-    def open(self, path: Path, resume_step: int | None) -> MetricsLog:
-        """Start the clock and the file, whose lines after `resume_step` go."""
+    def open(self, path: Path, resume_step: int | None) -> Record:
+        """Start the clock, the file, whose lines after `resume_step` go, and the tracker."""
         self._started = time.perf_counter() - self.seconds
         self._log = MetricsLog(path, resume_step)
-        return self._log
+        settings = self._config.as_dict()
+        try:
+            self._tracker = open_tracker(self._config.tracker, path.parent, settings, read_metrics(path), resume_step)
+        except BaseException:
+            self._log.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Close the file and the tracker."""
+        self._log.close()
+        if self._tracker:
+            self._tracker.close()
 
     def spent(self) -> float:
         """Seconds spent on this run so far."""
@@ -65,7 +78,10 @@ class Record:
     def _write(self, step: int, **values: float) -> None:
         counts = {"step": step, "tokens": step * self._config.tokens_per_step, "seconds": round(self.spent(), 3)}
         plan = {"planned_steps": self._schedule.planned_steps} if self._config.max_minutes else {}
-        self._log.write({**counts, **plan, **values})
+        line = {**counts, **plan, **values}
+        self._log.write(line)
+        if self._tracker:
+            self._tracker.write(line)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

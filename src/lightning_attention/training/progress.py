@@ -34,6 +34,7 @@ class Progress:
     tokens_per_second: float | None
     held_out: HeldOutLoss | None
     gpu: GpuUse | None = None  # None on a CPU
+    sample: str | None = None  # a prompt and what the model makes of it, after steps at which that is due
 
 
 @dataclass(frozen=True)
