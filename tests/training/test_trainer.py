@@ -107,6 +107,34 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tmp_path, name):
         assert torch.equal(ours, theirs)
 
 
+def rates(trainer: Trainer) -> list[float]:
+    return [r["lr"] for r in read_metrics(trainer.folder.metrics) if "lr" in r]
+
+
+def test_wsd_goes_on_over_a_resume_and_a_longer_run_decays_later(tmp_path):
+    settings = tiny_settings(tmp_path, steps=10, schedule="wsd", decay_fraction=0.4, final_lr=0.0, save_every=5)
+    whole, _ = train({**settings, "out": str(tmp_path / "whole")})
+    assert rates(whole) == pytest.approx([5e-3, *[1e-2] * 5, 7.5e-3, 5e-3, 2.5e-3, 0.0])
+    Trainer(make_config(settings)).fit(lambda progress: progress.step == 8 and os.kill(os.getpid(), signal.SIGTERM))
+    resumed, _ = train(settings, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert rates(resumed) == rates(whole)
+    # From before the decay, as a run of that length would have gone.
+    first = {**settings, "out": str(tmp_path / "first")}
+    Trainer(make_config(first)).fit(lambda progress: progress.step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+    longer, _ = train({**first, "steps": 15}, resume=True)
+    alone, _ = train({**settings, "out": str(tmp_path / "alone"), "steps": 15})
+    assert losses(longer) == losses(alone)
+
+
+def test_wsd_follows_the_clock(tmp_path, monkeypatch):
+    settings = tiny_settings(tmp_path, steps=None, max_minutes=1.0, warmup_steps=5, schedule="wsd", final_lr=0.0)
+    monkeypatch.setattr("lightning_attention.training.schedule.steps_in_budget", lambda *_, **__: 10)
+    trainer, outcome = train(settings)
+    assert outcome.step == 10
+    assert rates(trainer) == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2, 1e-2, 1e-2, 5e-3, 0.0])
+
+
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
     settings = tiny_settings(tmp_path)
     trainer = Trainer(make_config(settings))

@@ -116,7 +116,7 @@ def train(
     show = _show_bar if console.is_interactive else _show_lines
     try:
         with show(console, trainer) as report:
-            outcome = trainer.fit(report, _acknowledger(console, trainer))
+            outcome = trainer.fit(_with_samples(console, report), _acknowledger(console, trainer))
     except (DivergedError, DiskError) as error:
         console.print(f"error: {error}; {trainer.folder.kept()}")
         raise typer.Exit(1) from error
@@ -156,9 +156,11 @@ def _introduction(trainer: Trainer) -> str:
     weights = sum(p.numel() for p in trainer.model.parameters())
     precision = "bf16" if trainer.learner.runtime.bf16 else "float32"
     start = f"going on from {trainer.resumed_from}" if trainer.resumed_from else "starting"
+    remark = f"; {trainer.meter.remark}" if trainer.meter and trainer.meter.remark else ""
     return (
         f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.learner.runtime.device}; "
         f"{len(data.train):,} tokens to train on, {len(data.val):,} held out, {config.tokens_per_step:,} in a step"
+        f"{remark}"
     )
 
 
@@ -180,14 +182,30 @@ def _numbers(progress: Progress) -> tuple[str, str]:
     if held_out := progress.held_out:
         loss.append(f"held out {held_out.bits_per_byte:.3f} at step {held_out.step}")
     speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f} tokens/s"
+    if use := progress.gpu:
+        mfu = "" if use.mfu is None else f"MFU {use.mfu:.2f}, "
+        speed = f"{use.tokens_per_second:,.0f} tokens/s/GPU, {mfu}{use.peak_memory / 2**30:.1f} GiB"
     return ", ".join(loss) + " bits/byte" if loss else "", speed
 
 
 def _as_fits(progress: Progress, width: int) -> str:
     """The losses and the speed, or as many of them as there is room for: 80 columns have none for the speed."""
     loss, speed = _numbers(progress)
-    choices = (f"{loss} {speed}".strip(), loss, loss.partition(",")[0])
+    choices = (f"{loss} {speed}".strip(), f"{loss} {speed.partition(', ')[0]}".strip(), loss, loss.partition(",")[0])
     return next((numbers for numbers in choices if len(numbers) <= width), "")
+
+
+def _with_samples(console: Console, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Samples on a line each, before what else is shown of their step."""
+
+    def with_samples(progress: Progress) -> None:
+        if progress.sample is not None:
+            # A model may write what a terminal obeys.
+            text = "".join(c if c.isprintable() else " " for c in progress.sample)
+            console.print(f"sample after step {progress.step}: {text}")
+        report(progress)
+
+    return with_samples
 
 
 @contextmanager

@@ -26,11 +26,15 @@ else:
 
 # Settings that may differ between a run and its continuation: none of them touches what is computed in a step,
 # apart from `steps`, which moves the end of the schedule because somebody asked for that.
-CHANGEABLE_ON_RESUME = frozenset({"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"})
+CHANGEABLE_ON_RESUME = frozenset(
+    {"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"}
+    | {"tracker", "sample_every", "sample_prompt"}
+)
 DEFAULT_STEPS = 1000
 DEFAULT_VAL_FRACTION = 0.1
 # Settings that `size` stands for, as they are without it.
 SHAPE = {"layers": 3, "width": 256, "heads": 4, "glu_dim": None, "tie_embeddings": True}
+DEFAULT_DECAY_FRACTION = 0.2
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is wanted, in words, and whether a value is that
 
@@ -56,6 +60,7 @@ A_SIZE: Rule = (f"one of {', '.join(SIZES)}", lambda value: value.upper() in SIZ
 A_VOCABULARY: Rule = ("at least 258: 256 bytes and 2 special tokens", lambda value: value >= 258)
 A_WINDOW: Rule = ("at least 2 tokens, one to read and one to predict", lambda value: value >= 2)
 PART: Rule = ("between 0 and 1", lambda value: 0 < value < 1)
+SOME_OR_ALL: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
 SHARE: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
 EIGHT_DIGITS: Rule = ("at most 99,999,999", lambda value: value < 10**8)  # as many as the name of a checkpoint has
 MINUTES: Rule = ("above 0, at most 10,000,000", lambda value: 0 < value <= 10_000_000)
@@ -129,7 +134,18 @@ class TrainConfig:
     batch_size: int = _optimisation(4, "Windows in one forward pass.", AT_LEAST_1)
     accumulate: int = _optimisation(1, "Forward passes whose gradients make one step.", AT_LEAST_1)
     lr: float = _optimisation(6e-3, "Peak learning rate.", ABOVE_0)
-    final_lr: float = _optimisation(0.05, "Learning rate at the end of the cosine, as a share of the peak.", SHARE)
+    schedule: str = _optimisation(
+        "cosine",
+        "The learning rate after the warm-up: cosine falls from the first step to the last; wsd stays at the peak, "
+        "then falls in a line over the last steps (--decay-fraction).",
+        _one_of("cosine", "wsd"),
+    )
+    decay_fraction: float | None = _optimisation(
+        None,
+        f"Share of all steps over which wsd lowers the learning rate. [default: {DEFAULT_DECAY_FRACTION}]",
+        SOME_OR_ALL,
+    )
+    final_lr: float = _optimisation(0.05, "Learning rate at the last step, as a share of the peak.", SHARE)
     warmup_steps: int = _optimisation(30, "Steps of linear warm-up.", NOT_NEGATIVE)
     weight_decay: float = _optimisation(0.3, "AdamW weight decay on matrices.", NOT_NEGATIVE)
     beta1: float = _optimisation(0.9, "AdamW beta 1.", COEFFICIENT)
@@ -150,6 +166,13 @@ class TrainConfig:
     )
     save_every: int = _run(200, "Steps between checkpoints; 0 saves at the end only.", NOT_NEGATIVE)
     keep: int = _run(2, "Checkpoints to keep.", AT_LEAST_1)
+    tracker: str = _run(
+        "none",
+        "Show metrics.jsonl elsewhere too, with a package to be installed: none, tensorboard, trackio or wandb.",
+        _one_of("none", "tensorboard", "trackio", "wandb"),
+    )
+    sample_every: int = _run(0, "Steps between samples of generated text, in samples.jsonl; 0: none.", NOT_NEGATIVE)
+    sample_prompt: str = _run("", "What samples go on from; an empty text begins a document.")
 
     given = tuple[str, ...]()  # the settings that somebody asked for, by name: `make_config` notes them. No field.
 
@@ -163,6 +186,7 @@ class TrainConfig:
             ("width", self.width % self.heads, f"a multiple of heads ({self.heads})"),
             ("batch_size", self.tokens_per_step >= 1 << 31, "smaller: a step would read 2^31 tokens or more"),
             ("val_fraction", self.validation and self.val_fraction, "left out when validation is given"),
+            ("decay_fraction", self.schedule != "wsd" and self.decay_fraction, "left out unless schedule is wsd"),
             ("steps", timed and self.steps, "left out when max_minutes is given"),
             ("warmup_steps", timed and self.warmup_steps < 5, "at least 5 when max_minutes is given, to time them"),
         ):

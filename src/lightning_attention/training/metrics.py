@@ -16,28 +16,43 @@ from lightning_attention.errors import InputError
 from lightning_attention.training.checkpoint import atomic_text
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.disk import writing
-from lightning_attention.training.progress import HeldOutLoss
+from lightning_attention.training.flops import GpuMeter
+from lightning_attention.training.progress import GpuUse, HeldOutLoss
 from lightning_attention.training.schedule import Schedule
+from lightning_attention.training.tracking import open_tracker
 
 
 class Record:
     """What a run has measured: how long it took, its losses, and the lines about them in metrics.jsonl."""
 
-    def __init__(self, config: TrainConfig, schedule: Schedule) -> None:
+    def __init__(self, config: TrainConfig, schedule: Schedule, meter: GpuMeter | None) -> None:
         """Nothing is measured yet, and the clock stands."""
-        self._config, self._schedule = config, schedule
+        self._config, self._schedule, self._meter = config, schedule, meter
         self.seconds = 0.0  # spent on this run by all the processes that worked on it, before this one
         self.eval_seconds = 0.0  # of the latest validation
         self.held_out: HeldOutLoss | None = None
         self.bits_per_byte: float | None = None  # of the steps up to the last logged one, as is the speed
         self.tokens_per_second: float | None = None
+        self.gpu: GpuUse | None = None
         self.mean_loss = MeanLoss()
 
-    def open(self, path: Path, resume_step: int | None) -> MetricsLog:
-        """Start the clock and the file, whose lines after `resume_step` go."""
+    def open(self, path: Path, resume_step: int | None) -> Record:
+        """Start the clock, the file, whose lines after `resume_step` go, and the tracker."""
         self._started = time.perf_counter() - self.seconds
         self._log = MetricsLog(path, resume_step)
-        return self._log
+        settings = self._config.as_dict()
+        try:
+            self._tracker = open_tracker(self._config.tracker, path.parent, settings, read_metrics(path), resume_step)
+        except BaseException:
+            self._log.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Close the file and the tracker."""
+        self._log.close()
+        if self._tracker:
+            self._tracker.close()
 
     def spent(self) -> float:
         """Seconds spent on this run so far."""
@@ -48,7 +63,12 @@ class Record:
         nats, self.bits_per_byte = self.mean_loss.take()
         self.tokens_per_second = self._schedule.tokens_per_second()
         speed = self.tokens_per_second
-        self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed)
+        use = {}
+        if self._meter:
+            self.gpu = self._meter.read(speed)
+            use = {"tokens_per_second_per_gpu": self.gpu.tokens_per_second, "peak_memory": self.gpu.peak_memory}
+            use |= {} if self.gpu.mfu is None else {"mfu": self.gpu.mfu}
+        self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed, **use)
 
     def log_validation(self, step: int, loss: tuple[float, float], seconds: float) -> None:
         """A line about a validation: its loss in nats per token and bits per byte, and how long it took."""
@@ -58,7 +78,10 @@ class Record:
     def _write(self, step: int, **values: float) -> None:
         counts = {"step": step, "tokens": step * self._config.tokens_per_step, "seconds": round(self.spent(), 3)}
         plan = {"planned_steps": self._schedule.planned_steps} if self._config.max_minutes else {}
-        self._log.write({**counts, **plan, **values})
+        line = {**counts, **plan, **values}
+        self._log.write(line)
+        if self._tracker:
+            self._tracker.write(line)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

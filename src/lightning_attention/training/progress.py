@@ -15,6 +15,15 @@ class HeldOutLoss:
 
 
 @dataclass(frozen=True)
+class GpuUse:
+    """What a run makes of its GPUs."""
+
+    tokens_per_second: float  # a GPU
+    mfu: float | None  # share of the peak; None where the peak is not known or the run is not in bf16
+    peak_memory: int  # bytes that tensors took at most, on this process's GPU, since it began
+
+
+@dataclass(frozen=True)
 class Progress:
     """What there is to show after a step. The loss and the speed are means over the steps up to the last logged one."""
 
@@ -24,6 +33,8 @@ class Progress:
     bits_per_byte: float | None
     tokens_per_second: float | None
     held_out: HeldOutLoss | None
+    gpu: GpuUse | None = None  # None on a CPU
+    sample: str | None = None  # a prompt and what the model makes of it, after steps at which that is due
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class RunFolder:
         self.tokens = root / "tokens"
         self.fresh_tokens = root / "tokens.new"  # until the run before, if any, may go
         self.metrics = root / "metrics.jsonl"
+        self.samples = root / "samples.jsonl"
         self.plot = root / "loss.png"
         self.settings = root / "config.toml"
         self._marker = root / MARKER
@@ -109,7 +110,9 @@ class RunFolder:
 
     def clear_leftovers(self) -> None:
         """Delete what a killed process left unfinished."""
-        files = (self._marker, self.metrics, self.plot, self.settings, self.tokens, self.fresh_tokens)
+        files = (
+            self._marker, self.metrics, self.samples, self.plot, self.settings, self.tokens, self.fresh_tokens,
+        )  # fmt: skip
         for path in (*map(checkpoint.unfinished_name, files), *checkpoint.unfinished_checkpoints(self.checkpoints)):
             checkpoint.remove(path)
         checkpoint.remove(self.fresh_tokens)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import deque
 
-from lightning_attention.training.config import DEFAULT_STEPS, TrainConfig
+from lightning_attention.training.config import DEFAULT_DECAY_FRACTION, DEFAULT_STEPS, TrainConfig
 
 
 class Schedule:
@@ -68,7 +68,10 @@ class Schedule:
 
 
 def learning_rate(config: TrainConfig, step: int, planned_steps: int | None) -> float:
-    """Linear warm-up, then a cosine down to `final_lr` of the peak at the last planned step.
+    """Linear warm-up to the peak, then down to `final_lr` of the peak at the last planned step, as `schedule` says.
+
+    "cosine" falls along half a cosine from the end of the warm-up. "wsd" (warm-up, stable, decay) stays at the peak and
+    falls in a line over the last `decay_fraction` of all steps, or from the end of the warm-up where that is later.
 
     `planned_steps` may be None (not known yet) during the warm-up, which does not depend on it.
     """
@@ -76,9 +79,13 @@ def learning_rate(config: TrainConfig, step: int, planned_steps: int | None) -> 
         return config.lr * (step + 1) / config.warmup_steps
     if planned_steps is None:
         raise ValueError(f"planned_steps is None at step {step}; it must be known after the warm-up")
-    left = max(1, planned_steps - 1 - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / left)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    at_peak = config.warmup_steps  # the last step at the peak
+    if config.schedule == "wsd":
+        decaying = math.ceil(planned_steps * (config.decay_fraction or DEFAULT_DECAY_FRACTION))
+        at_peak = max(at_peak, planned_steps - 1 - decaying)
+    progress = min(1.0, max(0.0, (step - at_peak) / max(1, planned_steps - 1 - at_peak)))
+    left = 1 - progress if config.schedule == "wsd" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
 def steps_in_budget(

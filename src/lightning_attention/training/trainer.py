@@ -15,6 +15,7 @@ from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig, resumed_config
 from lightning_attention.training.data import TokenData, Windows, open_data, prepare_data, validation_batches
 from lightning_attention.training.disk import writing
+from lightning_attention.training.flops import GpuMeter
 from lightning_attention.training.interrupt import StopRequest
 from lightning_attention.training.learner import Learner
 from lightning_attention.training.metrics import Record, read_metrics
@@ -23,8 +24,10 @@ from lightning_attention.training.plot import plot_loss
 from lightning_attention.training.progress import Outcome, Progress
 from lightning_attention.training.run_folder import RunFolder
 from lightning_attention.training.runtime import Runtime
+from lightning_attention.training.samples import Samples
 from lightning_attention.training.schedule import Schedule, learning_rate
 from lightning_attention.training.tokenizer import as_pretrained
+from lightning_attention.training.tracking import require_tracker
 
 
 class Trainer:
@@ -56,6 +59,7 @@ class Trainer:
             InputError: a setting, the text, the output folder or a checkpoint cannot be used.
             DiskError: there is no room for the text.
         """
+        require_tracker(config.tracker)
         self.folder = RunFolder(Path(config.out))
         if resume is True:  # before a folder is made
             self.folder.require_checkpoint()
@@ -96,7 +100,9 @@ class Trainer:
         self._tokenizer = as_pretrained(data.tokenizer)
         self._windows = Windows(data.train, config.seq_len, config.windows_per_step, config.seed)
         self.schedule = Schedule(config, self._windows.per_epoch)
-        self.record = Record(config, self.schedule)
+        self.meter = GpuMeter.of(learner.runtime, self.model, config.seq_len)
+        self.record = Record(config, self.schedule, self.meter)
+        self.samples = Samples(config, self.schedule, self._tokenizer)
         self.step = 0
 
     def fit(
@@ -128,8 +134,10 @@ class Trainer:
         self, report: Callable[[Progress], None] | None, acknowledge: Callable[[str, bool], None] | None
     ) -> Outcome:
         config, schedule, record = self.config, self.schedule, self.record
+        start = self.step if self.resumed_from else None
         with (
-            closing(record.open(self.folder.metrics, self.step if self.resumed_from else None)),
+            closing(record.open(self.folder.metrics, start)),
+            closing(self.samples.open(self.folder.samples, start)),
             StopRequest(acknowledge) as stop,
         ):
             checkpoint.atomic_text(self.folder.settings, config.as_toml())
@@ -140,11 +148,12 @@ class Trainer:
                 schedule.fit_to_budget(self.step, record.spent(), record.eval_seconds)
                 if schedule.is_due(config.eval_every, self.step):
                     self._validate()
+                sample = self.samples.take(self.learner, self.step)
                 if schedule.is_due(config.save_every, self.step):
                     self._save()
                 if report:
                     logged = schedule.is_due(config.log_every, self.step)
-                    shown = (record.bits_per_byte, record.tokens_per_second, record.held_out)
+                    shown = (record.bits_per_byte, record.tokens_per_second, record.held_out, record.gpu, sample)
                     report(Progress(self.step, self.planned_steps, logged, *shown))
             self._save()
             self._plot()

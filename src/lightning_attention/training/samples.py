@@ -1,0 +1,81 @@
+"""What the model makes of a prompt, every so many steps: samples.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_attention.training.checkpoint import remove
+from lightning_attention.training.config import TrainConfig
+from lightning_attention.training.metrics import MetricsLog
+from lightning_attention.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lightning_attention.training.learner import Learner
+
+TOKENS = 64  # of a sample
+
+
+class Samples:
+    """Texts by step. No random number is drawn for them: a run with samples is bit for bit the run without."""
+
+    def __init__(self, config: TrainConfig, schedule: Schedule, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Make tokens of the prompt; an empty one begins a document."""
+        self._every, self._prompt, self._schedule, self._tokenizer = (
+            config.sample_every,
+            config.sample_prompt,
+            schedule,
+            tokenizer,
+        )
+        self._log: MetricsLog | None = None
+
+    def open(self, path: Path, resume_step: int | None) -> Samples:
+        """Start the file, whose lines after `resume_step` go. There is none while nothing is sampled."""
+        if self._every or (resume_step is not None and path.exists()):
+            self._log = MetricsLog(path, resume_step)
+        else:
+            remove(path)
+        return self
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._log:
+            self._log.close()
+
+    def take(self, learner: Learner, step: int) -> str | None:
+        """The prompt and what the model makes of it after so many steps, where a sample is due."""
+        if not self._every or not self._schedule.is_due(self._every, step):
+            return None
+        prompt = self._tokenizer.encode(self._prompt, split_special_tokens=True) or [self._tokenizer.bos_token_id]
+        new = greedy(learner, prompt, TOKENS, end=self._tokenizer.eos_token_id)
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        if self._log:
+            self._log.write({"step": step, "prompt": self._prompt, "text": text})
+        return self._prompt + text
+
+
+@torch.no_grad()
+def greedy(learner: Learner, prompt: list[int], count: int, *, end: int) -> list[int]:
+    """The likeliest token after a prompt, again and again: `count` of them, or fewer where the document ends.
+
+    By forward passes over prompt and room for all of them, which every model has, sharded or not, and which are of one
+    shape: what comes later changes nothing in a causal model. Where the model is sharded, every rank calls.
+    """
+    model, device = learner.model, learner.runtime.device
+    ids = torch.full((1, len(prompt) + count), end, device=device)
+    ids[0, : len(prompt)] = torch.tensor(prompt, device=device)
+    model.eval()
+    for place in range(len(prompt), len(prompt) + count):
+        with learner.runtime.autocast():
+            last = torch.tensor([place - 1], device=device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=last).logits
+        ids[0, place] = logits[0, -1].argmax()
+        if ids[0, place] == end:
+            break
+    model.train()
+    new: list[int] = ids[0, len(prompt) :].tolist()
+    return new[: new.index(end)] if end in new else new
