@@ -13,7 +13,7 @@ from lightning_attention.cli.check import check
 from lightning_attention.cli.generate import generate
 from lightning_attention.cli.streams import show_every_character
 from lightning_attention.cli.train import train
-from lightning_attention.errors import InputError
+from lightning_attention.errors import InputError, is_told_elsewhere
 
 app = typer.Typer(
     help="Linear attention that trains and serves at constant speed per token.",
@@ -47,7 +47,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args=args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not is_told_elsewhere(error):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that cannot be written, a name that is too long
         print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -33,8 +34,8 @@ class Record:
         self.tokens_per_second: float | None = None
         self.mean_loss = MeanLoss()
 
-    def open(self, path: Path, resume_step: int | None) -> MetricsLog:
-        """Start the clock and the file, whose lines after `resume_step` go."""
+    def open(self, path: Path | None, resume_step: int | None) -> MetricsLog:
+        """Start the clock and the file, whose lines after `resume_step` go; None where another process writes it."""
         self._started = time.perf_counter() - self.seconds
         self._log = MetricsLog(path, resume_step)
         return self._log
@@ -100,8 +101,14 @@ class MeanLoss:
 class MetricsLog:
     """Appends to a JSONL file. Every line has a `step`, and either a training `loss` or a `val_loss`."""
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there."""
+    def __init__(self, path: Path | None, resume_step: int | None = None) -> None:
+        """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there.
+
+        None: write nothing.
+        """
+        self._file: io.FileIO | None = None
+        if path is None:
+            return
         kept = [] if resume_step is None else [line for line in read_metrics(path) if line["step"] <= resume_step]
         self._path = path
         atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -111,6 +118,8 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; it is in the file when this returns."""
+        if self._file is None:
+            return
         rest = memoryview((json.dumps(record) + "\n").encode())
         with writing(self._path):
             while rest:
@@ -118,7 +127,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
