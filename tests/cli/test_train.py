@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lightning_attention.cli.app import main
 from lightning_attention.cli.train import _show_bar
+from lightning_attention.distributed.mesh import Mesh
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.progress import HeldOutLoss, Outcome, Progress
@@ -193,7 +194,7 @@ def test_several_processes_have_to_find_each_other(run, tmp_path, monkeypatch):
     status, _, err = run("train", *flags(tiny_settings(tmp_path)))
     assert (status, err) == (
         2,
-        "error: WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set: start the processes with torchrun\n",
+        "error: WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT are not set: start the processes with torchrun\n",
     )
     assert not (tmp_path / "run").exists()
 

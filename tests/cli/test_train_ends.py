@@ -67,10 +67,10 @@ def test_ctrl_c_saves_and_is_the_exit_status(tmp_path):
 def test_a_signal_is_acknowledged_before_it_is_saved(tmp_path, capsys, monkeypatch, name, status):
     step_once = trainer.Trainer._train_step
 
-    def step_and_send(self):
-        step_once(self)
+    def step_and_send(self, stop):
         if self.step == 3:
             os.kill(os.getpid(), getattr(signal, name))
+        return step_once(self, stop)
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_send)
     with pytest.raises(SystemExit) as caught:

@@ -40,10 +40,10 @@ def parallelize(
     # Only `forward` is replaced: no name changes, and what FSDP does around a block stays out of compiled graphs.
     if every:
         for block in blocks[every - 1 :: every]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if compile:
         for block in blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
     if mesh.shard_mesh is not None:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         if bf16:
@@ -67,13 +67,17 @@ def checkpointed_every(choice: str) -> int:
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model: the members of the list of modules that has the most weights. Raises ValueError."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList of blocks to compile, checkpoint or shard")
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+    return max(lists, key=lambda blocks: sum(_weights(block) for block in blocks))
 
 
 def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
     """Whether the next backward pass reduces gradients over the mesh; between the parts of a step there is no need."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -68,8 +69,8 @@ class Saver:
         self.wait()
         self._team.first(lambda: str(checkpoint.begin_folder(target)))
         folder = checkpoint.unfinished_name(target)
-        with _dcp_errors():
-            written = dcp.async_save(
+        with _dcp_errors():  # a Future, unless a stager of our own were given
+            written: Any = dcp.async_save(
                 {OPTIMIZER: optimizer}, checkpoint_id=folder / OPTIMIZER, process_group=self._group
             )
 

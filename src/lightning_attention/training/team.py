@@ -20,7 +20,7 @@ PATIENCE = timedelta(hours=12)
 
 
 class Team:
-    """This process among those of a run; the first of them owns the run's folder.
+    """A process among those of a run; the first of them owns the run's folder.
 
     What is agreed here goes through the CPU (gloo), beside what the device computes.
     """
@@ -44,13 +44,11 @@ class Team:
             InputError: the environment speaks of several processes, but does not say how to find them.
         """
         if not dist.is_initialized():
-            missing = [
-                name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
-            ]
-            if missing:
+            names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            if missing := [name for name in names if not os.environ.get(name)]:
                 if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
                     raise InputError(
-                        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: "
+                        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set: "
                         "start the processes with torchrun"
                     )
                 return cls()

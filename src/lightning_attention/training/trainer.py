@@ -142,7 +142,7 @@ class Trainer:
         self.record = Record(config, self.schedule)
         self._saver = Saver(self.team)
         self.step = 0
-        self._saved: int | None = None  # the step of the latest checkpoint
+        self._saved = -1  # the step of the latest checkpoint
 
     def fit(
         self,
@@ -224,10 +224,9 @@ class Trainer:
         mesh = self.learner.mesh
         windows = self._windows.step(self.step, rank=mesh.dp_rank, ranks=mesh.dp_size)
         # All that the processes have to know of each other before a step, at once.
-        counts = [self.learner.predicted(windows), windows.numel(), self.data.count_bytes(windows)]
-        counts = [count if mesh.sp_rank == 0 else 0 for count in counts]
+        counts = (self.learner.predicted(windows), self.data.count_bytes(windows)) if mesh.sp_rank == 0 else (0, 0)
         signals = [name == stop.signal_name for name in NAMES]
-        predicted, tokens, text_bytes, failed, *heard = self.team.sum(*counts, self._saver.failed, *signals)
+        predicted, text_bytes, failed, *heard = self.team.sum(*counts, self._saver.failed, *signals)
         if failed:
             self._saver.wait()
         if any(heard):
@@ -235,7 +234,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.planned_steps)
         loss, norm = self.learner.step(windows, rate, predicted)
         self.step += 1
-        self.record.mean_loss.add(loss, tokens, text_bytes)
+        self.record.mean_loss.add(loss, self.config.tokens_per_step, text_bytes)
         logged = self.schedule.is_due(self.config.log_every, self.step)
         if logged or self.planned_steps is None:
             # Waits for the device, so that the clock below has seen all of the work.

@@ -48,7 +48,7 @@ def materialise(
                 whole = given(f"{prefix}.{name}".lstrip("."), meta.shape) if given else None
                 if whole is not None:
                     weight.copy_(whole)
-                    weight._is_hf_initialized = True  # transformers' word for: leave it
+                    _leave(weight)
                 made[id(meta)] = (meta, weight)
                 fresh[name] = meta
                 module._parameters[name] = weight
@@ -57,11 +57,16 @@ def materialise(
         model._init_weights(module)
         for name, meta in fresh.items():
             weight = nn.Parameter(_laid_out(module._parameters[name], meta, device), requires_grad=meta.requires_grad)
-            weight._is_hf_initialized = True  # where it is tied to another module's, which comes later
+            _leave(weight)  # where it is tied to another module's, which comes later
             made[id(meta)] = (meta, weight)
             module._parameters[name] = weight
     for _, weight in made.values():
-        del weight._is_hf_initialized
+        _leave(weight, False)
+
+
+def _leave(weight: nn.Parameter, leave: bool = True) -> None:
+    """Tell transformers' initialisation that there is something in a weight already."""
+    weight._is_hf_initialized = leave  # type: ignore[attr-defined]
 
 
 def _laid_out(whole: Tensor | None, like: Tensor, device: torch.device) -> Tensor:
