@@ -1,8 +1,8 @@
 """A hybrid decoder, seven layers of lightning attention to one of softmax attention, as in MiniMax-Text-01.
 
-It trains on whole sequences, and writes token by token from seven states and a KV cache (``Hybrid.generate``). It has
-``embed``, ``head``, and ``blocks`` with ``step`` and ``prefill``, so ``lightning_attention.serving`` can serve it to
-many requests at once.
+It trains on whole sequences, or on slices of them on the ranks of a process group, and writes token by token from seven
+states and a KV cache (``Hybrid.generate``). It has ``embed``, ``head``, and ``blocks`` with ``step`` and ``prefill``,
+so ``lightning_attention.serving`` can serve it to many requests at once.
 
 Run it: python examples/hybrid.py [STEPS]. It trains on bytes of Python's own source code and then writes some.
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from lightning_attention.nn import SGLU, LightningAttention, rope
+from lightning_attention.distributed.sequence_parallel import gather_tokens
+from lightning_attention.nn import SGLU, LightningAttention, rope, token_positions
 from lightning_attention.serving import ContinuousBatch, Request
 
 Carried = Tensor | tuple[Tensor, Tensor] | None  # what a layer keeps: a state [B, H, D, E], or all keys and values
@@ -32,15 +34,20 @@ class SoftmaxAttention(nn.Module):
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return rope(q, positions), rope(k, positions), v
 
-    def forward(self, x: Tensor, cache: Carried, positions: Tensor) -> tuple[Tensor, Carried]:
+    def forward(
+        self, x: Tensor, cache: Carried, positions: Tensor, group: ProcessGroup | None = None
+    ) -> tuple[Tensor, Carried]:
         q, k, v = self.qkv(x, positions)
         if cache is not None:
             k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
-        # Query i of T stands S − T tokens into the keys, of which it sees those up to its own.
-        T, S = q.shape[1], k.shape[1]
-        seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        before = k.shape[1] - q.shape[1]
+        if group is not None:  # LASP-2H: unlike states, keys and values of all ranks travel
+            before = group.rank() * q.shape[1]
+            k, v = gather_tokens(k, group), gather_tokens(v, group)
+        # Query i stands so many tokens into the keys, of which it sees those up to its own.
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=x.device).tril(before)
         out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=seen)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), (k, v)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), (k, v) if group is None else None
 
     # To be served: a cache of a fixed size for each row. Keys know their positions, so padding goes to one row more.
     def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 (of recurrent states)
@@ -77,11 +84,15 @@ class Block(nn.Module):
         self.mlp = SGLU(width, 3 * width)
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
 
-    def forward(self, x: Tensor, carried: Carried, positions: Tensor) -> tuple[Tensor, Carried]:
+    def forward(
+        self, x: Tensor, carried: Carried, positions: Tensor, group: ProcessGroup | None = None
+    ) -> tuple[Tensor, Carried]:
         if self.softmax:
-            mixed, carried = self.mixer(self.norms[0](x), carried, positions)
+            mixed, carried = self.mixer(self.norms[0](x), carried, positions, group)
         else:
-            mixed, carried = self.mixer(self.norms[0](x), carried, positions=positions, output_state=True)
+            mixed, carried = self.mixer(
+                self.norms[0](x), carried, positions=positions, output_state=group is None, group=group
+            )
         return self.rest(x + mixed), carried
 
     def rest(self, x: Tensor) -> Tensor:
@@ -109,12 +120,20 @@ class Hybrid(nn.Module):
         )
         self.head = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, vocab, bias=False))
 
-    def forward(self, ids: Tensor, cache: list[Carried] | None = None, start: int = 0) -> tuple[Tensor, list[Carried]]:
-        """Logits [B, T, vocab] of the tokens start to start + T, and what each layer carries on to the next ones."""
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+    def forward(
+        self, ids: Tensor, cache: list[Carried] | None = None, start: int = 0, group: ProcessGroup | None = None
+    ) -> tuple[Tensor, list[Carried]]:
+        """Logits [B, T, vocab] of the tokens start to start + T, and what each layer carries on to the next ones.
+
+        With ``group`` each of its ranks, in order, has a slice of T tokens of every sequence, T the same on all of
+        them; ``ids`` and the logits are this rank's, and nothing is carried on.
+        """
+        if group is not None and cache is not None:
+            raise ValueError("cache is given together with group; slices on several ranks leave and take no cache")
+        positions = start + token_positions(ids, group=group)
         x, cache = self.embed(ids), [None] * len(self.blocks) if cache is None else list(cache)
         for i, block in enumerate(self.blocks):
-            x, cache[i] = block(x, cache[i], positions)
+            x, cache[i] = block(x, cache[i], positions, group)
         return self.head(x), cache
 
     @torch.no_grad()

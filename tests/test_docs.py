@@ -46,7 +46,7 @@ def measured(folder: Path) -> None:
 
 # peft 0.21 asks transformers 5.23 by a name that it calls old.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-# The example of distributed.md is a program for four processes: tests/distributed/test_sequence_parallel.py runs it.
+# The examples of distributed.md are programs for several processes: tests/distributed runs them.
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if d.name != "distributed.md" and any(snippets(d))], ids=lambda d: d.name
 )

@@ -1,15 +1,20 @@
 """What the layers share: training and serving with one decay per head that keeps its value whatever moves the layer."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lightning_attention.nn.positions import token_positions
 from lightning_attention.ops.attention import lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
 from lightning_attention.ops.speculative import lightning_attention_commit, lightning_attention_verify
 from lightning_attention.ops.validation import check_log_decay_values, check_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FixedDecayAttention(nn.Module):
@@ -97,6 +102,8 @@ class FixedDecayAttention(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         output_state: bool = False,
+        group: "ProcessGroup | None" = None,
+        local_cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix any number of tokens, starting from any state.
 
@@ -104,24 +111,37 @@ class FixedDecayAttention(nn.Module):
             x: [B, T, hidden_size].
             state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
                 differentiable.
-            positions: [T] or [B, T] integers. None counts from 0 in every sequence.
+            positions: [T] or [B, T] integers. None counts from 0 in every sequence. With ``group``
+                :func:`~lightning_attention.nn.token_positions` counts them, once for all layers.
             cu_seqlens: [N+1] integers: B is 1 and N sequences are packed in x; later tokens are padding. None: N = B.
             output_state: whether to return the state after x.
+            group: process group whose ranks, in order, hold consecutive slices of each sequence, x being this rank's.
+                ``state``, ``cu_seqlens`` and the new state are then as ``lightning_attention`` has them with a group.
+            local_cu_seqlens: [M+1] integers, with ``group`` and ``cu_seqlens``: the tokens past ``cu_seqlens[-1]`` are
+                no padding, but packed sequences that lie on this rank alone, for which nothing is sent. One of the
+                boundaries is ``cu_seqlens[-1]``; what is said of the tokens before is ignored.
 
         Returns:
             The output, like x, and the new state, like ``state``, or None.
 
         Raises:
-            TypeError: ``x``, ``positions`` or ``cu_seqlens`` is no tensor.
-            ValueError: ``x`` or ``positions`` has another shape, or the layer encodes positions and ``state`` is given
-                without them.
+            TypeError: ``x``, ``positions`` or ``cu_seqlens`` is no tensor, or ``group`` no process group.
+            ValueError: ``x`` or ``positions`` has another shape, the layer encodes positions and ``state`` or ``group``
+                is given without them, or ``local_cu_seqlens`` without ``group`` and ``cu_seqlens``.
         """
         self._check_width(x, "B", "T")
-        q, k, v, rest = self._project(x, self._positions(x, state, positions, cu_seqlens))
+        if local_cu_seqlens is not None and (group is None or cu_seqlens is None):
+            missing = "group" if group is None else "cu_seqlens"
+            raise ValueError(f"local_cu_seqlens is given without {missing}; alone, give its sequences as cu_seqlens")
+        q, k, v, rest = self._project(x, self._positions(x, state, positions, cu_seqlens, group))
         mixed, final = lightning_attention(
             q, k, v, self.log_decay, scale=self.scale, initial_state=state, output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=cu_seqlens, group=group,
         )  # fmt: skip
+        if local_cu_seqlens is not None and cu_seqlens is not None:
+            alone = lightning_attention(q, k, v, self.log_decay, scale=self.scale, cu_seqlens=local_cu_seqlens).output
+            crossing = torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1]
+            mixed = torch.where(crossing[:, None, None], mixed, alone)
         return self._finish(mixed, rest), final
 
     def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
@@ -199,7 +219,7 @@ class FixedDecayAttention(nn.Module):
         raise NotImplementedError
 
     def _positions(
-        self, x: Tensor, state: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, state: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None, group: object
     ) -> Tensor | None:
         """The positions for ``forward`` over x [B, T, hidden_size]: those given, or from 0 in every sequence."""
         if cu_seqlens is not None:
@@ -212,13 +232,11 @@ class FixedDecayAttention(nn.Module):
                 came, (B, T) = list(positions.shape), x.shape[:2]
                 raise ValueError(f"positions is {came}; it must be [{T}] or [{B}, {T}]")
             return positions
+        if group is not None:
+            raise ValueError("positions is None and group is given; count them for all layers with nn.token_positions")
         if state is not None:
             raise ValueError("positions is None and state is given; rope and LRPE need every token's position")
-        counted = torch.arange(x.shape[1], device=x.device)
-        if cu_seqlens is None:
-            return counted
-        own = torch.searchsorted(cu_seqlens.contiguous(), counted.to(cu_seqlens.dtype), right=True) - 1
-        return counted - cu_seqlens[own]
+        return token_positions(x, cu_seqlens=cu_seqlens)
 
     def _tokens(self, x: Tensor, positions: Tensor | None, count: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What ``_project`` makes of tokens of any sequences, each with its position where the layer looks at them."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_attention.distributed.sequence_parallel import Ranks
+from lightning_attention.distributed.sequence_parallel import Ranks, check_group
 from lightning_attention.kernels import sequence_parallel as plain
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.attention import gradient_of_decay, new_states
@@ -67,11 +67,7 @@ sequence_parallel_backward = Operation(_sequence_parallel_backward, _sequence_pa
 def attention_over_ranks(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     """``attention`` with a group, the last argument; the others are checked."""
     *rest, group = inputs
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group is a {type(group).__name__}; it must be a torch.distributed ProcessGroup that this process is "
-            "in (of a DeviceMesh: mesh.get_group('sp'))"
-        )
+    check_group(group)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in rest[:5]):
         return _SequenceParallel.apply(*inputs)
     out, final, *_ = sequence_parallel(*rest, group.group_name)

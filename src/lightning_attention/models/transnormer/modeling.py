@@ -1,7 +1,8 @@
 """TransNormerLLM (arXiv 2307.14995, 2405.17381) with the state-dict names of the released checkpoints."""
 
 import math
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,12 @@ from lightning_attention.models.transnormer.packing import (
     one_of,
     pack_batch,
 )  # fmt: skip
+from lightning_attention.models.transnormer.slices import loss_of_slices, pack_slices
 from lightning_attention.nn import LRPE, SGLU, SRMSNorm
 from lightning_attention.nn.sharded import laid_out_like
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What else the collators that pack documents hand over; it repeats the boundaries, so it never comes alone.
 _COMPANIONS = ("cu_seq_lens_k", "seq_idx")
@@ -78,8 +83,10 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         slots: Tensor | None = None,
         step: bool = False,
+        group: "ProcessGroup | None" = None,
+        local_cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """One block over [B, T, width]; ``positions``, ``cu_seqlens`` and ``slots`` are :class:`TransnormerMixer`'s.
+        """One block over [B, T, width]; what is not said here is :class:`TransnormerMixer`'s.
 
         With ``step`` the layer's state is updated in place, by one token per row.
         """
@@ -93,6 +100,8 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
             positions=positions,
             cu_seqlens=cu_seqlens,
             output_state=cache is not None,
+            group=group,
+            local_cu_seqlens=local_cu_seqlens,
         )
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
@@ -179,7 +188,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         position_ids: Tensor | None = None, past_key_values: TransnormerCache | None = None,
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None, output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, cache: TransnormerCache | None = None,
-        **kwargs: Any,
+        group: "ProcessGroup | None" = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Read a batch, from nothing or from where a cache stands.
 
@@ -200,6 +209,10 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 nothing, or from its row of ``cache``. Without ``attention_mask``.
             cu_seq_lens_q: transformers' name for ``cu_seqlens``, which its collators and trainers use.
             cache: what came before; updated in place by this call.
+            group: process group whose ranks, in order, hold consecutive slices of every row, [B, T] being this rank's;
+                T may differ, and is at least 1. ``attention_mask`` and ``position_ids`` are slices too, and every rank
+                gives the same arguments; ``cu_seqlens`` has the borders of the whole row, the same on every rank. There
+                is no cache then. Forward and backward are collective.
             **kwargs: what transformers hands to every model and changes nothing here, by name.
 
         Returns:
@@ -210,9 +223,10 @@ class TransnormerModel(TransnormerPreTrainedModel):
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; a mask or positions of another shape;
                 ``cu_seqlens`` together with ``attention_mask``, with ``cu_seq_lens_q`` or with B above 1;
                 ``cache`` of another model's size, or together with gradient checkpointing; ``seq_idx`` or
-                ``cu_seq_lens_k`` where nothing else says where documents begin; ``is_causal=False``.
-            TypeError: ``cache`` is another kind of cache, a keyword is not known, or ``output_hidden_states`` is
-                neither True nor False.
+                ``cu_seq_lens_k`` where nothing else says where documents begin; ``is_causal=False``; ``group`` with
+                ``cache``, with ``use_cache=True``, without tokens, or with a mask or ``cu_seqlens`` of another length.
+            TypeError: ``cache`` is another kind of cache, a keyword is not known, ``output_hidden_states`` is neither
+                True nor False, or ``group`` is not a process group.
         """
         check_keywords(self, kwargs, _COMPANIONS)
         if (input_ids is None) == (inputs_embeds is None):
@@ -221,8 +235,11 @@ class TransnormerModel(TransnormerPreTrainedModel):
         if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(f"cache has {len(cache.layers)} layers; the model has {len(self.layers)}")
         cu_seqlens = one_of(cu_seqlens, cu_seq_lens_q)
+        if group is not None and (use_cache or cache is not None):
+            given = "use_cache is True" if cache is None else "cache is given"
+            raise ValueError(f"{given} together with group; slices on several ranks leave no cache")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = group is None and self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if not isinstance(output_hidden_states, bool):  # 5.24 has models that take the numbers of layers
@@ -242,7 +259,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
             raise ValueError(f"position_ids is {list(position_ids.shape)}; it must be [{batch} or 1, {length}]")
         if cu_seqlens is None:
             if may_restart(position_ids, attention_mask, cache):
-                cu_seqlens = documents(position_ids, batch)
+                cu_seqlens = documents(position_ids, batch) if group is None else None
             elif said := [name for name in _COMPANIONS if kwargs.get(name) is not None]:
                 raise ValueError(f"{said[0]} is given without cu_seqlens, cu_seq_lens_q or position_ids")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -252,10 +269,16 @@ class TransnormerModel(TransnormerPreTrainedModel):
         # One token after others, nothing to differentiate: the states are updated in place. The numbers are the same
         # either way.
         step = length == 1 and offsets is not None and cu_seqlens is None and not torch.is_grad_enabled()
-        packing = pack_batch(
-            batch, length, hidden_states.device, mask=local_mask(attention_mask, batch, length),
-            position_ids=position_ids, cu_seqlens=cu_seqlens, offsets=offsets, step=step,
-        )  # fmt: skip
+        if group is None:
+            packing = pack_batch(
+                batch, length, hidden_states.device, mask=local_mask(attention_mask, batch, length),
+                position_ids=position_ids, cu_seqlens=cu_seqlens, offsets=offsets, step=step,
+            )  # fmt: skip
+        else:
+            packing = pack_slices(
+                batch, length, hidden_states.device, group, cu_seqlens=cu_seqlens, position_ids=position_ids,
+                attention_mask=attention_mask,
+            )  # fmt: skip
 
         hidden_states = packing.pack(hidden_states)
         history: list[Tensor] = []
@@ -265,7 +288,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 hidden_states = packing.pack(history[-1])  # by way of what is returned, so that it can have a gradient
             hidden_states = layer(
                 hidden_states, positions=packing.positions, cache=cache, cu_seqlens=packing.cu_seqlens,
-                slots=packing.slots, step=step,
+                slots=packing.slots, step=step, group=group, local_cu_seqlens=packing.local_cu_seqlens,
             )  # fmt: skip
         hidden_states = packing.unpack(self.norm(hidden_states), batch)
         if cache is not None:
@@ -317,7 +340,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
         output_hidden_states: bool | None = None, cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None, logits_to_keep: int | Tensor = 0, cache: TransnormerCache | None = None,
-        **kwargs: Any,
+        group: "ProcessGroup | None" = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Next-token logits and, with ``labels``, their loss.
 
@@ -326,6 +349,10 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         the token after it. ``logits_to_keep`` computes the logits of the last that many tokens only (0: all), or of
         the columns it lists; not with ``labels``. The other arguments, and what is raised, are those of
         :class:`TransnormerModel`.
+
+        With ``group``, ``labels`` is this rank's slice: the last token's label is the next rank's first. The loss is
+        that of the whole rows, the same on every rank, and the *mean* over the group's ranks of a parameter's gradients
+        is its gradient; ``num_items_in_batch`` counts the labels of whole rows.
 
         Returns:
             ``loss`` (mean negative log-likelihood, nats per token), ``logits`` [B, T, vocab_size],
@@ -338,7 +365,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            cu_seqlens=cu_seqlens, cache=cache, return_dict=True, **kwargs,
+            cu_seqlens=cu_seqlens, cache=cache, group=group, return_dict=True, **kwargs,
         )  # fmt: skip
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
@@ -346,7 +373,12 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, keep]
         logits = self.lm_head(hidden_states)
         loss = None
-        if labels is not None:
+        if labels is not None and group is not None:
+            loss = loss_of_slices(
+                partial(self.loss_function, logits=logits, labels=labels, vocab_size=self.config.vocab_size), labels,
+                group, cu_seqlens=cu_seqlens, position_ids=position_ids, attention_mask=attention_mask, **of_the_loss,
+            )  # fmt: skip
+        elif labels is not None:
             labels = learnable(labels, cu_seqlens, position_ids, attention_mask, cache)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_the_loss)
         return CausalLMOutputWithPast(

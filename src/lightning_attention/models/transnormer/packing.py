@@ -23,6 +23,8 @@ class Packing:
         cu_seqlens: [N+1] integers, boundaries of packed sequences; None where every row is a sequence.
         order: [B·T] int64, which token of the flattened batch each packed token is; None where nothing moved.
         slots: [B] int64, for a step over a batch with padding: the row itself, or −1 for padding.
+        local_cu_seqlens: [M+1] int64, for slices of rows on several ranks: boundaries of the sequences past the last of
+            ``cu_seqlens``, which no other rank has tokens of.
     """
 
     positions: Tensor
@@ -30,6 +32,7 @@ class Packing:
     cu_seqlens: Tensor | None = None
     order: Tensor | None = None
     slots: Tensor | None = None
+    local_cu_seqlens: Tensor | None = None
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] → [1, B·T, ...] where the batch is packed; otherwise x."""
