@@ -79,5 +79,14 @@ def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let a model's parameters be its shards, after forward passes that no backward pass followed.
+
+    FSDP leaves what is outside of blocks gathered then, in the precision that it computes in.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _weights(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_attention.distributed.mesh import Mesh
-from lightning_attention.distributed.parallelize import parallelize, synchronise_gradients
+from lightning_attention.distributed.parallelize import parallelize, reshard, synchronise_gradients
 from lightning_attention.errors import DivergedError
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.runtime import Runtime
@@ -64,12 +65,22 @@ class Learner:
         return windows[:, 1:].numel()
 
     def loss(self, windows: Tensor, predicted: int) -> Tensor:
-        """Negative log-likelihood of this process's slices of windows [b, t] int64, in nats, over `predicted`."""
-        own = windows.tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank].to(self.runtime.device)
-        sliced = {} if self.mesh.sp_group is None else {"group": self.mesh.sp_group}
+        """Negative log-likelihood of windows [b, t] int64, in nats, over `predicted`.
+
+        Ranks that share the windows, a slice each, all get the loss of the whole. Its gradient is the mean of theirs.
+        """
+        windows = windows.to(self.runtime.device)
+        inputs = {"input_ids": windows, "labels": windows}
+        if self.mesh.sp_group is not None:
+            missing = max(0, self.mesh.sp - windows.shape[1])  # in the last window of a validation
+            own = self.mesh.sp_rank
+            inputs = {
+                name: F.pad(whole, (0, missing), value=pad).tensor_split(self.mesh.sp, 1)[own]
+                for name, whole, pad in (("input_ids", windows, 0), ("labels", windows, -100))
+            }
+            inputs["group"] = self.mesh.sp_group
         with nullcontext() if self._sharded else self.runtime.autocast():
-            output = self.model(input_ids=own, labels=own, use_cache=False, num_items_in_batch=predicted, **sliced)
-        loss: Tensor = output.loss
+            loss: Tensor = self.model(**inputs, use_cache=False, num_items_in_batch=predicted).loss
         return loss
 
     def step(self, windows: Tensor, learning_rate: float, predicted: int | None = None) -> tuple[Tensor, Tensor]:
@@ -92,10 +103,10 @@ class Learner:
         for number, part in enumerate(parts, 1):
             synchronise_gradients(self.model, number == len(parts))
             share = self.loss(part, predicted)
-            (share * self.mesh.size).backward()  # FSDP averages over the processes; the loss is a sum over them
+            # FSDP takes the mean over all processes: right over those that share windows, but data-parallel ones add up.
+            (share * self.mesh.dp_size).backward()
             loss += share.detach()
-        if self._sharded:
-            dist.all_reduce(loss)
+        loss = self._over_ranks(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.clip or math.inf)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -125,9 +136,16 @@ class Learner:
             tokens += self.predicted(windows)
             text_bytes += count_bytes(windows[:, 1:])
         self.model.train()
+        reshard(self.model)
+        total = float(self._over_ranks(nats))
+        return total / tokens, total / math.log(2) / max(1, text_bytes)
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """The sum over the data-parallel ranks of a loss that those that share windows have in common."""
         if self._sharded:
-            dist.all_reduce(nats)
-        return float(nats) / tokens, float(nats) / math.log(2) / max(1, text_bytes)
+            dist.all_reduce(loss)
+            loss = loss / self.mesh.sp
+        return loss
 
     def check_step(self, step: int) -> None:
         """Wait for the device. Raises DivergedError when the latest loss or gradient is not finite."""

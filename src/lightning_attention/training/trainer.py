@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable
@@ -85,7 +86,7 @@ class Trainer:
     def _begin(self, config: TrainConfig, report: Callable[[str], None] | None) -> None:
         runtime, mesh = self._place(config)
         vocab_size = self.team.first(lambda: prepare_data(config, self.folder.fresh_tokens, report).vocab_size)
-        learner = Learner(config, runtime, _on_meta(config, vocab_size), mesh)
+        learner = Learner(config, runtime, self._new_model(config, vocab_size), mesh)
         # The new run's text and model are there, so the one before may go.
         self.team.first(self.folder.replace_earlier_run)
         self._assemble(config, self._open_data(config), learner)
@@ -98,7 +99,7 @@ class Trainer:
         self.team.first(lambda: _nothing(open_data(config, self.folder.tokens, state["data_fingerprint"])))
         data = self._open_data(config)
         weights = self._on_each(lambda: WeightFiles(folder))
-        self._assemble(config, data, Learner(config, runtime, _on_meta(config, data.vocab_size), mesh, weights))
+        self._assemble(config, data, Learner(config, runtime, self._new_model(config, data.vocab_size), mesh, weights))
         self._saver.load_optimizer(folder, self.learner.optimizer_state())
         self.step = self._saved = state["step"]
         self.record.restore(state["record"])
@@ -124,6 +125,13 @@ class Trainer:
                 )
             )
         return runtime, mesh.connect(runtime.device.type) if team.is_launched else mesh
+
+    def _new_model(self, config: TrainConfig, vocab_size: int) -> PreTrainedModel:
+        with torch.device("meta"):
+            model = new_model(config, vocab_size)
+        if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
+            raise self.team.same(InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1"))
+        return model
 
     def _open_data(self, config: TrainConfig) -> TokenData:
         return self._on_each(lambda: open_data(config, self.folder.tokens))
@@ -299,11 +307,6 @@ class Trainer:
 
     def _prune(self) -> None:
         checkpoint.prune(self.folder.checkpoints, self.config.keep)
-
-
-def _on_meta(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
-    with torch.device("meta"):
-        return new_model(config, vocab_size)
 
 
 def _nothing(_: object) -> None:
