@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
+
 
 class InputError(Exception):
     """What the user gave cannot be used; exit status 2. The message is one line: what it is, and what is wanted."""
@@ -22,3 +26,14 @@ class StoppedAtOnce(KeyboardInterrupt):
         """Take the signal's name, as "SIGINT"."""
         super().__init__(signal_name)
         self.signal_name = signal_name
+
+
+def is_told_elsewhere(error: BaseException) -> bool:
+    """Whether this error of a run in several processes is one that another process tells the user."""
+    return getattr(error, "told_elsewhere", False)
+
+
+def told_elsewhere(error: E) -> E:
+    """The same error, for a process that leaves the telling to another."""
+    error.told_elsewhere = True  # type: ignore[attr-defined]
+    return error

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lightning_attention.cli.app import main
 from lightning_attention.cli.train import _show_bar
+from lightning_attention.distributed.mesh import Mesh
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.progress import HeldOutLoss, Outcome, Progress
@@ -188,18 +189,18 @@ def test_resume_needs_something_to_go_on_from(run, tmp_path):
     assert "going on from " in err
 
 
-def test_one_process_trains(run, tmp_path, monkeypatch):
+def test_several_processes_have_to_find_each_other(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = run("train", *flags(tiny_settings(tmp_path)))
     assert (status, err) == (
         2,
-        "error: train runs in one process, and WORLD_SIZE is 2: start it without torchrun\n",
+        "error: WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT are not set: start the processes with torchrun\n",
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_does_not_fit_is_one_line(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.empty(1 << 50))
+    monkeypatch.setattr("lightning_attention.training.learner.materialise", lambda *_: torch.empty(1 << 50))
     status, _, err = run("train", *flags(tiny_settings(tmp_path)))
     assert status == 2
     assert err.splitlines()[-1].startswith("error: not enough memory: ")
@@ -228,8 +229,11 @@ def test_no_value_of_any_option_ends_in_a_traceback(command, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     small = tiny_settings(tmp_path, out=str(tmp_path / "run"))
     monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.nn.Linear(1, 1))
+    learner = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), mesh=Mesh(), runtime=SimpleNamespace(bf16=False, device="cpu")
+    )
+    monkeypatch.setattr("lightning_attention.training.trainer.Learner", lambda *_: learner)
     monkeypatch.setattr("lightning_attention.training.trainer.Windows", lambda *_: SimpleNamespace(per_epoch=10))
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # what it loads warns of itself
 
     def fit(self, *_):
         self.folder.release()

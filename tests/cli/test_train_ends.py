@@ -67,10 +67,10 @@ def test_ctrl_c_saves_and_is_the_exit_status(tmp_path):
 def test_a_signal_is_acknowledged_before_it_is_saved(tmp_path, capsys, monkeypatch, name, status):
     step_once = trainer.Trainer._train_step
 
-    def step_and_send(self):
-        step_once(self)
+    def step_and_send(self, stop):
         if self.step == 3:
             os.kill(os.getpid(), getattr(signal, name))
+        return step_once(self, stop)
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_send)
     with pytest.raises(SystemExit) as caught:
@@ -89,13 +89,13 @@ def test_a_signal_is_acknowledged_before_it_is_saved(tmp_path, capsys, monkeypat
 def test_a_second_signal_stops_at_once_and_says_what_is_kept(tmp_path, capsys, monkeypatch):
     settings = tiny_settings(tmp_path, save_every=2)
 
-    def save(model, folder):
+    def save(self, folder):
         if folder.name.startswith("step_00000004"):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         (folder / "model.safetensors").touch()
 
-    monkeypatch.setattr(trainer, "save_model", save)
+    monkeypatch.setattr(trainer.WeightsToWrite, "write", save)
     with pytest.raises(SystemExit) as caught:
         main(["train", *flags(settings)])
     assert caught.value.code == 130

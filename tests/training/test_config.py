@@ -67,7 +67,7 @@ def test_refuses_bad_settings(settings, message):
 
 def test_every_setting_has_a_group_and_help():
     for setting in fields(TrainConfig):
-        assert setting.metadata["group"] in ("Data", "Model", "Optimisation", "Run")
+        assert setting.metadata["group"] in ("Data", "Model", "Optimisation", "Parallelism", "Run")
         assert setting.metadata["help"].endswith((".", "]", "..."))
 
 

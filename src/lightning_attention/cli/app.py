@@ -15,7 +15,7 @@ from lightning_attention.cli.export import export
 from lightning_attention.cli.generate import generate
 from lightning_attention.cli.streams import show_every_character
 from lightning_attention.cli.train import train
-from lightning_attention.errors import DiskError, DivergedError, InputError
+from lightning_attention.errors import DiskError, DivergedError, InputError, is_told_elsewhere
 
 app = typer.Typer(
     help="Linear attention that trains and serves at constant speed per token.",
@@ -49,7 +49,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args=args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not is_told_elsewhere(error):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (DiskError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,14 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hi
 import typer
 
 from lightning_attention.cli.streams import LastingStream
-from lightning_attention.errors import DiskError, DivergedError, InputError, StoppedAtOnce
+from lightning_attention.errors import (
+    DiskError,
+    DivergedError,
+    InputError,
+    StoppedAtOnce,
+    is_told_elsewhere,
+    told_elsewhere,
+)
 from lightning_attention.training.config import TrainConfig, make_config, read_toml
 
 if TYPE_CHECKING:
@@ -82,7 +89,7 @@ def train(
     auto_resume: Annotated[bool, _own("--auto-resume", "Go on from the newest checkpoint in --out, or start.")] = False,
     overwrite: Annotated[bool, _own("--overwrite", "Start again where --out holds a run.")] = False,
 ) -> None:
-    """Train a TransNormer, or a Llama to compare it with, on text, on a CPU or a GPU.
+    """Train a TransNormer, or a Llama to compare it with, on text: on a CPU, a GPU, or in the processes of torchrun.
 
     Without INPUT it trains on the English of pydoc's topics, which every Python carries. Ctrl-C saves and stops;
     --resume goes on from there as if nothing had happened. Every checkpoint is a Hugging Face folder.
@@ -92,57 +99,70 @@ def train(
     """
     if (resume or auto_resume) and overwrite:
         raise InputError("--resume goes on with a run and --overwrite deletes it; give one of them")
-    _refuse_several_processes()
-    # What is wrong is said before transformers is loaded.
-    asked = make_config({**(read_toml(config) if config is not None else {}), **settings})
+    # What is wrong is said before transformers is loaded, and once on a host.
+    try:
+        asked = make_config({**(read_toml(config) if config is not None else {}), **settings})
+    except InputError as error:
+        raise error if os.environ.get("LOCAL_RANK", "0") == "0" else told_elsewhere(error) from None
     from rich.console import Console
 
     from lightning_attention.training.trainer import Trainer
 
-    console = Console(file=cast("IO[str]", LastingStream(sys.stderr)), highlight=False, soft_wrap=True, markup=False)
+    lasting = cast("IO[str]", LastingStream(sys.stderr))
+    # Of several processes the first alone shows how it goes.
+    quiet = os.environ.get("RANK", "0") != "0"
+    console = Console(file=lasting, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
+
+    def tell(error: BaseException, text: str) -> None:
+        if not is_told_elsewhere(error):
+            print(text, file=lasting)
+
     try:
         with console.status("reading the text"):
             how: bool | Literal["auto"] = "auto" if auto_resume else resume
             trainer = Trainer(asked, resume=how, overwrite=overwrite, report=console.print)
     except DiskError as error:
-        print(f"error: {error}; what was in the folder is as it was", file=sys.stderr)
+        tell(error, f"error: {error}; what was in the folder is as it was")
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
         raise memory_error(error) from error
     except KeyboardInterrupt as error:
-        print("stopped before the first step; what was in the folder is as it was", file=sys.stderr)
+        tell(error, "stopped before the first step; what was in the folder is as it was")
         raise typer.Exit(130) from error
     console.print(_introduction(trainer))
     show = _show_bar if console.is_interactive else _show_lines
     try:
         with show(console, trainer) as report:
-            outcome = trainer.fit(_with_samples(console, report), _acknowledger(console, trainer))
+            outcome = trainer.fit(_with_samples(console, report), None if quiet else _acknowledger(console, trainer))
+        trainer.team.leave()
     except (DivergedError, DiskError) as error:
-        console.print(f"error: {error}; {trainer.folder.kept()}")
+        tell(error, f"error: {error}; {trainer.folder.kept()}")
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
+        if trainer.team.is_launched and _is_of_the_connection(error):
+            tell(error, f"error: process {trainer.team.rank} lost another one of the run; {trainer.folder.kept()}")
+            raise typer.Exit(1) from error
         raise memory_error(error) from error
     except StoppedAtOnce as stop:
-        console.print(f"stopped by {stop.signal_name} at once: {trainer.folder.kept()}")
+        tell(stop, f"stopped by {stop.signal_name} at once: {trainer.folder.kept()}")
         raise typer.Exit(_status(stop.signal_name)) from stop
-    _conclude(outcome, partial(print, file=LastingStream(sys.stdout)))
+    if not quiet:
+        _conclude(outcome, partial(print, file=LastingStream(sys.stdout)))
     if outcome.stopped_by:
         raise typer.Exit(_status(outcome.stopped_by))
 
 
-def _refuse_several_processes() -> None:
-    """A launcher's processes would all train the same model."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise InputError(
-            f"train runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it without torchrun"
-        )
+def _is_of_the_connection(error: Exception) -> bool:
+    """Whether this is what PyTorch says where a process that it talks to has died."""
+    return "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
 
 
 def memory_error(error: Exception, smaller: str = "width, batch_size or seq_len") -> Exception:
     """The error itself, or what to do about it where it is that a model or a batch does not fit."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
-        return InputError(f"not enough memory: {text}; try a smaller {smaller}")
+        found = InputError(f"not enough memory: {text}; try a smaller {smaller}")
+        return told_elsewhere(found) if is_told_elsewhere(error) else found
     return error
 
 
@@ -157,8 +177,9 @@ def _introduction(trainer: Trainer) -> str:
     precision = "bf16" if trainer.learner.runtime.bf16 else "float32"
     start = f"going on from {trainer.resumed_from}" if trainer.resumed_from else "starting"
     remark = f"; {trainer.meter.remark}" if trainer.meter and trainer.meter.remark else ""
+    team = f" in {trainer.team.size} processes ({trainer.learner.mesh})" if trainer.team.is_launched else ""
     return (
-        f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.learner.runtime.device}; "
+        f"{start}: {weights / 1e6:.2f} M weights, {precision} on {trainer.learner.runtime.device}{team}; "
         f"{len(data.train):,} tokens to train on, {len(data.val):,} held out, {config.tokens_per_step:,} in a step"
         f"{remark}"
     )

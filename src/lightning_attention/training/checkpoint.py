@@ -1,6 +1,7 @@
 """Folders that are either whole or not there: written under another name, synced to disk, then renamed.
 
-Every checkpoint is a Hugging Face folder (weights, configuration, tokenizer) with the trainer's state beside it.
+Every checkpoint is a Hugging Face folder (weights, configuration, tokenizer) with the state of the trainer and of the
+optimizer beside it; `saving` writes them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NAME = re.compile(r"step_(\d{8})")
 
 
 class State(TypedDict):
-    """What a checkpoint has beside the model; the position in the data follows from the step."""
+    """What a checkpoint has beside model and optimizer; the position in the data follows from the step."""
 
     step: int
     planned_steps: int | None
@@ -46,6 +47,18 @@ def atomic_folder(target: Path, *, listed: bool = True) -> Iterator[Path]:
     When the block raises, or the process dies at any point, `target` does not exist. Raises FileExistsError when it
     exists already, and DiskError for whatever the block or this raises where the disk has no room.
     """
+    unfinished = begin_folder(target)
+    try:
+        with writing(target):  # which tells how much room there was before what is unfinished is deleted
+            yield unfinished
+            finish_folder(target, listed=listed)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def begin_folder(target: Path) -> Path:
+    """Make the folder in which `target` is written until it is whole. Raises FileExistsError and DiskError."""
     if target.exists():
         raise FileExistsError(f"{target} exists already")
     unfinished = unfinished_name(target)
@@ -53,17 +66,17 @@ def atomic_folder(target: Path, *, listed: bool = True) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-    try:
-        with writing(target):  # which tells how much room there was before what is unfinished is deleted
-            yield unfinished
-            names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
-            if listed:
-                (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
-            _sync_tree(unfinished)
-            rename(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    return unfinished
+
+
+def finish_folder(target: Path, *, listed: bool = True) -> None:
+    """Put what was begun on disk and give it its name."""
+    unfinished = unfinished_name(target)
+    names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
+    if listed:
+        (unfinished / FILES).write_text(json.dumps([*names, FILES]), encoding="utf-8")
+    _sync_tree(unfinished)
+    rename(unfinished, target)
 
 
 def rename(path: Path, target: Path) -> None:
@@ -148,7 +161,7 @@ def prune(root: Path, keep: int) -> None:
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Write the trainer's state: tensors and plain values."""
+    """Write the trainer's state: small tensors and plain values."""
     with (folder / STATE_FILE).open("wb") as file:  # rather than by name: a full disk is then an OSError that says so
         torch.save(state, file)
 

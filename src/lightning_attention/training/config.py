@@ -27,9 +27,11 @@ else:
 # Settings that may differ between a run and its continuation: none of them touches what is computed in a step,
 # apart from `steps`, which moves the end of the schedule because somebody asked for that.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile"}
+    {"out", "steps", "log_every", "eval_every", "save_every", "keep", "device", "compile", "activation_checkpointing"}
     | {"tracker", "sample_every", "sample_prompt"}
 )
+# How the processes of a launch share the work: no matter of the run, so a checkpoint's does not bind.
+OF_THE_LAUNCH = ("dp_replicate", "dp_shard", "sp")
 DEFAULT_STEPS = 1000
 DEFAULT_VAL_FRACTION = 0.1
 # Settings that `size` stands for, as they are without it.
@@ -63,6 +65,11 @@ PART: Rule = ("between 0 and 1", lambda value: 0 < value < 1)
 SOME_OR_ALL: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
 SHARE: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
 EIGHT_DIGITS: Rule = ("at most 99,999,999", lambda value: value < 10**8)  # as many as the name of a checkpoint has
+SHARDS: Rule = ("at least 1, or -1", lambda value: value >= 1 or value == -1)
+CHECKPOINTING: Rule = (
+    "none, block or a number, at least 1",
+    lambda value: value in ("none", "block") or (value.isdecimal() and int(value) >= 1),
+)
 MINUTES: Rule = ("above 0, at most 10,000,000", lambda value: 0 < value <= 10_000_000)
 INT64: Rule = ("below 2^63", lambda value: value < 1 << 63)
 ENCODING: Rule = ("auto or the name of a text encoding, as cp1251", _is_text_encoding)
@@ -75,7 +82,9 @@ def _setting(group: str, default: Any, help: str, *rules: Rule) -> Any:
     return field(default=default, metadata={"group": group, "help": help, "rules": rules})
 
 
-_data, _model, _optimisation, _run = (partial(_setting, group) for group in ("Data", "Model", "Optimisation", "Run"))
+_data, _model, _optimisation, _parallelism, _run = (
+    partial(_setting, group) for group in ("Data", "Model", "Optimisation", "Parallelism", "Run")
+)
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,13 @@ class TrainConfig:
     max_epochs: float | None = _optimisation(
         None, "Never plan more steps than this many passes over the training text.", ABOVE_0
     )
-    batch_size: int = _optimisation(4, "Windows in one forward pass.", AT_LEAST_1)
-    accumulate: int = _optimisation(1, "Forward passes whose gradients make one step.", AT_LEAST_1)
+    batch_size: int = _optimisation(4, "Windows in one forward pass of a process, at most.", AT_LEAST_1)
+    accumulate: int = _optimisation(
+        1,
+        "Forward passes whose gradients make one step, over all processes: a step reads batch_size x accumulate "
+        "windows, however many there are.",
+        AT_LEAST_1,
+    )
     lr: float = _optimisation(6e-3, "Peak learning rate.", ABOVE_0)
     schedule: str = _optimisation(
         "cosine",
@@ -152,13 +166,24 @@ class TrainConfig:
     beta2: float = _optimisation(0.98, "AdamW beta 2.", COEFFICIENT)
     clip: float = _optimisation(1.0, "Largest gradient norm; 0 turns clipping off.", NOT_NEGATIVE)
 
+    dp_replicate: int = _parallelism(1, "Copies of the weights, each sharded over processes of its own.", AT_LEAST_1)
+    dp_shard: int = _parallelism(
+        -1, "Data-parallel processes that share one copy of the weights; -1 is all that are left.", SHARDS
+    )
+    sp: int = _parallelism(1, "Processes that share one window, a slice each; must divide seq_len.", AT_LEAST_1)
+    activation_checkpointing: str = _parallelism(
+        "none",
+        "Compute activations anew in the backward pass: none, block (of every block) or N (of every N-th).",
+        CHECKPOINTING,
+    )
+    compile: bool = _parallelism(False, "Run each block through torch.compile.")
+
     out: str = _run("runs/default", "Folder for checkpoints, metrics.jsonl and loss.png.", NAME)
     seed: int = _run(0, "Seeds the weights and the order of the windows.", NOT_NEGATIVE, INT64)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = _run(
         "auto", "auto, bf16 or float32; auto is bf16 where a GPU has it.", _one_of("auto", "bf16", "float32")
     )
-    compile: bool = _run(False, "Run the model through torch.compile.")
     log_every: int = _run(10, "Steps between lines of metrics.jsonl.", AT_LEAST_1)
     eval_every: int = _run(100, "Steps between validations; 0 validates at the end only.", NOT_NEGATIVE)
     eval_tokens: int = _run(
@@ -185,6 +210,7 @@ class TrainConfig:
         for name, refused, wanted in (
             ("width", self.width % self.heads, f"a multiple of heads ({self.heads})"),
             ("batch_size", self.tokens_per_step >= 1 << 31, "smaller: a step would read 2^31 tokens or more"),
+            ("sp", self.seq_len % self.sp, f"a divisor of seq_len ({self.seq_len})"),
             ("val_fraction", self.validation and self.val_fraction, "left out when validation is given"),
             ("decay_fraction", self.schedule != "wsd" and self.decay_fraction, "left out unless schedule is wsd"),
             ("steps", timed and self.steps, "left out when max_minutes is given"),
@@ -209,12 +235,12 @@ class TrainConfig:
 
     @property
     def windows_per_step(self) -> int:
-        """Windows that one optimizer step reads."""
+        """Windows that one optimizer step reads, over all processes."""
         return self.batch_size * self.accumulate
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step reads."""
+        """Tokens that one optimizer step reads, over all processes."""
         return self.windows_per_step * self.seq_len
 
     def as_dict(self) -> dict[str, Any]:
@@ -245,7 +271,7 @@ def make_config(settings: dict[str, Any]) -> TrainConfig:
 
 def resumed_config(stored: dict[str, Any], asked: TrainConfig) -> TrainConfig:
     """The stored settings with those asked for now. Raises InputError where they contradict each other."""
-    config = make_config(stored)
+    config = make_config({**stored, **{name: getattr(asked, name) for name in OF_THE_LAUNCH}})
     changes = {name: getattr(asked, name) for name in asked.given if getattr(asked, name) != getattr(config, name)}
     for name, value in changes.items():
         if name not in CHANGEABLE_ON_RESUME:

@@ -148,10 +148,11 @@ class Windows:
         self.per_epoch = max(1, len(tokens) // seq_len - 1)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def step(self, step: int) -> Tensor:
-        """[windows_per_step, seq_len] int64: what step 0, 1, ... reads."""
-        first = step * self._per_step
-        return torch.stack([self._window(index) for index in range(first, first + self._per_step)])
+    def step(self, step: int, *, rank: int = 0, ranks: int = 1) -> Tensor:
+        """[windows_per_step / ranks, seq_len] int64: what a data-parallel rank reads in step 0, 1, ..."""
+        own = self._per_step // ranks
+        first = step * self._per_step + rank * own
+        return torch.stack([self._window(index) for index in range(first, first + own)])
 
     def _window(self, index: int) -> Tensor:
         epoch, position = divmod(index, self.per_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from lightning_attention.training.disk import writing
 from lightning_attention.training.flops import GpuMeter
 from lightning_attention.training.progress import GpuUse, HeldOutLoss
 from lightning_attention.training.schedule import Schedule
-from lightning_attention.training.tracking import open_tracker
+from lightning_attention.training.tracking import Tracker, open_tracker
 
 
 class Record:
@@ -36,10 +37,16 @@ class Record:
         self.gpu: GpuUse | None = None
         self.mean_loss = MeanLoss()
 
-    def open(self, path: Path, resume_step: int | None) -> Record:
-        """Start the clock, the file, whose lines after `resume_step` go, and the tracker."""
+    def open(self, path: Path | None, resume_step: int | None) -> Record:
+        """Start the clock, the file, whose lines after `resume_step` go, and the tracker.
+
+        None where another process writes them.
+        """
         self._started = time.perf_counter() - self.seconds
         self._log = MetricsLog(path, resume_step)
+        self._tracker: Tracker | None = None
+        if path is None:
+            return self
         settings = self._config.as_dict()
         try:
             self._tracker = open_tracker(self._config.tracker, path.parent, settings, read_metrics(path), resume_step)
@@ -123,8 +130,14 @@ class MeanLoss:
 class MetricsLog:
     """Appends to a JSONL file. Every line has a `step`, and either a training `loss` or a `val_loss`."""
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there."""
+    def __init__(self, path: Path | None, resume_step: int | None = None) -> None:
+        """Start an empty file, or with `resume_step` keep the lines up to that step and go on from there.
+
+        None: write nothing.
+        """
+        self._file: io.FileIO | None = None
+        if path is None:
+            return
         kept = [] if resume_step is None else [line for line in read_metrics(path) if line["step"] <= resume_step]
         self._path = path
         atomic_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -134,6 +147,8 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; it is in the file when this returns."""
+        if self._file is None:
+            return
         rest = memoryview((json.dumps(record) + "\n").encode())
         with writing(self._path):
             while rest:
@@ -141,7 +156,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

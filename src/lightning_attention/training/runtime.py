@@ -19,10 +19,21 @@ class Runtime:
     bf16: bool
 
     @classmethod
-    def choose(cls, device: str, precision: str) -> Runtime:
-        """From the settings of the same names. Raises InputError when the device is unknown or not there."""
+    def choose(cls, device: str, precision: str, local_rank: int | None = None) -> Runtime:
+        """From the settings of the same names. Raises InputError when the device is unknown or not there.
+
+        With a `local_rank`, which process of this host it is, `cuda` is the GPU of that number.
+        """
         if device == "auto":
-            chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if local_rank is not None and device != "cpu":
+            if device != "cuda":
+                raise InputError(f"device must be auto, cpu or cuda in several processes; got {device!r}")
+            chosen = torch.device("cuda", local_rank)
+            there = torch.cuda.device_count()
+            if local_rank >= there:
+                raise InputError(f"process {local_rank} of a host wants a GPU of its own; torch sees {there} there")
+            torch.cuda.set_device(chosen)
         else:
             try:
                 chosen = torch.device(device)

@@ -33,8 +33,13 @@ class Samples:
         )
         self._log: MetricsLog | None = None
 
-    def open(self, path: Path, resume_step: int | None) -> Samples:
-        """Start the file, whose lines after `resume_step` go. There is none while nothing is sampled."""
+    def open(self, path: Path | None, resume_step: int | None) -> Samples:
+        """Start the file, whose lines after `resume_step` go. There is none while nothing is sampled.
+
+        None where another process writes it.
+        """
+        if path is None:
+            return self
         if self._every or (resume_step is not None and path.exists()):
             self._log = MetricsLog(path, resume_step)
         else:
@@ -47,15 +52,17 @@ class Samples:
             self._log.close()
 
     def take(self, learner: Learner, step: int) -> str | None:
-        """The prompt and what the model makes of it after so many steps, where a sample is due."""
+        """The prompt and what the model makes of it after so many steps, where a sample is due. Collective."""
         if not self._every or not self._schedule.is_due(self._every, step):
             return None
         prompt = self._tokenizer.encode(self._prompt, split_special_tokens=True) or [self._tokenizer.bos_token_id]
         new = greedy(learner, prompt, TOKENS, end=self._tokenizer.eos_token_id)
-        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        return self._prompt + self._tokenizer.decode(new, skip_special_tokens=True)
+
+    def write(self, step: int, sample: str) -> None:
+        """A line about what `take` returned."""
         if self._log:
-            self._log.write({"step": step, "prompt": self._prompt, "text": text})
-        return self._prompt + text
+            self._log.write({"step": step, "prompt": self._prompt, "text": sample[len(self._prompt) :]})
 
 
 @torch.no_grad()

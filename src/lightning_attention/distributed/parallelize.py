@@ -1,0 +1,92 @@
+"""A model made ready for training: activation checkpointing, then compiled blocks, then sharded weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from lightning_attention.distributed.mesh import Mesh
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    activation_checkpointing: str = "none",
+    compile: bool = False,
+    bf16: bool = False,
+) -> None:
+    """Change a model in place; it may be on the meta device. Names of modules and weights stay as they are.
+
+    Args:
+        model: any model with one list of blocks, as TransnormerForCausalLM or transformers' LlamaForCausalLM.
+        mesh: over which processes the weights are sharded; nothing is, where it has no groups. A block is a unit: its
+            weights are gathered before it runs and freed after. What is outside of blocks, tied embeddings too, is one.
+        activation_checkpointing: ``none``; ``block``: keep the inputs of blocks alone and compute the rest anew in the
+            backward pass; or a number n, which does that to every n-th block.
+        compile: run each block through ``torch.compile``.
+        bf16: gather and compute in bfloat16, reduce gradients in float32. For a mesh with groups; autocast does that
+            for one without.
+
+    Raises:
+        ValueError: ``activation_checkpointing`` is something else, or the model has no list of blocks.
+    """
+    every = checkpointed_every(activation_checkpointing)
+    blocks = find_blocks(model)
+    # Only `forward` is replaced: no name changes, and what FSDP does around a block stays out of compiled graphs.
+    if every:
+        for block in blocks[every - 1 :: every]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+    if mesh.shard_mesh is not None:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+        if bf16:
+            for module in model.modules():
+                if getattr(module, "computes_in_float32", False):
+                    fully_shard(module, mesh=mesh.shard_mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        for block in blocks:
+            fully_shard(block, mesh=mesh.shard_mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh.shard_mesh, mp_policy=policy)
+
+
+def checkpointed_every(choice: str) -> int:
+    """Every how many blocks activations are computed anew; 0 for none. Raises ValueError for an unknown choice."""
+    named = {"none": 0, "block": 1}
+    if choice in named:
+        return named[choice]
+    if not choice.isdecimal() or int(choice) < 1:
+        raise ValueError(f"activation_checkpointing is {choice!r}; it must be none, block or a number, at least 1")
+    return int(choice)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: the members of the list of modules that has the most weights. Raises ValueError."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no nn.ModuleList of blocks to compile, checkpoint or shard")
+    return max(lists, key=lambda blocks: sum(_weights(block) for block in blocks))
+
+
+def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass reduces gradients over the mesh; between the parts of a step there is no need."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let a model's parameters be its shards, after forward passes that no backward pass followed.
+
+    FSDP leaves what is outside of blocks gathered then, in the precision that it computes in.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
