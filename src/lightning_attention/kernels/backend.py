@@ -95,5 +95,10 @@ class Backend:
     #: two of the above; None: by ``states`` and ``attention_backward``
     sequence_parallel_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Optional, Tensor]] | None = None
 
+    #: (logits [n, V], targets [n] int64, ignore_index, need_gradient) -> losses [n] in the type of the sums, zero where
+    #: the target is ``ignore_index``; with ``need_gradient`` the gradient of their sum is then where the logits were;
+    #: None: by another backend
+    cross_entropy: Callable[[Tensor, Tensor, int, bool], Tensor] | None = None
+
     #: What a device lacks for this backend, as "it needs a GPU", or None where it lacks nothing.
     missing: Callable[[torch.device], str | None] = lambda device: None  # noqa: ARG005

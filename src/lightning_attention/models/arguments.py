@@ -19,7 +19,7 @@ UNUSED = frozenset(
         "output_attentions",  # generate, pipelines and PEFT, whatever its value; there are no maps
         "output_router_logits",  # transformers' common keywords; there are no experts
         "num_items_in_batch",  # Trainer, which counts labels; the loss takes it, nothing else does
-        "skip_logits",  # Trainer with use_liger_kernel, in evaluation; logits are computed all the same
+        "skip_logits",  # Trainer with use_liger_kernel, in evaluation; a model with a head of ours takes it
         "token_type_ids",  # tokenizers that number the texts of a pair
         "max_length_q",  # DataCollatorWithFlattening, beside cu_seq_lens_q
         "max_length_k",

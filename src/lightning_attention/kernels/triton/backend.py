@@ -4,6 +4,7 @@ import torch
 
 from lightning_attention.kernels.backend import Backend
 from lightning_attention.kernels.triton.attention import attention, attention_backward
+from lightning_attention.kernels.triton.cross_entropy import cross_entropy
 from lightning_attention.kernels.triton.decode import decode
 from lightning_attention.kernels.triton.prefill import prefill
 from lightning_attention.kernels.triton.sequence_parallel import sequence_parallel, sequence_parallel_backward
@@ -19,5 +20,5 @@ def missing(device: torch.device) -> str | None:
 BACKEND = Backend(
     name="triton", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
     prefill=prefill, verify=verify, commit=commit, sequence_parallel=sequence_parallel,
-    sequence_parallel_backward=sequence_parallel_backward, missing=missing,
+    sequence_parallel_backward=sequence_parallel_backward, cross_entropy=cross_entropy, missing=missing,
 )  # fmt: skip

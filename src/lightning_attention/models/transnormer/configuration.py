@@ -44,6 +44,7 @@ class TransnormerConfig(PreTrainedConfig):
         add_bos_token: what a tokenizer should do; the model does not read it.
         pad_token_id, bos_token_id, eos_token_id: special tokens; the embedding of ``pad_token_id`` stays zero.
         tie_word_embeddings: use the embedding matrix as the output head; no release does.
+        skip_logits: whether a pass with labels leaves out the logits; None: in training.
 
     transformers' names ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size`` and
     ``initializer_range`` mean the fields of the same sense.
@@ -81,6 +82,7 @@ class TransnormerConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
+    skip_logits: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias in self.attribute_map.keys() & kwargs.keys():

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from lightning_attention import decay
 from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
+from lightning_attention.models.loss import is_plain, next_token_loss
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
@@ -340,26 +342,39 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
         output_hidden_states: bool | None = None, cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None, logits_to_keep: int | Tensor = 0, cache: TransnormerCache | None = None,
-        group: "ProcessGroup | None" = None, **kwargs: Any,
+        skip_logits: bool | None = None, group: "ProcessGroup | None" = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Next-token logits and, with ``labels``, their loss.
+        """Next-token logits or, with ``labels``, their loss.
 
-        ``labels``, [B, T] token ids, may be the inputs themselves: they are shifted inside, and -100 is nothing to
-        learn. Where documents are packed, none is asked for the next one's first token, and padding is not asked for
-        the token after it. ``logits_to_keep`` computes the logits of the last that many tokens only (0: all), or of
-        the columns it lists; not with ``labels``. The other arguments, and what is raised, are those of
+        ``labels``, [B, T] token ids, may be the inputs themselves: they are shifted inside, and -100, or what
+        ``ignore_index`` says, is nothing to learn. Where documents are packed, none is asked for the next one's first
+        token, and padding is not asked for the token after it. ``shift_labels`` are taken as they come, each for the
+        logits at its place. ``logits_to_keep`` computes the logits of the last that many tokens only (0: all), or of
+        the columns it lists; not with labels. The other arguments, and what is raised, are those of
         :class:`TransnormerModel`.
+
+        ``skip_logits`` says whether a pass with labels returns no logits; None: as the configuration says. The loss is
+        then computed from the hidden states, and logits of all tokens are never in memory. Only a head that is more
+        than its weight (adapted, or offloaded) and a loss function other than transformers' need them all the same.
 
         With ``group``, ``labels`` is this rank's slice: the last token's label is the next rank's first. The loss is
         that of the whole rows, the same on every rank, and the *mean* over the group's ranks of a parameter's gradients
         is its gradient; ``num_items_in_batch`` counts the labels of whole rows.
 
         Returns:
-            ``loss`` (mean negative log-likelihood, nats per token), ``logits`` [B, T, vocab_size],
-            ``cache`` (``past_key_values`` before transformers 5.24), and ``hidden_states`` where asked for.
+            ``loss`` (mean negative log-likelihood, nats per token; with ``num_items_in_batch`` the sum over it),
+            ``logits`` [B, T, vocab_size] or None, ``cache`` (``past_key_values`` before transformers 5.24), and
+            ``hidden_states`` where asked for.
         """
         check_keywords(self, kwargs, (*_COMPANIONS, *_OF_THE_LOSS))
         of_the_loss = {name: kwargs.pop(name) for name in _OF_THE_LOSS if name in kwargs}
+        has_labels = labels is not None or of_the_loss.get("shift_labels") is not None
+        if has_labels and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError("logits_to_keep is given with labels; the loss is that of all tokens")
+        if skip_logits and not has_labels:
+            raise ValueError("skip_logits is True, and there are no labels: nothing would be returned")
+        if skip_logits is None:
+            skip_logits = self.training if self.config.skip_logits is None else self.config.skip_logits
         cache = given_cache(TransnormerCache, cache, past_key_values)
         cu_seqlens = one_of(cu_seqlens, cu_seq_lens_q)
         outputs = self.model(
@@ -371,19 +386,28 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
             hidden_states = hidden_states[:, keep]
-        logits = self.lm_head(hidden_states)
+        skip_logits = skip_logits and has_labels
+        fused = skip_logits and is_plain(self.lm_head) and self.loss_function is ForCausalLMLoss
+        logits = None if fused else self.lm_head(hidden_states)
+        if labels is not None and group is None:
+            ignored = of_the_loss.get("ignore_index", -100)
+            labels = learnable(labels, cu_seqlens, position_ids, attention_mask, cache, ignored)
+        if fused:
+            loss_function = partial(next_token_loss, hidden_states, self.lm_head.weight, labels)
+        else:
+            loss_function = partial(self.loss_function, logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         loss = None
-        if labels is not None and group is not None:
+        if has_labels and group is not None:
             loss = loss_of_slices(
-                partial(self.loss_function, logits=logits, labels=labels, vocab_size=self.config.vocab_size), labels,
-                group, cu_seqlens=cu_seqlens, position_ids=position_ids, attention_mask=attention_mask, **of_the_loss,
+                loss_function, labels, group, cu_seqlens=cu_seqlens, position_ids=position_ids,
+                attention_mask=attention_mask, **of_the_loss,
             )  # fmt: skip
-        elif labels is not None:
-            labels = learnable(labels, cu_seqlens, position_ids, attention_mask, cache)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_the_loss)
+        elif has_labels:
+            loss = loss_function(**of_the_loss)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
-        )
+            loss=loss, logits=None if skip_logits else logits, hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
+        )  # fmt: skip
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -136,16 +136,17 @@ def learnable(
     position_ids: Tensor | None,
     attention_mask: Tensor | None,
     cache: object | None,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """The labels, with -100 wherever the token before one is padding or belongs to another document."""
+    """The labels, with ``ignore_index`` where the token before one is padding or belongs to another document."""
     if cu_seqlens is not None:
-        return labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), -100)
+        return labels.masked_fill(document_starts(cu_seqlens, labels.shape[1]), ignore_index)
     if may_restart(position_ids, attention_mask, cache):
-        return labels.masked_fill(restarts(position_ids), -100)
+        return labels.masked_fill(restarts(position_ids), ignore_index)
     if attention_mask is None:
         return labels
     padding = attention_mask[:, -labels.shape[1] :] == 0
-    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), ignore_index)
 
 
 def one_of(cu_seqlens: Tensor | None, cu_seq_lens_q: Tensor | None) -> Tensor | None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lightning_attention.kernels.triton import tiling
-from tests.kernels.triton.support.offline import CHIPS, Chip, Launch, launched, launched_in_slices
+from lightning_attention.kernels.triton.cross_entropy import cross_entropy
+from tests.kernels.triton.support.offline import CHIPS, Chip, Launch, launched, launched_by, launched_in_slices
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="TRITON_INTERPRET=1: Triton compiles nothing"
@@ -117,6 +118,36 @@ def test_float32_on_hopper(precision: str, D: int, spills: int, monkeypatch: pyt
         together = launch.constants["TILES"].per_multiprocessor
         assert together * (launch.shared + 1024) <= chip.multiprocessor
         assert together * launch.registers * 32 * launch.compiled.metadata.num_warps <= 65536
+
+
+@pytest.mark.parametrize(
+    ("chip", "V", "dtype"),
+    [
+        ("sm_80", 64000, FP16),
+        ("sm_90", 64000, BF16),
+        ("sm_90", 50257, BF16),
+        ("sm_120", 97, FP32),
+        ("gfx942", 64000, BF16),
+    ],
+)
+def test_cross_entropy(chip: str, V: int, dtype: torch.dtype):
+    """Rows that are multiples of 16 bytes are read and written in as many at a time; tokens compile nothing."""
+
+    def compiled(n: int, gradient: bool) -> list[Launch]:
+        logits = torch.empty(n, V, dtype=dtype, device="meta")
+        targets = torch.empty(n, dtype=torch.int64, device="meta")
+        return launched_by(lambda: cross_entropy(logits, targets, -100, gradient), CHIPS[chip])
+
+    for gradient in (False, True):
+        (launch,) = compiled(8192, gradient)
+        assert launch.name == "cross_entropy_kernel"
+        assert_fits([launch], CHIPS[chip])
+        assert not launch.stack
+        if "ptx" in launch.compiled.asm:
+            assert ("ld.global.v4" in launch.compiled.asm["ptx"]) == (V * dtype.itemsize % 16 == 0)
+        again = {id(compiled(n, gradient)[0].compiled) for n in (1, 33, 70_000)}
+        # AMD's compiler wants to know of tensors past 2 GB.
+        assert len(again | {id(launch.compiled)}) <= (2 if chip == "gfx942" else 1)
 
 
 def test_a_new_length_or_batch_compiles_nothing():

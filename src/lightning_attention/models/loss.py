@@ -1,0 +1,51 @@
+"""The loss of a language model, from the hidden states that its head would make logits of."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_attention.nn.linear_cross_entropy import linear_cross_entropy
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether the head is its weight and nothing else: no bias or adapter, no hooks, no shards on other ranks."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and "forward" not in vars(head)  # accelerate's way to move a module to its device
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not hasattr(head.weight, "device_mesh")
+    )
+
+
+def next_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    *,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """What transformers' loss of a causal language model is, without logits.
+
+    Args:
+        hidden: [B, T, D], the last hidden states.
+        weight: [V, D], the head's.
+        labels: [B, T] token ids; the loss at t is that of the label at t + 1.
+        shift_labels: [B, T] instead, the label at t for the loss at t.
+        num_items_in_batch: what to divide the sum of the losses by; None for the number of labels that are learnt here.
+        ignore_index: the label of what is not to be learnt.
+
+    Returns:
+        The mean negative log-likelihood in nats per token, a float32 scalar (float64 for float64).
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = linear_cross_entropy(
+        hidden, weight, shift_labels.to(hidden.device), ignore_index=ignore_index, reduction=reduction
+    )
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
