@@ -77,7 +77,7 @@ class _Rows(NamedTuple):
     positions: Tensor  # [N, T] of the tokens of this call
     end: int  # columns that anything of this call may look at
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values [N, H, T, d] at their positions. Returns all that is there, [N, H, end, d]."""
         # The indices stand around a slice, so that their dimensions come first: [N, T, 2, H, d].
         new = torch.stack([keys, values]).permute(1, 3, 0, 2, 4)
