@@ -25,16 +25,17 @@ class Samples:
 
     def __init__(self, config: TrainConfig, schedule: Schedule, tokenizer: PreTrainedTokenizerFast) -> None:
         """Make tokens of the prompt; an empty one begins a document."""
-        self._every, self._prompt, self._schedule, self._tokenizer = (
-            config.sample_every,
-            config.sample_prompt,
-            schedule,
-            tokenizer,
-        )
+        self._every, self._prompt = config.sample_every, config.sample_prompt
+        self._schedule, self._tokenizer = schedule, tokenizer
         self._log: MetricsLog | None = None
 
-    def open(self, path: Path, resume_step: int | None) -> Samples:
-        """Start the file, whose lines after `resume_step` go. There is none while nothing is sampled."""
+    def open(self, path: Path | None, resume_step: int | None) -> Samples:
+        """Start the file, whose lines after `resume_step` go. There is none while nothing is sampled.
+
+        None: another process writes it.
+        """
+        if path is None:
+            return self
         if self._every or (resume_step is not None and path.exists()):
             self._log = MetricsLog(path, resume_step)
         else:
