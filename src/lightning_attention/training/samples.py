@@ -47,10 +47,12 @@ class Samples:
         if self._log:
             self._log.close()
 
-    def take(self, learner: Learner, step: int) -> str | None:
-        """The prompt and what the model makes of it after so many steps, where a sample is due."""
-        if not self._every or not self._schedule.is_due(self._every, step):
-            return None
+    def due(self, step: int) -> bool:
+        """Whether there is to be a sample after so many steps."""
+        return self._every > 0 and self._schedule.is_due(self._every, step)
+
+    def take(self, learner: Learner, step: int) -> str:
+        """The prompt and what the model makes of it after so many steps; also written down. Collective."""
         prompt = self._tokenizer.encode(self._prompt, split_special_tokens=True) or [self._tokenizer.bos_token_id]
         new = greedy(learner, prompt, TOKENS, end=self._tokenizer.eos_token_id)
         text = self._tokenizer.decode(new, skip_special_tokens=True)

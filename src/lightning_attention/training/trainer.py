@@ -148,7 +148,7 @@ class Trainer:
                 schedule.fit_to_budget(self.step, record.spent(), record.eval_seconds)
                 if schedule.is_due(config.eval_every, self.step):
                     self._validate()
-                sample = self.samples.take(self.learner, self.step)
+                sample = self.samples.take(self.learner, self.step) if self.samples.due(self.step) else None
                 if schedule.is_due(config.save_every, self.step):
                     self._save()
                 if report:
