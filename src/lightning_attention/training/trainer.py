@@ -148,7 +148,7 @@ class Trainer:
                 schedule.fit_to_budget(self.step, record.spent(), record.eval_seconds)
                 if schedule.is_due(config.eval_every, self.step):
                     self._validate()
-                sample = self.samples.take(self.learner, self.step) if self.samples.due(self.step) else None
+                sample = self._sample() if self.samples.due(self.step) else None
                 if schedule.is_due(config.save_every, self.step):
                     self._save()
                 if report:
@@ -195,6 +195,11 @@ class Trainer:
         loss = self.learner.evaluate(batches, self.data.count_bytes)
         self.learner.require_finite("held-out loss", loss[0], self.step)
         self.record.log_validation(self.step, loss, time.perf_counter() - began)
+
+    def _sample(self) -> str:
+        """Write down what the model makes of the prompt, and return both."""
+        text = self.samples.take(self.learner)
+        return self.samples.write(self.step, text)
 
     def _plot(self) -> None:
         with writing(self.folder.plot):
