@@ -69,8 +69,8 @@ class Samples:
 def greedy(learner: Learner, prompt: list[int], count: int, *, end: int) -> list[int]:
     """The likeliest token after a prompt, again and again: `count` of them, or fewer where the document ends.
 
-    By `count` forward passes over the prompt and room for all of them: every model has these, sharded or not, they are of
-    one shape, and nothing of them is read on the host. What comes later changes nothing in a causal model.
+    By `count` forward passes over the prompt and room for all of them: every model has these, sharded or not, they are
+    of one shape, and nothing of them is read on the host. What comes later changes nothing in a causal model.
     """
     model, device = learner.model, learner.runtime.device
     ids = torch.full((1, len(prompt) + count), end, device=device)
