@@ -212,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
         shape = Shape.of(TransnormerConfig.from_name(options.size))
     except ValueError as error:
         parser.error(f"SIZE: {error}")
-    if options.tokens < 1 or options.checkpoint_every < 0:
+    every = options.checkpoint_every
+    if options.tokens < 1 or every < 0:
         parser.error("--tokens must be at least 1, --checkpoint-every at least 0")
     jobs = [Job(copies, shard, sp, length, options.tokens) for copies, shard, sp, length in options.mesh]
     for job in jobs:
@@ -224,9 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     weights = f"{shape.parameters / 1e9:.2f} G weights, {options.tokens:,} tokens a GPU and step"
     print(f"{options.size}: {weights}. GiB on each GPU:\n")
     print(memory_table(shape, jobs))
-    again = f", every {options.checkpoint_every}. block checkpointed" if options.checkpoint_every else ""
+    again = {0: "", 1: ", every block checkpointed"}.get(every, f", one block in {every} checkpointed")
     print(f"\nGB that each GPU receives in a step (ms){again}:\n")
-    print(traffic_table(shape, jobs, options.checkpoint_every))
+    print(traffic_table(shape, jobs, every))
     return 0
 
 

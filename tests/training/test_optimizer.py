@@ -19,8 +19,9 @@ def decays(model: PreTrainedModel) -> dict[str, float]:
 
 
 def test_matrices_decay_and_nothing_else():
-    config = TransnormerConfig(vocab_size=10, decoder_embed_dim=8, decoder_layers=1, decoder_attention_heads=2, glu_dim=8,
-                               bias=True)  # fmt: skip
+    config = TransnormerConfig(
+        vocab_size=10, decoder_embed_dim=8, decoder_layers=1, decoder_attention_heads=2, glu_dim=8, bias=True
+    )
     found = decays(TransnormerForCausalLM(config))
     matrices = {"model.embed_tokens.weight", "lm_head.weight", "token_mixer.qkvu_proj.weight",
                 "token_mixer.out_proj.weight", "channel_mixer.l1.weight", "channel_mixer.l2.weight",

@@ -25,18 +25,14 @@ class Samples:
 
     def __init__(self, config: TrainConfig, schedule: Schedule, tokenizer: PreTrainedTokenizerFast) -> None:
         """Make tokens of the prompt; an empty one begins a document."""
-        self._every, self._prompt, self._schedule, self._tokenizer = (
-            config.sample_every,
-            config.sample_prompt,
-            schedule,
-            tokenizer,
-        )
+        self._every, self._prompt = config.sample_every, config.sample_prompt
+        self._schedule, self._tokenizer = schedule, tokenizer
         self._log: MetricsLog | None = None
 
     def open(self, path: Path | None, resume_step: int | None) -> Samples:
         """Start the file, whose lines after `resume_step` go. There is none while nothing is sampled.
 
-        None where another process writes it.
+        None: another process writes it.
         """
         if path is None:
             return self
@@ -51,26 +47,30 @@ class Samples:
         if self._log:
             self._log.close()
 
-    def take(self, learner: Learner, step: int) -> str | None:
-        """The prompt and what the model makes of it after so many steps, where a sample is due. Collective."""
-        if not self._every or not self._schedule.is_due(self._every, step):
-            return None
+    def due(self, step: int) -> bool:
+        """Whether there is to be a sample after so many steps."""
+        return self._every > 0 and self._schedule.is_due(self._every, step)
+
+    def take(self, learner: Learner) -> str:
+        """What the model makes of the prompt now. Where it is sharded, every rank calls."""
         prompt = self._tokenizer.encode(self._prompt, split_special_tokens=True) or [self._tokenizer.bos_token_id]
         new = greedy(learner, prompt, TOKENS, end=self._tokenizer.eos_token_id)
-        return self._prompt + self._tokenizer.decode(new, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(new, skip_special_tokens=True)
+        return text
 
-    def write(self, step: int, sample: str) -> None:
-        """A line about what `take` returned."""
+    def write(self, step: int, text: str) -> str:
+        """A line of the file. Returns the text with the prompt before it."""
         if self._log:
-            self._log.write({"step": step, "prompt": self._prompt, "text": sample[len(self._prompt) :]})
+            self._log.write({"step": step, "prompt": self._prompt, "text": text})
+        return self._prompt + text
 
 
 @torch.no_grad()
 def greedy(learner: Learner, prompt: list[int], count: int, *, end: int) -> list[int]:
     """The likeliest token after a prompt, again and again: `count` of them, or fewer where the document ends.
 
-    By forward passes over prompt and room for all of them, which every model has, sharded or not, and which are of one
-    shape: what comes later changes nothing in a causal model. Where the model is sharded, every rank calls.
+    By `count` forward passes over the prompt and room for all of them: every model has these, sharded or not, they are
+    of one shape, and nothing of them is read on the host. What comes later changes nothing in a causal model.
     """
     model, device = learner.model, learner.runtime.device
     ids = torch.full((1, len(prompt) + count), end, device=device)
@@ -81,8 +81,6 @@ def greedy(learner: Learner, prompt: list[int], count: int, *, end: int) -> list
             last = torch.tensor([place - 1], device=device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=last).logits
         ids[0, place] = logits[0, -1].argmax()
-        if ids[0, place] == end:
-            break
     model.train()
     new: list[int] = ids[0, len(prompt) :].tolist()
     return new[: new.index(end)] if end in new else new

@@ -209,7 +209,7 @@ class Trainer:
                     schedule.planned_steps = self.team.first(lambda: schedule.planned_steps)
                 if schedule.is_due(config.eval_every, self.step):
                     self._validate()
-                sample = self._sample()
+                sample = self._sample() if self.samples.due(self.step) else None
                 if schedule.is_due(config.save_every, self.step):
                     self._save()
                 if report:
@@ -274,19 +274,17 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.team.each(lambda: self.record.log_validation(self.step, loss, seconds))
 
-    def _sample(self) -> str | None:
-        """What the model writes, where that is asked for now."""
-        sample = self.samples.take(self.learner, self.step)
-        if sample is not None:
-            self.team.each(lambda: self.samples.write(self.step, sample))
-        return sample
-
     def _require_same(self, check: Callable[[], None]) -> None:
         """A check of numbers that are the same on every rank."""
         try:
             check()
         except DivergedError as error:
             raise self.team.same(error) from None
+
+    def _sample(self) -> str:
+        """Write down what the model makes of the prompt, and return both."""
+        text = self.samples.take(self.learner)
+        return self._on_each(lambda: self.samples.write(self.step, text))
 
     def _plot(self) -> None:
         if self.team.is_first:
