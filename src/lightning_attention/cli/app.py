@@ -12,6 +12,7 @@ from lightning_attention.cli.bench import bench
 from lightning_attention.cli.check import check
 from lightning_attention.cli.generate import generate
 from lightning_attention.cli.streams import show_every_character
+from lightning_attention.cli.tokenize import tokenize
 from lightning_attention.cli.train import train
 from lightning_attention.errors import InputError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (check, bench, train, generate):
+for command in (check, bench, tokenize, train, generate):
     app.command()(command)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_attention.errors import DivergedError
 from lightning_attention.models.transnormer import TransnormerForCausalLM
 from lightning_attention.training.config import TrainConfig
+from lightning_attention.training.data import separate_documents
 from lightning_attention.training.metrics import MeanLoss
 from lightning_attention.training.runtime import Runtime
 
@@ -32,9 +33,12 @@ class Learner:
 
     def loss(self, windows: Tensor) -> Tensor:
         """Mean negative log-likelihood, in nats per token, of windows [b, t] int64."""
-        windows = windows.to(self.runtime.device)
+        separate = self._config.documents == "separate"
+        borders = separate_documents(windows, self.model.config.eos_token_id) if separate else {}
+        inputs = {"input_ids": windows, "labels": windows, **borders}
+        inputs = {name: tensor.to(self.runtime.device) for name, tensor in inputs.items()}
         with self.runtime.autocast():
-            loss: Tensor = self._forward(input_ids=windows, labels=windows, use_cache=False).loss
+            loss: Tensor = self._forward(**inputs, use_cache=False).loss
         return loss
 
     def step(self, windows: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:

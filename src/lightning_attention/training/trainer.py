@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from lightning_attention.training.progress import Outcome, Progress
 from lightning_attention.training.run_folder import RunFolder
 from lightning_attention.training.runtime import Runtime
 from lightning_attention.training.schedule import Schedule, learning_rate
+from lightning_attention.training.shards import TokenShards
 from lightning_attention.training.tokenizer import as_pretrained
 
 
@@ -73,8 +75,10 @@ class Trainer:
     def _begin(self, config: TrainConfig, report: Callable[[str], None] | None) -> None:
         runtime = Runtime.choose(config.device, config.precision)
         data = prepare_data(config, self.folder.fresh_tokens, report)
+        if isinstance(data.train, TokenShards):
+            config = replace(config, vocab_size=data.vocab_size)
         torch.manual_seed(config.seed)
-        learner = Learner(config, runtime, new_model(config, data.vocab_size))
+        learner = Learner(config, runtime, new_model(config, data.vocab_size, data.end_id, data.pad_id))
         self.folder.replace_earlier_run()  # the new run's text and model are there, so the one before may go
         self._assemble(config, open_data(config, self.folder.tokens), learner)
 
@@ -93,7 +97,7 @@ class Trainer:
 
     def _assemble(self, config: TrainConfig, data: TokenData, learner: Learner) -> None:
         self.config, self.data, self.learner, self.model = config, data, learner, learner.model
-        self._tokenizer = as_pretrained(data.tokenizer)
+        self._tokenizer = as_pretrained(data.tokenizer, data.end_id, data.pad_id)
         self._windows = Windows(data.train, config.seq_len, config.windows_per_step, config.seed)
         self.schedule = Schedule(config, self._windows.per_epoch)
         self.record = Record(config, self.schedule)
@@ -182,8 +186,9 @@ class Trainer:
         """Measure the loss on the held-out text."""
         began = time.perf_counter()
         config = self.config
-        batches = validation_batches(self.data.val, config.seq_len, config.batch_size, config.eval_tokens)
-        loss = self.learner.evaluate(batches, self.data.count_bytes)
+        data = self.data
+        batches = validation_batches(data.val, config.seq_len, config.batch_size, config.eval_tokens, data.end_id)
+        loss = self.learner.evaluate(batches, data.count_bytes)
         self.learner.require_finite("held-out loss", loss[0], self.step)
         self.record.log_validation(self.step, loss, time.perf_counter() - began)
 
