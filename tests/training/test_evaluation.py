@@ -65,7 +65,7 @@ def test_is_what_training_says(run):
 
 @pytest.mark.parametrize(("seq_len", "stride"), [(33, None), (33, 10), (9, 4), (100_000, None)])
 def test_is_the_mean_of_the_windows(run, seq_len, stride):
-    """Every token by a pass of its own in float64, of the tokens that its window has up to there."""
+    """In float64, every document of a window by itself: an end-of-text token is the first of the one after it."""
     outcome, held_out, texts = run
     trained = open_trained(outcome.checkpoint)
     found = measure(outcome.checkpoint, held_out, seq_len=seq_len, stride=stride, batch_size=3)
@@ -76,11 +76,15 @@ def test_is_the_mean_of_the_windows(run, seq_len, stride):
     while end < len(ids) - 1:
         start = end - (seq_len - 1 - step) if end else 0
         stop = min(start + seq_len, len(ids))
+        read = ids[start : stop - 1]
+        borders = [at for at in range(1, len(read)) if read[at] == trained.tokenizer.eos_token_id]
+        documents = read.tensor_split(borders)
         with torch.no_grad():
-            logits = model(ids[None, start : stop - 1], use_cache=False).logits[0]
+            logits = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
         nats = -logits.log_softmax(-1).gather(-1, ids[start + 1 : stop, None])[:, 0]
-        for place in range(end - start, stop - 1 - start):
-            by_place.setdefault(place + 1, []).append(float(nats[place]))
+        places = torch.cat([torch.arange(1, len(document) + 1) for document in documents])
+        for at in range(end - start, stop - 1 - start):
+            by_place.setdefault(int(places[at]), []).append(float(nats[at]))
         end = stop - 1
     total = [x for losses in by_place.values() for x in losses]
     assert found.tokens == len(total) == len(ids) - 1
@@ -138,7 +142,8 @@ def test_what_cannot_be_evaluated(run, tmp_path):
 def test_a_bfloat16_model_has_float32_losses(run):
     trained = open_trained(run[0].checkpoint)
     ids = torch.randint(2, 200, (2, 30))
-    exact = token_losses(trained.model, ids)
-    rounded = token_losses(trained.model.to(torch.bfloat16), ids)
+    positions = torch.arange(29).expand(2, 29)
+    exact = token_losses(trained.model, ids, positions)
+    rounded = token_losses(trained.model.to(torch.bfloat16), ids, positions)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)

@@ -14,6 +14,7 @@ from lightning_attention.cli.evaluate import evaluate
 from lightning_attention.cli.export import export
 from lightning_attention.cli.generate import generate
 from lightning_attention.cli.streams import show_every_character
+from lightning_attention.cli.tokenize import tokenize
 from lightning_attention.cli.train import train
 from lightning_attention.errors import DiskError, DivergedError, InputError, is_told_elsewhere
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (check, bench, train, evaluate, export, generate):
+for command in (check, bench, tokenize, train, evaluate, export, generate):
     app.command()(command)
 
 

@@ -91,12 +91,14 @@ _data, _model, _optimisation, _parallelism, _run = (
 class TrainConfig:
     """One training run. Raises InputError when a value has the wrong type, is out of range, or contradicts another."""
 
-    inputs: tuple[str, ...] = _data((), "Text files, folders or globs to train on; - reads standard input.", NAMES)
+    inputs: tuple[str, ...] = _data(
+        (), "Text files, folders or globs to train on, or one folder of tokens; - reads standard input.", NAMES
+    )
     corpus: str = _data(
         "pydoc", "Built-in text when no INPUT is given: pydoc (English) or stdlib (Python).", _one_of("pydoc", "stdlib")
     )
     encoding: str = _data("auto", "Encoding of the text: auto detects each file's own; cp1251, utf-16, ...", ENCODING)
-    text_field: str = _data("text", "Where the text is in the objects of .jsonl files.")
+    text_field: str = _data("text", "The field of JSON lines, and the column of tables, that holds the text.")
     val_fraction: float | None = _data(
         None,
         f"Share of the text held out for validation, in blocks all over it. [default: {DEFAULT_VAL_FRACTION}]",
@@ -110,6 +112,11 @@ class TrainConfig:
     # 200 s of one thread's time). A run of 1,320 steps is at its best after 880 (7.8 epochs) and ends at 1.88. A
     # vocabulary of 1,024 with half the learning rate came to 1.78 after 440.
     vocab_size: int = _data(2048, "Size of the byte-level BPE vocabulary; 258 is plain bytes.", A_VOCABULARY, NOT_HUGE)
+    documents: str = _data(
+        "separate",
+        "separate: no document sees another in a window; joined: each sees those before it.",
+        _one_of("separate", "joined"),
+    )
     seq_len: int = _data(256, "Tokens in one training window.", A_WINDOW)
 
     model: str = _model(

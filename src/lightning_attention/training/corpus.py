@@ -10,12 +10,22 @@ import sysconfig
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Protocol
 
 from lightning_attention.errors import InputError
 from lightning_attention.training.config import TrainConfig
-from lightning_attention.training.encoding import PIECE_BYTES, NotTextError, decoded, find_encoding
+from lightning_attention.training.containers import (
+    ARROW,
+    COMPRESSED,
+    data_set_texts,
+    is_data_set,
+    is_parquet,
+    parquet_texts,
+    unpacked,
+)
+from lightning_attention.training.encoding import PIECE_BYTES, Encoding, NotTextError, decoded, find_encoding
 from lightning_attention.training.sources import Finder, Tally, shown
 
 SKIPPED_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -26,6 +36,20 @@ BLOCK_BYTES, MOST_BLOCKS = 4096, 100
 REPEATED = "the same text as one before"
 
 Span = tuple[int, int]  # of bytes
+
+
+class Documents(Protocol):
+    """What documents are read into."""
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+
+    def add(self, texts: Iterable[str]) -> bool:
+        """Append one document, given in any number of pieces; False when there is the same one already."""
+
+    def forget_after(self, documents: int) -> None:
+        """Drop all but the first so many, as far as they are not on their way elsewhere already."""
 
 
 class SpooledCorpus:
@@ -144,7 +168,8 @@ def spool(
     """
     names = config.inputs if names is None else names
     if names:
-        Reader(corpus, tally, config, scratch).read(names)
+        with closing(Reader(corpus, tally, config, scratch)) as reader:
+            reader.read(names)
     else:
         BUILT_IN[config.corpus](corpus, tally)
 
@@ -152,12 +177,25 @@ def spool(
 class Reader:
     """Reads files into a corpus, each in its encoding, and keeps the tally."""
 
-    def __init__(self, corpus: SpooledCorpus, tally: Tally, config: TrainConfig, scratch: Path | None = None) -> None:
+    def __init__(self, corpus: Documents, tally: Tally, config: TrainConfig, scratch: Path | None = None) -> None:
         """Use the encoding and the text field of the configuration."""
         self._scratch = scratch
         self._corpus = corpus
         self._tally = tally
         self._config = config
+        self._encodings: dict[str, Encoding] = {}
+        self._copies: dict[str, BinaryIO] = {}  # of what can be read once only
+
+    def again(self, corpus: Documents, tally: Tally) -> Reader:
+        """One that reads the same names into another corpus, standard input and pipes included."""
+        other = Reader(corpus, tally, self._config, self._scratch)
+        other._encodings, other._copies = self._encodings, self._copies
+        return other
+
+    def close(self) -> None:
+        """Delete the copies of what can be read once only."""
+        for copy in self._copies.values():
+            copy.close()
 
     def read(self, names: Iterable[str]) -> None:
         """Read files, folders, globs, and for - standard input. Raises InputError when one is missing, or all empty."""
@@ -167,6 +205,9 @@ class Reader:
             if name == "-":
                 self._add_stream("standard input", sys.stdin.buffer)
                 continue
+            if is_data_set(Path(name)):
+                self._add_rows(shown(name), data_set_texts(Path(name), self._config.text_field), named=True)
+                continue
             for path, named in finder.find(name):
                 self.add_file(path, named)
         if self._corpus.documents == before:
@@ -174,6 +215,9 @@ class Reader:
 
     def add_file(self, path: Path, named: bool) -> None:
         """Read a file. One that cannot be read is an InputError if it was named, and else left out."""
+        if path.name.lower().endswith(ARROW):
+            self._add_rows(shown(path), data_set_texts(path, self._config.text_field), named)
+            return
         try:
             file = path.open("rb")
         except OSError as error:
@@ -188,16 +232,21 @@ class Reader:
                 self._add_stream(shown(path), file)
 
     def _add_stream(self, name: str, stream: BinaryIO) -> None:
-        with tempfile.TemporaryFile(dir=self._scratch) as copy:
-            shutil.copyfileobj(stream, copy)
-            self._add(name, copy, named=True, has_suffix=False)
+        if name not in self._copies:
+            self._copies[name] = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 (open as long as the reader)
+            shutil.copyfileobj(stream, self._copies[name])
+        self._add(name, self._copies[name], named=True, has_suffix=False)
 
     def _add(self, name: str, file: BinaryIO, named: bool, has_suffix: bool = True) -> None:
+        if is_parquet(file):
+            self._add_rows(name, parquet_texts(file, self._config.text_field), named)
+            return
         before = self._corpus.documents
         try:
-            encoding = find_encoding(file, self._config.encoding)
+            file = unpacked(file)
+            encoding = self._encoding(name, file)
             texts = decoded(file, encoding)
-            if name.lower().endswith(JSON_LINES) if has_suffix else self._begins_as_json(decoded(file, encoding)):
+            if _is_json_lines(name) if has_suffix else self._begins_as_json(decoded(file, encoding)):
                 self._add_json_lines(name, texts)
                 is_new = True
             else:
@@ -205,10 +254,7 @@ class Reader:
         except UnicodeEncodeError as error:
             raise InputError(f"{name} is not Unicode in {encoding.name}: {error.reason}") from error
         except NotTextError as error:
-            self._corpus.forget_after(before)
-            if named:
-                raise InputError(f"{name} is {error}") from error
-            self._tally.skipped[str(error)].add(name)
+            self._leave_out(name, error, before, named)
             return
         if not is_new or self._corpus.documents == before:
             self._tally.skipped[REPEATED if not is_new else "without text"].add(name)
@@ -218,6 +264,37 @@ class Reader:
             self._tally.guessed.setdefault(encoding.name, (name, encoding.guessed_from))
         if encoding.damaged:
             self._tally.damaged[name] = encoding.damaged
+
+    def _encoding(self, name: str, file: BinaryIO) -> Encoding:
+        if name not in self._encodings:
+            self._encodings[name] = find_encoding(file, self._config.encoding)
+        return self._encodings[name]
+
+    def _leave_out(self, name: str, error: NotTextError, before: int, named: bool) -> None:
+        """A file that is not, or not to its end, what can be read: an InputError if it was named."""
+        self._corpus.forget_after(before)
+        if named:
+            raise InputError(f"{name} is {error}") from error
+        kept = "" if self._corpus.documents == before else "; what comes before that is kept"
+        self._tally.skipped[f"{error}{kept}"].add(name)
+
+    def _add_rows(self, name: str, texts: Iterator[str | None], named: bool) -> None:
+        """A document for every row of a column."""
+        before = self._corpus.documents
+        try:
+            for number, text in enumerate(texts, 1):
+                try:
+                    if not text:
+                        self._tally.skipped["without text"].add(f"{name} row {number}")
+                    elif not self._corpus.add([text]):
+                        self._tally.skipped[REPEATED].add(f"{name} row {number}")
+                except UnicodeEncodeError as error:
+                    raise NotTextError(f"not Unicode in row {number}: {error.reason}") from error
+        except NotTextError as error:
+            self._leave_out(name, error, before, named)
+            return
+        if self._corpus.documents > before:
+            self._tally.read["utf-8"].add(name)
 
     def _begins_as_json(self, texts: Iterator[str]) -> bool:
         """Whether the first line is an object with the text field, for what has no name that says so."""
@@ -250,6 +327,12 @@ class Reader:
                     self._tally.skipped[REPEATED].add(f"{name} line {number}")
             except UnicodeEncodeError as error:
                 raise NotTextError(f"not Unicode in line {number}: {error.reason}") from error
+
+
+def _is_json_lines(name: str) -> bool:
+    name = name.lower()
+    packed = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
+    return name.removesuffix(packed).endswith(JSON_LINES)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +19,26 @@ from lightning_attention.training.checkpoint import atomic_folder
 from lightning_attention.training.config import DEFAULT_VAL_FRACTION, TrainConfig
 from lightning_attention.training.corpus import Span, SpooledCorpus, spool
 from lightning_attention.training.encoding import PIECE_BYTES
+from lightning_attention.training.shards import TokenShards, is_token_folder, open_part, read_manifest
 from lightning_attention.training.sources import Tally
-from lightning_attention.training.tokenizer import END_ID, token_bytes, train_tokenizer
+from lightning_attention.training.tokenizer import END_ID, PAD_ID, load_tokenizer, token_bytes, train_tokenizer
 
 MANIFEST = "token_files.json"
+# Settings that say how to read a text, which somebody else has done where the tokens come from a folder.
+_OF_TEXTS = ("corpus", "encoding", "text_field", "val_fraction", "validation")
 
 
 @dataclass(frozen=True)
 class TokenData:
     """A tokenized corpus on disk, memory-mapped. `train` and `val` are [N] unsigned integers."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | TokenShards
+    val: np.ndarray | TokenShards
     tokenizer: Tokenizer
     bytes_per_token: np.ndarray  # [V], by token
     fingerprint: str
+    end_id: int = END_ID  # the token that ends a text
+    pad_id: int | None = PAD_ID  # the one that pads a batch, where there is one
 
     @property
     def vocab_size(self) -> int:
@@ -45,11 +51,14 @@ class TokenData:
 
 
 def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None] | None = None) -> TokenData:
-    """Tokenize the corpus into `folder`, which does not exist yet.
+    """Tokenize the corpus into `folder`, which does not exist yet, or note there which folder of tokens is the corpus.
 
     The tokenizer sees the training part only. `report` is called with every line of what was read and what was not.
-    Raises InputError when the text cannot be read or is too short for `config.seq_len`, DiskError when it has no room.
+    Raises InputError when the text cannot be read or is too short for `config.seq_len`, or where there are tokens a
+    setting contradicts them, and DiskError when the disk has no room.
     """
+    if len(config.inputs) == 1 and is_token_folder(Path(config.inputs[0])):
+        return _point_to(Path(config.inputs[0]).resolve(), config, folder)
     tally = Tally()
     with atomic_folder(folder) as target:
         # The text lies beside the tokens until they are made: the folder for temporary files is often the smallest.
@@ -79,29 +88,60 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
     return open_data(config, folder)
 
 
+def _point_to(tokens: Path, config: TrainConfig, folder: Path) -> TokenData:
+    """Note in `folder` that the tokens are those in the folder `tokens`, where they stay."""
+    for name in _OF_TEXTS:
+        value = getattr(config, name)
+        if name in config.given and value != TrainConfig.__dataclass_fields__[name].default:
+            raise InputError(f"{name} is {value!r}, but {tokens} holds tokens, not text: give it to `tokenize`")
+    about = read_manifest(tokens)
+    if "vocab_size" in config.given and config.vocab_size != about["vocab_size"]:
+        raise InputError(f"vocab_size is {config.vocab_size}, but the tokens in {tokens} are of {about['vocab_size']}")
+    with atomic_folder(folder) as target:
+        note = {"fingerprint": about["fingerprint"], "tokens": str(tokens)}
+        (target / MANIFEST).write_text(json.dumps(note, indent=1))
+        return open_data(config, target)
+
+
 def open_data(config: TrainConfig, folder: Path, trained_on: str | None = None) -> TokenData:
-    """Open the token files in `folder`.
+    """Open the token files in `folder`, or those of which it has a note.
 
     Raises InputError when they are missing or too short for `config.seq_len`; with the fingerprint that a run was
-    `trained_on` also when they are others, or one of them has been altered.
+    `trained_on` also when they are others, or one of them has been altered. Of a folder of tokens the manifest, the
+    tokenizer and the size of every file are compared, which takes no time however many there are.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.encode_special_tokens = True
-        dtype = _dtype(tokenizer)
-        train, val = (_map(folder / name, dtype) for name in ("train.bin", "val.bin"))
-        fingerprint = json.loads((folder / MANIFEST).read_text())["fingerprint"]
+        about = json.loads((folder / MANIFEST).read_text())
+        data = _open_shards(Path(about["tokens"])) if "tokens" in about else _open_files(folder, about)
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"cannot open the token files in {folder}: {error}") from error
-    if trained_on and trained_on != fingerprint:
-        raise InputError(f"the token files in {folder} are not those that the checkpoint was trained on")
-    if trained_on and trained_on != _fingerprint(folder):
+    if trained_on and trained_on != data.fingerprint:
+        place = about.get("tokens", folder)
+        raise InputError(f"the token files in {place} are not those that the checkpoint was trained on")
+    if trained_on and "tokens" not in about and trained_on != _fingerprint(folder):
         raise InputError(f"the token files in {folder} have been altered since the run began")
-    if len(train) < config.seq_len:
-        raise InputError(f"seq_len is {config.seq_len}, but the training text has only {len(train)} tokens")
-    if len(val) == 0:
+    if len(data.train) < config.seq_len:
+        raise InputError(f"seq_len is {config.seq_len}, but the training text has only {len(data.train)} tokens")
+    if len(data.val) == 0:
         raise InputError("the held-out text is empty: the corpus is too short")
-    return TokenData(train, val, tokenizer, token_bytes(tokenizer), fingerprint)
+    return data
+
+
+def _open_shards(folder: Path) -> TokenData:
+    about = read_manifest(folder)
+    tokenizer, end, pad = load_tokenizer(folder)
+    train, val = (open_part(folder, about, name) for name in ("train", "val"))
+    return TokenData(train, val, tokenizer, token_bytes(tokenizer), about["fingerprint"], end, pad)
+
+
+def _open_files(folder: Path, about: dict[str, Any]) -> TokenData:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    dtype = _dtype(tokenizer)
+    train, val = (_map(folder / name, dtype) for name in ("train.bin", "val.bin"))
+    return TokenData(train, val, tokenizer, token_bytes(tokenizer), about["fingerprint"])
 
 
 def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
@@ -138,7 +178,7 @@ class Windows:
     always cut at the same places. Which tokens a step reads depends on nothing but the arguments here and the step.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, windows_per_step: int, seed: int) -> None:
+    def __init__(self, tokens: np.ndarray | TokenShards, seq_len: int, windows_per_step: int, seed: int) -> None:
         """Needs at least `seq_len` tokens."""
         self._tokens = tokens
         self._seq_len = seq_len
@@ -148,11 +188,17 @@ class Windows:
         self.per_epoch = max(1, len(tokens) // seq_len - 1)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def step(self, step: int, *, rank: int = 0, ranks: int = 1) -> Tensor:
-        """[windows_per_step / ranks, seq_len] int64: what a data-parallel rank reads in step 0, 1, ..."""
-        own = self._per_step // ranks
-        first = step * self._per_step + rank * own
-        return torch.stack([self._window(index) for index in range(first, first + own)])
+    def step(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
+        """[windows_per_step / ranks, seq_len] int64: what step 0, 1, ... reads, or one rank's equal share of it.
+
+        The shares of rank 0, 1, ... one after the other are the whole step, however many ranks there are. Raises
+        ValueError when `ranks` does not divide the windows of a step, or `rank` is none of them.
+        """
+        if self._per_step % ranks or not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} of {ranks} cannot have an equal share of {self._per_step} windows per step")
+        share = self._per_step // ranks
+        first = step * self._per_step + rank * share
+        return torch.stack([self._window(index) for index in range(first, first + share)])
 
     def _window(self, index: int) -> Tensor:
         epoch, position = divmod(index, self.per_epoch)
@@ -167,7 +213,24 @@ class Windows:
         return shift + self._seq_len * random.permutation(self.per_epoch)
 
 
-def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, limit: int) -> Iterator[Tensor]:
+def separate_documents(windows: Tensor, end_id: int) -> dict[str, Tensor]:
+    """What a model is given beside windows [b, t] so that no document in them sees another.
+
+    An end-of-text token is the last label of the document before it and the first input of the one after it, so every
+    token but a window's first is predicted, as in windows whose documents are joined.
+
+    Returns:
+        `position_ids` [b, t], which start again at 0 at every end-of-text token, and `shift_labels` [b, t], the token
+        after each, -100 at a window's end.
+    """
+    index = torch.arange(windows.shape[1]).expand_as(windows)
+    starts = index.where(windows == end_id, 0).cummax(1).values
+    return {"position_ids": index - starts, "shift_labels": torch.nn.functional.pad(windows[:, 1:], (0, 1), value=-100)}
+
+
+def validation_batches(
+    tokens: np.ndarray | TokenShards, seq_len: int, batch_size: int, limit: int, end_id: int = END_ID
+) -> Iterator[Tensor]:
     """Batches of windows [b, t] int64 in which each token is predicted once, or `limit` (0: all) at the most.
 
     A model predicts all but the first token of a window, so windows overlap by one token and an end-of-text token
@@ -178,13 +241,13 @@ def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, limit:
     full = min(there, limit // length) if limit else there
     for first in range(0, full, batch_size):
         windows = [index * there // full for index in range(first, min(first + batch_size, full))]
-        yield torch.stack([_after(tokens, index * length, length) for index in windows])
+        yield torch.stack([_after(tokens, index * length, length, end_id) for index in windows])
     rest = len(tokens) - there * length
     if rest and (not limit or limit >= len(tokens)):
-        yield _after(tokens, there * length, rest)[None]
+        yield _after(tokens, there * length, rest, end_id)[None]
 
 
-def _after(tokens: np.ndarray, start: int, length: int) -> Tensor:
+def _after(tokens: np.ndarray | TokenShards, start: int, length: int, end_id: int) -> Tensor:
     """[1 + length] int64: so many tokens from `start` on, and the one before them."""
-    before = [END_ID] if start == 0 else tokens[start - 1 : start]
+    before = [end_id] if start == 0 else tokens[start - 1 : start]
     return torch.from_numpy(np.concatenate([before, tokens[start : start + length]]).astype(np.int64))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_attention.errors import DivergedError, InputError
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.corpus import SpooledCorpus, spool
+from lightning_attention.training.data import separate_documents
 from lightning_attention.training.runtime import Runtime
 from lightning_attention.training.sources import Tally
 from lightning_attention.training.trained import Trained
@@ -26,7 +27,10 @@ MOST_LOGITS = 1 << 26  # so many at a time, 256 MB in float32
 
 @dataclass(frozen=True)
 class Bucket:
-    """The mean loss, in nats per token, of tokens before which a window has from `first` to `last` others."""
+    """The mean loss, in nats per token, of tokens before which the model has read from `first` to `last` others.
+
+    They are those of the same document in the same window, and the end-of-text token that the document comes after.
+    """
 
     first: int
     last: int
@@ -60,7 +64,7 @@ def evaluate(
     report: Callable[[str], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Read a text in windows, every token of it predicted and counted once.
+    """Read a text in windows, every token of it predicted and counted once. No document sees another.
 
     Args:
         trained: the model, which is moved to the device of `runtime`, and its tokenizer.
@@ -85,6 +89,8 @@ def evaluate(
     if len(trained.tokenizer) > most:
         raise InputError(f"the tokenizer in {trained.folder} has {len(trained.tokenizer)} tokens, the model {most}")
     model = trained.model.to(runtime.device).eval()
+    if model.config.model_type == "llama":
+        model.set_attn_implementation("sdpa")  # transformers' own, with a mask where positions begin anew
     losses = torch.zeros(seq_len - 1, dtype=torch.float64, device=runtime.device)
     counts = torch.zeros(seq_len - 1, dtype=torch.int64, device="cpu")
     tally = Tally()
@@ -97,11 +103,12 @@ def evaluate(
         pieces = _tokens(corpus, trained.tokenizer, advance)
         windows = strided(pieces, trained.tokenizer.bos_token_id, seq_len, stride)
         for batch, skipped in _batches(windows, batch_size):
+            positions = separate_documents(batch[:, :-1], trained.tokenizer.eos_token_id)["position_ids"]
             with runtime.autocast():
-                found = token_losses(model, batch.to(runtime.device))[:, skipped:]
-            places = slice(skipped, skipped + found.shape[1])
-            losses[places] += found.sum(0, dtype=torch.float64)
-            counts[places] += len(found)
+                found = token_losses(model, batch.to(runtime.device), positions.to(runtime.device))
+            before = positions[:, skipped:].flatten()
+            losses.index_add_(0, before.to(runtime.device), found[:, skipped:].flatten().double())
+            counts += torch.bincount(before, minlength=len(counts))
     nats, tokens = float(losses.sum()), int(counts.sum())
     if not math.isfinite(nats):
         raise DivergedError(f"the loss is {nats / tokens} on this text")
@@ -111,12 +118,13 @@ def evaluate(
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, windows: Tensor) -> Tensor:
+def token_losses(model: PreTrainedModel, windows: Tensor, positions: Tensor) -> Tensor:
     """Negative log-likelihoods [b, t − 1] in nats, float32, of all but the first tokens of windows [b, t] int64.
 
-    Logits are computed for some tokens at a time: those of a long window would be larger than the model.
+    `positions` [b, t − 1] begin anew where a document does. Logits are computed for some tokens at a time: those of a
+    long window would be larger than the model.
     """
-    hidden = model.base_model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=windows[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
     head, targets = model.get_output_embeddings(), windows[:, 1:]
     rows = max(1, MOST_LOGITS // model.config.vocab_size)
     parts = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)

@@ -18,6 +18,7 @@ from lightning_attention.distributed.mesh import Mesh
 from lightning_attention.distributed.parallelize import parallelize, reshard, synchronise_gradients
 from lightning_attention.errors import DivergedError
 from lightning_attention.training.config import TrainConfig
+from lightning_attention.training.data import separate_documents
 from lightning_attention.training.runtime import Runtime
 from lightning_attention.training.weights import materialise
 
@@ -69,18 +70,21 @@ class Learner:
 
         Ranks that share the windows, a slice each, all get the loss of the whole. Its gradient is the mean of theirs.
         """
-        windows = windows.to(self.runtime.device)
         inputs = {"input_ids": windows, "labels": windows}
+        if self._config.documents == "separate":
+            inputs |= separate_documents(windows, self.model.config.eos_token_id)
         if self.mesh.sp_group is not None:
             missing = max(0, self.mesh.sp - windows.shape[1])  # in the last window of a validation
-            own = self.mesh.sp_rank
             inputs = {
-                name: F.pad(whole, (0, missing), value=pad).tensor_split(self.mesh.sp, 1)[own]
-                for name, whole, pad in (("input_ids", windows, 0), ("labels", windows, -100))
+                name: F.pad(whole, (0, missing), value=-100 if "labels" in name else 0).tensor_split(self.mesh.sp, 1)[
+                    self.mesh.sp_rank
+                ]
+                for name, whole in inputs.items()
             }
-            inputs["group"] = self.mesh.sp_group
+        inputs = {name: part.to(self.runtime.device) for name, part in inputs.items()}
+        group = {} if self.mesh.sp_group is None else {"group": self.mesh.sp_group}
         with nullcontext() if self._sharded else self.runtime.autocast():
-            loss: Tensor = self.model(**inputs, use_cache=False, num_items_in_batch=predicted).loss
+            loss: Tensor = self.model(**inputs, **group, use_cache=False, num_items_in_batch=predicted).loss
         return loss
 
     def step(self, windows: Tensor, learning_rate: float, predicted: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,22 @@ from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
 
 
-def new_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
-    """A model with fresh weights from torch's current random state, in float32."""
+def new_model(
+    config: TrainConfig, vocab_size: int, end_id: int = END_ID, pad_id: int | None = PAD_ID
+) -> PreTrainedModel:
+    """A model with fresh weights from torch's current random state, in float32.
+
+    `end_id` is the token that ends a text and `pad_id` the one that pads a batch, whose embedding stays zero.
+    """
     kind, model = classes(config.model)
-    special = {"pad_token_id": PAD_ID, "bos_token_id": END_ID, "eos_token_id": END_ID}
+    special: dict[str, int | None] = {"pad_token_id": pad_id, "bos_token_id": end_id, "eos_token_id": end_id}
+    attention = ATTENTION
     if config.model == "llama":
         special["max_position_embeddings"] = config.seq_len  # a note: rotary positions have no end
+        if config.documents == "separate":
+            attention = "sdpa"  # transformers' own, with a mask where positions begin anew
     about = kind(**size_of(config).fields(config.model), vocab_size=vocab_size, **special)
-    made: PreTrainedModel = model._from_config(about, attn_implementation=ATTENTION)
+    made: PreTrainedModel = model._from_config(about, attn_implementation=attention)
     return made
 
 

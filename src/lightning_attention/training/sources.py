@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lightning_attention.errors import InputError
 from lightning_attention.training.run_folder import is_run
+from lightning_attention.training.shards import is_token_folder
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Finder:
         """
         path = Path(name)
         try:
+            if is_token_folder(path):
+                raise InputError(f"{shown(path)} holds tokens, not text; `train` takes such a folder as its only INPUT")
             if path.is_dir():
                 os.scandir(path).close()  # says so now where it cannot be read
                 yield from ((found, False) for found in sorted(self._walk(path)) if self._is_new(found))
@@ -110,6 +113,9 @@ class Finder:
     def _walk(self, root: Path) -> Iterator[Path]:
         if is_run(root):
             self._tally.skipped["a folder of an earlier run"].add(shown(root))
+            return
+        if is_token_folder(root):
+            self._tally.skipped["a folder of tokens"].add(shown(root))
             return
         try:
             entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]

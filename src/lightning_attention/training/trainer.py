@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -31,6 +32,7 @@ from lightning_attention.training.runtime import Runtime
 from lightning_attention.training.samples import Samples
 from lightning_attention.training.saving import Saver
 from lightning_attention.training.schedule import Schedule, learning_rate
+from lightning_attention.training.shards import TokenShards
 from lightning_attention.training.team import Team
 from lightning_attention.training.tokenizer import as_pretrained
 from lightning_attention.training.tracking import require_tracker
@@ -89,11 +91,14 @@ class Trainer:
 
     def _begin(self, config: TrainConfig, report: Callable[[str], None] | None) -> None:
         runtime, mesh = self._place(config)
-        vocab_size = self.team.first(lambda: prepare_data(config, self.folder.fresh_tokens, report).vocab_size)
-        learner = Learner(config, runtime, self._new_model(config, vocab_size), mesh)
+        self.team.first(lambda: _nothing(prepare_data(config, self.folder.fresh_tokens, report)))
+        data = self._open_data(config, self.folder.fresh_tokens)
+        if isinstance(data.train, TokenShards):
+            config = replace(config, vocab_size=data.vocab_size)
+        learner = Learner(config, runtime, self._new_model(config, data), mesh)
         # The new run's text and model are there, so the one before may go.
         self.team.first(self.folder.replace_earlier_run)
-        self._assemble(config, self._open_data(config), learner)
+        self._assemble(config, self._open_data(config, self.folder.tokens), learner)
 
     def _go_on(self, asked: TrainConfig, folder: Path) -> None:
         state = self._on_each(lambda: checkpoint.load_state(folder))
@@ -101,9 +106,9 @@ class Trainer:
         runtime, mesh = self._place(config)
         # The first looks whether the tokens are the same; that takes a while.
         self.team.first(lambda: _nothing(open_data(config, self.folder.tokens, state["data_fingerprint"])))
-        data = self._open_data(config)
+        data = self._open_data(config, self.folder.tokens)
         weights = self._on_each(lambda: WeightFiles(folder))
-        self._assemble(config, data, Learner(config, runtime, self._new_model(config, data.vocab_size), mesh, weights))
+        self._assemble(config, data, Learner(config, runtime, self._new_model(config, data), mesh, weights))
         self._saver.load_optimizer(folder, self.learner.optimizer_state())
         self.step = self._saved = state["step"]
         self.record.restore(state["record"])
@@ -130,17 +135,17 @@ class Trainer:
             )
         return runtime, mesh.connect(runtime.device.type) if team.is_launched else mesh
 
-    def _new_model(self, config: TrainConfig, vocab_size: int) -> PreTrainedModel:
+    def _new_model(self, config: TrainConfig, data: TokenData) -> PreTrainedModel:
         with torch.device("meta"):
-            model = new_model(config, vocab_size)
+            model = new_model(config, data.vocab_size, data.end_id, data.pad_id)
         if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
             raise self.team.same(
                 InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1")
             )
         return model
 
-    def _open_data(self, config: TrainConfig) -> TokenData:
-        return self._on_each(lambda: open_data(config, self.folder.tokens))
+    def _open_data(self, config: TrainConfig, folder: Path) -> TokenData:
+        return self._on_each(lambda: open_data(config, folder))
 
     def _on_each(self, action: Callable[[], T]) -> T:
         """What `action` returns here, once it has succeeded everywhere."""
@@ -150,7 +155,7 @@ class Trainer:
 
     def _assemble(self, config: TrainConfig, data: TokenData, learner: Learner) -> None:
         self.config, self.data, self.learner, self.model = config, data, learner, learner.model
-        self._tokenizer = as_pretrained(data.tokenizer)
+        self._tokenizer = as_pretrained(data.tokenizer, data.end_id, data.pad_id)
         self._windows = Windows(data.train, config.seq_len, config.windows_per_step, config.seed)
         self.schedule = Schedule(config, self._windows.per_epoch)
         self.meter = GpuMeter.of(learner.runtime, self.model, config.seq_len)
@@ -267,9 +272,10 @@ class Trainer:
         """Measure the loss on the held-out text."""
         began = time.perf_counter()
         config = self.config
+        data = self.data
         rows = config.batch_size * self.learner.mesh.dp_size
-        batches = validation_batches(self.data.val, config.seq_len, rows, config.eval_tokens)
-        loss = self.learner.evaluate(batches, self.data.count_bytes)
+        batches = validation_batches(data.val, config.seq_len, rows, config.eval_tokens, data.end_id)
+        loss = self.learner.evaluate(batches, data.count_bytes)
         self._require_same(lambda: self.learner.require_finite("held-out loss", loss[0], self.step))
         seconds = time.perf_counter() - began
         self.team.each(lambda: self.record.log_validation(self.step, loss, seconds))
