@@ -121,7 +121,7 @@ class TrainConfig:
 
     model: str = _model(
         "transnormer",
-        f"Kind of model: {' or '.join(MODELS)}, transformers' own with softmax attention.",
+        "transnormer, or llama: transformers' own, with softmax attention, to compare with.",
         _one_of(*MODELS),
     )
     size: str | None = _model(
