@@ -201,7 +201,7 @@ def read_mesh(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     parser = ArgumentParser("python -m benchmarks.plan", description="Memory and traffic of training TransNormerLLM.")
-    parser.add_argument("size", metavar="SIZE", help="a named size of TransNormerLLM: 385M, 1B, 3B or 7B")
+    parser.add_argument("size", metavar="SIZE", help="a named size of TransNormerLLM, as 7B")
     parser.add_argument("mesh", nargs="+", type=read_mesh, metavar="MESH", help="DP_REPLICATExDP_SHARDxSP:T")
     parser.add_argument("--tokens", type=int, default=16384, help="of a GPU in a step (%(default)s)")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="blocks, for the traffic; 0: none")
