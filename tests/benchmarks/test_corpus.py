@@ -58,7 +58,7 @@ def test_texts_of_packages(packages, tmp_path, capsys):
     for name in ("one", "two"):
         corpus.main([str(packages), "--out", str(tmp_path / f"{name}.jsonl.gz")])
     assert (tmp_path / "one.jsonl.gz").read_bytes() == (tmp_path / "two.jsonl.gz").read_bytes()
-    lines = [json.loads(line) for line in gzip.open(tmp_path / "one.jsonl.gz")]
+    lines = [json.loads(line) for line in gzip.decompress((tmp_path / "one.jsonl.gz").read_bytes()).splitlines()]
     assert {line["source"]: line["text"] for line in lines} == {
         "a_1_all.deb: ./usr/share/doc/a.html": f"{LONG} & more\n",
         "a_1_all.deb: ./usr/share/doc/ls.1.gz": f"man {LONG}",
