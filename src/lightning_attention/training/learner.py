@@ -70,7 +70,7 @@ class Learner:
         Ranks that share the windows, a slice each, all get the loss of the whole. Its gradient is the mean of theirs.
         """
         windows = windows.to(self.runtime.device)
-        inputs = {"input_ids": windows, "labels": windows}
+        inputs: dict[str, Any] = {"input_ids": windows, "labels": windows}
         if self.mesh.sp_group is not None:
             missing = max(0, self.mesh.sp - windows.shape[1])  # in the last window of a validation
             own = self.mesh.sp_rank
@@ -103,7 +103,8 @@ class Learner:
         for number, part in enumerate(parts, 1):
             synchronise_gradients(self.model, number == len(parts))
             share = self.loss(part, predicted)
-            # FSDP takes the mean over all processes: right over those that share windows, but data-parallel ones add up.
+            # FSDP takes the mean over all processes: right for those that share windows; what data-parallel ones have
+            # adds up.
             (share * self.mesh.dp_size).backward()
             loss += share.detach()
         loss = self._over_ranks(loss)

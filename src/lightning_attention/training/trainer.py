@@ -130,7 +130,9 @@ class Trainer:
         with torch.device("meta"):
             model = new_model(config, vocab_size)
         if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
-            raise self.team.same(InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1"))
+            raise self.team.same(
+                InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1")
+            )
         return model
 
     def _open_data(self, config: TrainConfig) -> TokenData:
