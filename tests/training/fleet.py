@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -139,11 +140,10 @@ def ends(root: Path) -> None:
         """What the first rank says; the others raise the same and leave it to the first."""
 
         def tell(rank: int) -> None:
-            try:
+            with pytest.raises(error) as caught:
                 life(rank)
-            except error as raised:
-                assert is_told_elsewhere(raised) == (rank > 0)
-                (root / f"told{rank}").write_text(str(raised))
+            assert is_told_elsewhere(caught.value) == (rank > 0)
+            (root / f"told{rank}").write_text(str(caught.value))
 
         assert fleet(root, ranks, tell) == [0] * ranks
         texts = {(root / f"told{rank}").read_text() for rank in range(ranks)}

@@ -48,10 +48,11 @@ def test_a_process_is_killed_between_and_during_saves_and_the_run_goes_on(tmp_pa
 def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path):
     settings = tiny_settings(tmp_path, steps=400, batch_size=4, save_every=10, eval_every=0, keep=1, sp=2)
     launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "lightning_attention_command"]
+    environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/distributed.md
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "train", *flags(settings), "--auto-resume"]
     log = tmp_path / "log"
     with log.open("w") as file:
-        run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
             checkpoints = tmp_path / "run" / "checkpoints"
             while not checkpoint.checkpoints(checkpoints) and run.poll() is None:
