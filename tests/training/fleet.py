@@ -3,9 +3,7 @@
 A script of its own, like killed_runs: `python -m tests.training.fleet NAME FOLDER` does what is called NAME below.
 """
 
-import contextlib
 import errno
-import json
 import os
 import random
 import shutil
@@ -17,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning_attention.models.transnormer.pretrained import load_model
@@ -103,6 +102,16 @@ def same(root: Path) -> None:
     assert_trained(root, "shards_and_slices", 4, **SHARDS_AND_SLICES)
     assert_same(root, "shards_and_slices")
 
+    # In bfloat16 they are near each other, and what is saved is float32.
+    for out, ranks in (("half", 1), ("half_sharded", 2)):
+        assert_trained(root, out, ranks, precision="bf16", steps=3)
+    for line, wanted in zip(curve(root / "half_sharded"), curve(root / "half"), strict=True):
+        for name in wanted.keys() & {"loss", "val_loss"}:
+            assert abs(line[name] - wanted[name]) <= 0.01 * wanted[name], (line, wanted)
+    model = load_model(checkpoint.checkpoints(root / "half_sharded" / "checkpoints")[-1])
+    for name, weight in model.named_parameters():
+        assert (weight != weight.bfloat16()).float().mean() > 0.5, name
+
     # Replicas; four passes a step on one process, two on these; everything computed anew in the backward pass; untied.
     apart = {"tie_embeddings": False, "batch_size": 1, "accumulate": 4}
     assert_trained(root, "untied", 1, **apart)
@@ -131,11 +140,10 @@ def ends(root: Path) -> None:
         """What the first rank says; the others raise the same and leave it to the first."""
 
         def tell(rank: int) -> None:
-            try:
+            with pytest.raises(error) as caught:
                 life(rank)
-            except error as raised:
-                assert is_told_elsewhere(raised) == (rank > 0)
-                (root / f"told{rank}").write_text(str(raised))
+            assert is_told_elsewhere(caught.value) == (rank > 0)
+            (root / f"told{rank}").write_text(str(caught.value))
 
         assert fleet(root, ranks, tell) == [0] * ranks
         texts = {(root / f"told{rank}").read_text() for rank in range(ranks)}
@@ -235,6 +243,7 @@ PLACES = {"step": 6, "save": 3, "weights": 3, "optimizer": 3, "sync": 40, "renam
 def kills(root: Path, deaths: list[tuple[str, int, int]]) -> None:
     """A process is killed; the others end by themselves; what goes on from there is the same run."""
     assert_trained(root, "one", 1)
+    killed = 0
     meshes = [(2, {"dp_shard": 2}), (2, {"sp": 2}), (4, SHARDS_AND_SLICES)]
     for number, (where, rank, at) in enumerate(deaths):
         ranks, mesh = meshes[number % len(meshes)]
@@ -245,13 +254,10 @@ def kills(root: Path, deaths: list[tuple[str, int, int]]) -> None:
                 die_in(where, rank, at)
             train(root, "killed", **mesh)
 
-        with contextlib.redirect_stderr(None), open(os.devnull, "w") as nothing:
-            error = os.dup(2)
-            os.dup2(nothing.fileno(), 2)  # what the others say of it
-            ended = fleet(root, ranks, live)
-            os.dup2(error, 2)
+        ended = fleet(root, ranks, live)
         assert ended[victim] in (KILLED, 0), (where, ended)  # not every process comes to every place
         assert ended[victim] == 0 or all(end in (0, 1) for end in ended if end != KILLED), (where, ended)
+        killed += ended[victim] == KILLED
         for folder in checkpoint.checkpoints(root / "killed" / "checkpoints"):
             assert checkpoint.load_state(folder)["step"] == int(folder.name.removeprefix("step_"))
             load_model(folder)
@@ -259,7 +265,7 @@ def kills(root: Path, deaths: list[tuple[str, int, int]]) -> None:
         assert_trained(root, "killed", again, **mesh)
         assert_same(root, "killed")
         shutil.rmtree(root / "killed")
-    print(json.dumps(deaths))
+    assert killed >= 0.8 * len(deaths), f"only {killed} of {deaths} died"
 
 
 def main(name: str, root: Path) -> None:

@@ -199,5 +199,7 @@ def test_the_loss_of_a_window_is_that_of_its_documents_one_by_one(model, documen
                 logits = learner.model(document[:, :-1]).logits
                 nats.append(torch.nn.functional.cross_entropy(logits[0], document[0, 1:], reduction="sum"))
     alone = torch.stack(nats).sum() / (windows.numel() - len(windows))
-    apart = abs(float(learner.loss(windows, learner.predicted(windows))) - float(alone))  # the loss is float32; joined documents put it 6e-4 apart
+    apart = abs(
+        float(learner.loss(windows, learner.predicted(windows))) - float(alone)
+    )  # the loss is float32; joined documents put it 6e-4 apart
     assert apart < 2e-6 if documents == "separate" else apart > 1e-4

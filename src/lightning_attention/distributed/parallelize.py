@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attention.distributed.mesh import Mesh
+
+_BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
 def parallelize(
@@ -30,14 +34,23 @@ def parallelize(
             backward pass; or a number n, which does that to every n-th block.
         compile: run each block through ``torch.compile``.
         bf16: gather and compute in bfloat16, reduce gradients in float32. For a mesh with groups; autocast does that
-            for one without.
+            for one without. A block with a module that ``needs_float32``, as LRPE, is gathered in float32, and computed
+            under autocast.
 
     Raises:
         ValueError: ``activation_checkpointing`` is something else, or the model has no list of blocks.
     """
     every = checkpointed_every(activation_checkpointing)
     blocks = find_blocks(model)
-    # Only `forward` is replaced: no name changes, and what FSDP does around a block stays out of compiled graphs.
+    # Only `forward` is replaced: no name changes, and what FSDP does around a block stays out of compiled graphs. That
+    # is why nothing within a block is a unit of its own: its weights are gathered in one precision.
+    policies = dict.fromkeys(blocks, MixedPrecisionPolicy())
+    if mesh.shard_mesh is not None and bf16:
+        for block in blocks:
+            if any(getattr(module, "needs_float32", False) for module in block.modules()):
+                block.forward = _in_bf16(block.forward, mesh.shard_mesh.device_type)
+            else:
+                policies[block] = _BF16
     if every:
         for block in blocks[every - 1 :: every]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -45,14 +58,19 @@ def parallelize(
         for block in blocks:
             block.forward = torch.compile(block.forward)
     if mesh.shard_mesh is not None:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-        if bf16:
-            for module in model.modules():
-                if getattr(module, "computes_in_float32", False):
-                    fully_shard(module, mesh=mesh.shard_mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        for block in blocks:
+        for block, policy in policies.items():
             fully_shard(block, mesh=mesh.shard_mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh.shard_mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh.shard_mesh, mp_policy=_BF16 if bf16 else MixedPrecisionPolicy())
+
+
+def _in_bf16(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """The same under autocast."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def checkpointed_every(choice: str) -> int:

@@ -18,8 +18,8 @@ class LRPE(nn.Module):
             so the first heads turn fast and the last ones slowly.
     """
 
-    #: Sharding that computes in bfloat16 leaves these weights in float32, for the reason below.
-    computes_in_float32 = True
+    #: Sharding that computes in bfloat16 leaves the weights in float32, for the reason below.
+    needs_float32 = True
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()

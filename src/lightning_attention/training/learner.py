@@ -74,18 +74,17 @@ class Learner:
         if self._config.documents == "separate":
             inputs |= separate_documents(windows, self.model.config.eos_token_id)
         if self.mesh.sp_group is not None:
-            missing = max(0, self.mesh.sp - windows.shape[1])  # in the last window of a validation
-            inputs = {
-                name: F.pad(whole, (0, missing), value=-100 if "labels" in name else 0).tensor_split(self.mesh.sp, 1)[
-                    self.mesh.sp_rank
-                ]
-                for name, whole in inputs.items()
-            }
+            inputs = {name: self._own_slice(whole, -100 if "labels" in name else 0) for name, whole in inputs.items()}
         inputs = {name: part.to(self.runtime.device) for name, part in inputs.items()}
         group = {} if self.mesh.sp_group is None else {"group": self.mesh.sp_group}
         with nullcontext() if self._sharded else self.runtime.autocast():
             loss: Tensor = self.model(**inputs, **group, use_cache=False, num_items_in_batch=predicted).loss
         return loss
+
+    def _own_slice(self, whole: Tensor, padding: int) -> Tensor:
+        """This rank's tokens of [b, t]; the last window of a validation may have fewer than there are ranks."""
+        missing = max(0, self.mesh.sp - whole.shape[1])
+        return F.pad(whole, (0, missing), value=padding).tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank]
 
     def step(self, windows: Tensor, learning_rate: float, predicted: int | None = None) -> tuple[Tensor, Tensor]:
         """One update of the weights. Collective.
@@ -107,7 +106,8 @@ class Learner:
         for number, part in enumerate(parts, 1):
             synchronise_gradients(self.model, number == len(parts))
             share = self.loss(part, predicted)
-            # FSDP takes the mean over all processes: right over those that share windows, but data-parallel ones add up.
+            # FSDP takes the mean over all processes: right for those that share windows; what data-parallel ones have
+            # adds up.
             (share * self.mesh.dp_size).backward()
             loss += share.detach()
         loss = self._over_ranks(loss)

@@ -53,7 +53,16 @@ class Team:
                     )
                 return cls()
             on_gpus = device != "cpu" and torch.cuda.is_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+            except RuntimeError as error:
+                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                    raise
+                # https://github.com/pytorch/pytorch/issues/135712: they read what was left by those before them
+                raise InputError(
+                    "the processes do not find each other after a restart; "
+                    "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
+                ) from error
         return cls(dist.new_group(backend="gloo", timeout=PATIENCE))
 
     def new_group(self) -> dist.ProcessGroup | None:
