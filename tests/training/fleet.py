@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning_attention.models.transnormer.pretrained import load_model
 
 from lightning_attention.errors import DiskError, DivergedError, InputError, is_told_elsewhere
+from lightning_attention.models.pretrained import load_model
 from lightning_attention.training import checkpoint, saving, trainer, weights
 from lightning_attention.training.config import make_config
 from lightning_attention.training.learner import Learner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -56,6 +57,7 @@ class Learner:
         torch.manual_seed(config.seed)
         materialise(model, runtime.device, given)
         self.model = model.train()
+        self._can_skip_logits = "skip_logits" in inspect.signature(type(model).forward).parameters
         self._sharded = self.mesh.shard_mesh is not None
         self._optimizer = _new_optimizer(config, self.model)
         nothing = torch.zeros((), device="cpu")
@@ -76,13 +78,20 @@ class Learner:
         if self.mesh.sp_group is not None:
             inputs = {name: self._own_slice(whole, -100 if "labels" in name else 0) for name, whole in inputs.items()}
         inputs = {name: part.to(self.runtime.device) for name, part in inputs.items()}
-        group = {} if self.mesh.sp_group is None else {"group": self.mesh.sp_group}
+        options: dict[str, Any] = {"use_cache": False, "num_items_in_batch": predicted}
+        if self.mesh.sp_group is not None:
+            options["group"] = self.mesh.sp_group
+        if self._can_skip_logits:
+            options["skip_logits"] = True
         with nullcontext() if self._sharded else self.runtime.autocast():
-            loss: Tensor = self.model(**inputs, **group, use_cache=False, num_items_in_batch=predicted).loss
+            loss: Tensor = self.model(**inputs, **options).loss
         return loss
 
     def _own_slice(self, whole: Tensor, padding: int) -> Tensor:
-        """This rank's tokens of [b, t]; the last window of a validation may have fewer than there are ranks."""
+        """The tokens of [b, t] that this rank has.
+
+        The last window of a validation may have fewer tokens than there are ranks.
+        """
         missing = max(0, self.mesh.sp - whole.shape[1])
         return F.pad(whole, (0, missing), value=padding).tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank]
 

@@ -220,6 +220,7 @@ def loss_of_slices(
         documents = documents_of_slices(batch, length, cu_seqlens, position_ids, attention_mask, group)
         mask = None if attention_mask is None else attention_mask.bool()
         shift_labels = next_tokens(labels, documents, mask, group, ignore_index)
+    shift_labels = shift_labels.contiguous()  # transformers' loss makes a view of it, which a slice has not
     summed = loss_function(shift_labels=shift_labels, ignore_index=ignore_index, num_items_in_batch=1)
     count = (shift_labels != ignore_index).sum().to(summed.device)
     everywhere, items = total(torch.stack([summed.double(), count.double()]), group)
