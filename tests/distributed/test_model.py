@@ -85,8 +85,8 @@ def tiny(layers: int = 3) -> TransnormerForCausalLM:
     """Weights so large that every part matters, and LRPE in the first block and the last."""
     torch.manual_seed(0)
     config = TransnormerConfig(
-        vocab_size=97, decoder_embed_dim=32, decoder_layers=layers, decoder_attention_heads=2, hidden_dim=48, glu_dim=40,
-        linear_use_lrpe_list=[1, 0, 1][:layers],
+        vocab_size=97, decoder_embed_dim=32, decoder_layers=layers, decoder_attention_heads=2, hidden_dim=48,
+        glu_dim=40, linear_use_lrpe_list=[1, 0, 1][:layers],
     )  # fmt: skip
     model = TransnormerForCausalLM(config)
     with torch.no_grad():
