@@ -138,7 +138,8 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
     model = tiny(1 if case.compiled else 3).train()
     torch.manual_seed(seed)
     batch = whole_batch(case)
-    whole = model(**batch, use_cache=False, output_hidden_states=case.hidden)
+    options = {"use_cache": False, "output_hidden_states": case.hidden, "skip_logits": False}
+    whole = model(**batch, **options)
     whole.loss.backward()
     expected = gradients(model)
 
@@ -149,7 +150,7 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     call = torch.compile(model, fullgraph=True, backend="aot_eager") if case.compiled else model
     with broken(case):
-        out = call(**part, group=group, output_hidden_states=case.hidden)
+        out = call(**part, group=group, **options)
         out.loss.backward()
     real = torch.ones(case.rows, case.lengths[rank], dtype=torch.bool)
     if case.padded:

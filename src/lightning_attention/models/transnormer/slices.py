@@ -184,7 +184,7 @@ def next_tokens(
 
 def loss_of_slices(
     loss_function: Callable[..., Tensor],
-    labels: Tensor,
+    labels: Tensor | None,
     group: "ProcessGroup",
     *,
     cu_seqlens: Tensor | None,
@@ -203,7 +203,7 @@ def loss_of_slices(
     Args:
         loss_function: called with ``shift_labels``, ``ignore_index`` and ``num_items_in_batch``, by which it divides
             the sum over this rank's tokens.
-        labels: [B, T], this rank's slices; not shifted.
+        labels: [B, T], this rank's slices; not shifted. None only beside ``shift_labels``.
         group: the ranks that share the rows.
         cu_seqlens: [N+1], of the whole row.
         position_ids: [B, T] or [1, T], this rank's.
@@ -215,6 +215,7 @@ def loss_of_slices(
     from lightning_attention.distributed.sequence_parallel import total
 
     if shift_labels is None:
+        assert labels is not None
         batch, length = labels.shape
         documents = documents_of_slices(batch, length, cu_seqlens, position_ids, attention_mask, group)
         mask = None if attention_mask is None else attention_mask.bool()
