@@ -203,7 +203,7 @@ def loss_of_slices(
     Args:
         loss_function: called with ``shift_labels``, ``ignore_index`` and ``num_items_in_batch``, by which it divides
             the sum over this rank's tokens.
-        labels: [B, T], this rank's slices; not shifted. None with ``shift_labels``.
+        labels: [B, T], this rank's slices; not shifted. None only beside ``shift_labels``.
         group: the ranks that share the rows.
         cu_seqlens: [N+1], of the whole row.
         position_ids: [B, T] or [1, T], this rank's.
