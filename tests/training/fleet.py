@@ -190,6 +190,10 @@ def ends(root: Path) -> None:
     assert_trained(root, "full", 2, dp_shard=2)
     assert_same(root, "full")
 
+    # A time budget is one clock's.
+    timed = {"steps": None, "max_minutes": 1 / 60, "warmup_steps": 5, "eval_every": 0, "save_every": 0}
+    assert_trained(root, "timed", 2, dp_shard=2, **timed)
+
     def one_spoils(rank: int) -> None:
         step = Learner.step
 

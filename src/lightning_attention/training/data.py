@@ -148,11 +148,17 @@ class Windows:
         self.per_epoch = max(1, len(tokens) // seq_len - 1)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def step(self, step: int, *, rank: int = 0, ranks: int = 1) -> Tensor:
-        """[windows_per_step / ranks, seq_len] int64: what a data-parallel rank reads in step 0, 1, ..."""
-        own = self._per_step // ranks
-        first = step * self._per_step + rank * own
-        return torch.stack([self._window(index) for index in range(first, first + own)])
+    def step(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
+        """[windows_per_step / ranks, seq_len] int64: what step 0, 1, ... reads, or one rank's equal share of it.
+
+        The shares of rank 0, 1, ... one after the other are the whole step, however many ranks there are. Raises
+        ValueError when `ranks` does not divide the windows of a step, or `rank` is none of them.
+        """
+        if self._per_step % ranks or not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} of {ranks} cannot have an equal share of {self._per_step} windows per step")
+        share = self._per_step // ranks
+        first = step * self._per_step + rank * share
+        return torch.stack([self._window(index) for index in range(first, first + share)])
 
     def _window(self, index: int) -> Tensor:
         epoch, position = divmod(index, self.per_epoch)

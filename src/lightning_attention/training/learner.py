@@ -69,19 +69,19 @@ class Learner:
 
         Ranks that share the windows, a slice each, all get the loss of the whole. Its gradient is the mean of theirs.
         """
-        windows = windows.to(self.runtime.device)
         inputs: dict[str, Any] = {"input_ids": windows, "labels": windows}
+        inputs = {name: self._own_slice(name, whole).to(self.runtime.device) for name, whole in inputs.items()}
         if self.mesh.sp_group is not None:
-            missing = max(0, self.mesh.sp - windows.shape[1])  # in the last window of a validation
-            own = self.mesh.sp_rank
-            inputs = {
-                name: F.pad(whole, (0, missing), value=pad).tensor_split(self.mesh.sp, 1)[own]
-                for name, whole, pad in (("input_ids", windows, 0), ("labels", windows, -100))
-            }
             inputs["group"] = self.mesh.sp_group
         with nullcontext() if self._sharded else self.runtime.autocast():
             loss: Tensor = self.model(**inputs, use_cache=False, num_items_in_batch=predicted).loss
         return loss
+
+    def _own_slice(self, name: str, whole: Tensor) -> Tensor:
+        """What this process has of an input, [b, t]; at least a token, however short a validation's last window is."""
+        missing = max(0, self.mesh.sp - whole.shape[1])
+        padded = F.pad(whole, (0, missing), value=-100 if "labels" in name else 0)
+        return padded.tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank]
 
     def step(self, windows: Tensor, learning_rate: float, predicted: int | None = None) -> tuple[Tensor, Tensor]:
         """One update of the weights. Collective.
@@ -137,7 +137,6 @@ class Learner:
             tokens += self.predicted(windows)
             text_bytes += count_bytes(windows[:, 1:])
         self.model.train()
-        reshard(self.model)
         total = float(self._over_ranks(nats))
         return total / tokens, total / math.log(2) / max(1, text_bytes)
 
@@ -152,6 +151,10 @@ class Learner:
         """Wait for the device. Raises DivergedError when the latest loss or gradient is not finite."""
         for name, value in self._latest.items():
             self.require_finite(name, float(value), step)
+
+    def reshard(self) -> None:
+        """Let the model's parameters be this process's shards again, whatever was computed before."""
+        reshard(self.model)
 
     def largest_weight(self) -> float:
         """The largest weight of this process's shards, NaN if one is: no later loss shows what a last step has made."""

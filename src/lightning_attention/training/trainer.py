@@ -85,11 +85,12 @@ class Trainer:
 
     def _begin(self, config: TrainConfig, report: Callable[[str], None] | None) -> None:
         runtime, mesh = self._place(config)
-        vocab_size = self.team.first(lambda: prepare_data(config, self.folder.fresh_tokens, report).vocab_size)
-        learner = Learner(config, runtime, self._new_model(config, vocab_size), mesh)
+        self.team.first(lambda: _nothing(prepare_data(config, self.folder.fresh_tokens, report)))
+        data = self._on_each(lambda: open_data(config, self.folder.fresh_tokens))
+        learner = Learner(config, runtime, self._new_model(config, data), mesh)
         # The new run's text and model are there, so the one before may go.
         self.team.first(self.folder.replace_earlier_run)
-        self._assemble(config, self._open_data(config), learner)
+        self._assemble(config, self._on_each(lambda: open_data(config, self.folder.tokens)), learner)
 
     def _go_on(self, asked: TrainConfig, folder: Path) -> None:
         state = self._on_each(lambda: checkpoint.load_state(folder))
@@ -97,9 +98,9 @@ class Trainer:
         runtime, mesh = self._place(config)
         # The first looks whether the tokens are the same; that takes a while.
         self.team.first(lambda: _nothing(open_data(config, self.folder.tokens, state["data_fingerprint"])))
-        data = self._open_data(config)
+        data = self._on_each(lambda: open_data(config, self.folder.tokens))
         weights = self._on_each(lambda: WeightFiles(folder))
-        self._assemble(config, data, Learner(config, runtime, self._new_model(config, data.vocab_size), mesh, weights))
+        self._assemble(config, data, Learner(config, runtime, self._new_model(config, data), mesh, weights))
         self._saver.load_optimizer(folder, self.learner.optimizer_state())
         self.step = self._saved = state["step"]
         self.record.restore(state["record"])
@@ -126,17 +127,14 @@ class Trainer:
             )
         return runtime, mesh.connect(runtime.device.type) if team.is_launched else mesh
 
-    def _new_model(self, config: TrainConfig, vocab_size: int) -> PreTrainedModel:
+    def _new_model(self, config: TrainConfig, data: TokenData) -> PreTrainedModel:
         with torch.device("meta"):
-            model = new_model(config, vocab_size)
+            model = new_model(config, data.vocab_size)
         if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
             raise self.team.same(
                 InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1")
             )
         return model
-
-    def _open_data(self, config: TrainConfig) -> TokenData:
-        return self._on_each(lambda: open_data(config, self.folder.tokens))
 
     def _on_each(self, action: Callable[[], T]) -> T:
         """What `action` returns here, once it has succeeded everywhere."""
@@ -282,6 +280,7 @@ class Trainer:
         if self._saved == self.step:  # and a process that was killed may have left what it should have dropped
             self.team.first(self._prune)
             return
+        self.learner.reshard()
         self._require_same(lambda: self.learner.check_step(self.step))
         for largest in self.team.gather(self.learner.largest_weight()):
             self._require_same(lambda: self.learner.require_finite("largest weight", largest, self.step))  # noqa: B023
