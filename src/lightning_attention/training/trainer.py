@@ -132,7 +132,7 @@ class Trainer:
             model = new_model(config, data.vocab_size)
         if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
             raise self.team.same(
-                InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1")
+                InputError(f"sp is {config.sp}; it must be 1: {type(model).__name__} reads whole windows")
             )
         return model
 
