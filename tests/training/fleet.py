@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_attention.errors import DiskError, DivergedError, InputError, is_told_elsewhere
 from lightning_attention.models.pretrained import load_model
 from lightning_attention.training import checkpoint, saving, trainer, weights
-from lightning_attention.training.config import make_config
+from lightning_attention.training.config import TrainConfig, make_config
 from lightning_attention.training.learner import Learner
 from lightning_attention.training.trainer import Trainer
 from tests.training.killed_runs import curve
@@ -76,18 +77,27 @@ def train(root: Path, out: str, *, report: Callable | None = None, **changes: An
     return run
 
 
+def llama(config: TrainConfig, vocab_size: int) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **sizes))
+
+
 def assert_trained(root: Path, out: str, ranks: int, **changes: Any) -> None:
     ends = fleet(root, ranks, lambda rank: train(root, out, **changes))
     assert ends == [0] * ranks, ends
 
 
-def assert_same(root: Path, out: str, reference: str = "one") -> None:
-    """The losses of every step, the norms of gradients, the validations and the last weights are those of one."""
+def assert_same_curve(root: Path, out: str, reference: str) -> None:
     ours, theirs = curve(root / out), curve(root / reference)
     assert [sorted(line) for line in ours] == [sorted(line) for line in theirs], out
     for line, wanted in zip(ours, theirs, strict=True):
         for name, value in wanted.items():
             assert abs(line[name] - value) <= 2e-5 * abs(value), (out, wanted["step"], name, line[name], value)
+
+
+def assert_same(root: Path, out: str, reference: str = "one") -> None:
+    """The losses of every step, the norms of gradients, the validations and the last weights are those of one."""
+    assert_same_curve(root, out, reference)
     names = [path.name for path in checkpoint.checkpoints(root / reference / "checkpoints")]
     assert [path.name for path in checkpoint.checkpoints(root / out / "checkpoints")] == names
     found, wanted = (load_model(checkpoint.checkpoints(root / path / "checkpoints")[-1]) for path in (out, reference))
@@ -117,6 +127,16 @@ def same(root: Path) -> None:
     assert_trained(root, "untied", 1, **apart)
     assert_trained(root, "replicas", 4, dp_replicate=2, sp=2, activation_checkpointing="block", **apart)
     assert_same(root, "replicas", "untied")
+
+    # Another model, sharded and in copies.
+    for out, ranks, mesh in (("llama", 1, {}), ("llama_sharded", 2, {}), ("llama_copied", 2, {"dp_replicate": 2})):
+
+        def train_llama(rank: int, out: str = out, mesh: dict = mesh) -> None:
+            trainer.new_model = llama
+            train(root, out, steps=3, **mesh)
+
+        assert fleet(root, ranks, train_llama) == [0] * ranks
+        assert_same_curve(root, out, "llama")
 
     # A file each, as large models have them.
     def with_small_files(rank: int) -> None:
@@ -156,6 +176,11 @@ def ends(root: Path) -> None:
     text = told(InputError, 2, lambda rank: train(root, "none", batch_size=3))
     assert "batch_size x accumulate = 3 windows; it must be a multiple of the 2 data-parallel processes" in text
 
+    def slice_llama(rank: int) -> None:
+        trainer.new_model = llama
+        train(root, "none", sp=2)
+
+    assert told(InputError, 2, slice_llama) == "sp is 2; it must be 1: LlamaForCausalLM reads whole windows"
     assert_trained(root, "one", 1)
 
     def stop_last(rank: int) -> None:
@@ -189,6 +214,10 @@ def ends(root: Path) -> None:
     assert [path.name for path in (root / "full" / "checkpoints").iterdir()] == ["step_00000002"]
     assert_trained(root, "full", 2, dp_shard=2)
     assert_same(root, "full")
+
+    # A time budget is one clock's.
+    timed = {"steps": None, "max_minutes": 1 / 60, "warmup_steps": 5, "eval_every": 0, "save_every": 0}
+    assert_trained(root, "timed", 2, dp_shard=2, **timed)
 
     def one_spoils(rank: int) -> None:
         step = Learner.step

@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_attention.errors import DivergedError, InputError
@@ -254,6 +256,33 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot load the model in ") as caught:
         Trainer(make_config(settings), resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_a_readable_optimizer_is_refused(tmp_path):
+    settings = tiny_settings(tmp_path)
+    _, outcome = train(settings)
+    (shard,) = (outcome.checkpoint / "optimizer").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot load the optimizer in ") as caught:
+        Trainer(make_config(settings), resume=True)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(outcome.checkpoint / "optimizer")
+    with pytest.raises(InputError, match="has no folder optimizer: another version of lightning-attention wrote it"):
+        Trainer(make_config(settings), resume=True)
+
+
+def test_a_weight_of_another_shape_is_refused(tmp_path):
+    settings = tiny_settings(tmp_path)
+    _, outcome = train(settings)
+    weights = load_file(outcome.checkpoint / "model.safetensors")
+    weights["model.layers.0.token_mixer.out_proj.weight"] = torch.zeros(2, 2)
+    save_file(weights, outcome.checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"out_proj.weight is \[2, 2\] in .*; it must be \[32, 32\]"):
+        Trainer(make_config(settings), resume=True)
+    del weights["model.layers.0.token_mixer.out_proj.weight"]
+    save_file(weights, outcome.checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"has no weight model.layers.0.token_mixer.out_proj.weight"):
+        Trainer(make_config(settings), resume=True)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])

@@ -75,9 +75,7 @@ class Learner:
         inputs = {"input_ids": windows, "labels": windows}
         if self._config.documents == "separate":
             inputs |= separate_documents(windows, self.model.config.eos_token_id)
-        if self.mesh.sp_group is not None:
-            inputs = {name: self._own_slice(whole, -100 if "labels" in name else 0) for name, whole in inputs.items()}
-        inputs = {name: part.to(self.runtime.device) for name, part in inputs.items()}
+        inputs = {name: self._own_slice(name, whole).to(self.runtime.device) for name, whole in inputs.items()}
         options: dict[str, Any] = {"use_cache": False, "num_items_in_batch": predicted}
         if self.mesh.sp_group is not None:
             options["group"] = self.mesh.sp_group
@@ -87,13 +85,11 @@ class Learner:
             loss: Tensor = self.model(**inputs, **options).loss
         return loss
 
-    def _own_slice(self, whole: Tensor, padding: int) -> Tensor:
-        """The tokens of [b, t] that this rank has.
-
-        The last window of a validation may have fewer tokens than there are ranks.
-        """
+    def _own_slice(self, name: str, whole: Tensor) -> Tensor:
+        """What this process has of an input, [b, t]; at least a token, however short a validation's last window is."""
         missing = max(0, self.mesh.sp - whole.shape[1])
-        return F.pad(whole, (0, missing), value=padding).tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank]
+        padded = F.pad(whole, (0, missing), value=-100 if "labels" in name else 0)
+        return padded.tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank]
 
     def step(self, windows: Tensor, learning_rate: float, predicted: int | None = None) -> tuple[Tensor, Tensor]:
         """One update of the weights. Collective.
@@ -149,7 +145,6 @@ class Learner:
             tokens += self.predicted(windows)
             text_bytes += count_bytes(windows[:, 1:])
         self.model.train()
-        reshard(self.model)
         total = float(self._over_ranks(nats))
         return total / tokens, total / math.log(2) / max(1, text_bytes)
 
@@ -164,6 +159,10 @@ class Learner:
         """Wait for the device. Raises DivergedError when the latest loss or gradient is not finite."""
         for name, value in self._latest.items():
             self.require_finite(name, float(value), step)
+
+    def reshard(self) -> None:
+        """Let the model's parameters be this process's shards again, whatever was computed before."""
+        reshard(self.model)
 
     def largest_weight(self) -> float:
         """The largest weight of this process's shards, NaN if one is: no later loss shows what a last step has made."""

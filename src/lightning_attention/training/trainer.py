@@ -140,7 +140,7 @@ class Trainer:
             model = new_model(config, data.vocab_size, data.end_id, data.pad_id)
         if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
             raise self.team.same(
-                InputError(f"sp is {config.sp}; {type(model).__name__} reads whole windows, so it is 1")
+                InputError(f"sp is {config.sp}; it must be 1: {type(model).__name__} reads whole windows")
             )
         return model
 
@@ -302,6 +302,7 @@ class Trainer:
         if self._saved == self.step:  # and a process that was killed may have left what it should have dropped
             self.team.first(self._prune)
             return
+        self.learner.reshard()
         self._require_same(lambda: self.learner.check_step(self.step))
         for largest in self.team.gather(self.learner.largest_weight()):
             self._require_same(lambda: self.learner.require_finite("largest weight", largest, self.step))  # noqa: B023
