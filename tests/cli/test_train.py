@@ -199,6 +199,18 @@ def test_several_processes_have_to_find_each_other(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_process_that_lost_another_says_so_in_one_line(run, tmp_path, monkeypatch):
+    def fit(self, *_):
+        self.folder.release()
+        self.team.is_launched = True
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:26541. GLHF!")
+
+    monkeypatch.setattr("lightning_attention.training.trainer.Trainer.fit", fit)
+    status, _, err = run("train", *flags(tiny_settings(tmp_path)))
+    assert status == 1
+    assert err.splitlines()[-1] == "error: process 0 lost another one of the run; no checkpoint had been written yet"
+
+
 def test_a_model_that_does_not_fit_is_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_attention.training.learner.materialise", lambda *_: torch.empty(1 << 50))
     status, _, err = run("train", *flags(tiny_settings(tmp_path)))

@@ -30,8 +30,8 @@ def tokenize(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="A tokenizer.json or a folder with one, as of a Hugging Face model or a run. Without it a byte-level "
-            "BPE is trained on a sample of the text.",
+            help="A tokenizer.json or a folder with one, as of a Hugging Face model or a checkpoint. Without it a "
+            "byte-level BPE is trained on a sample of the text.",
             metavar="PATH",
             show_default=False,
         ),

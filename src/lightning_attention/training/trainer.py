@@ -185,6 +185,8 @@ class Trainer:
             return self._fit(report, acknowledge)
         except Exception:
             with suppress(Exception):  # the error that ended the run is the one to tell
+                self._saver.wait()  # for a checkpoint of an earlier step, which is good
+            with suppress(Exception):
                 self._plot()
             raise
         finally:
