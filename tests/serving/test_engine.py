@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from lightning_attention.models.transnormer import TransnormerForCausalLM
 from lightning_attention.serving.engine import ContinuousBatch, Request, Token
+from tests.kernels.triton.support.device import no_waiting
 
 PAD = 0
 
@@ -95,12 +96,9 @@ def test_a_gpu_is_waited_for_once_a_step(model) -> None:
     run(batch, requests)  # compiled and captured
     for request in requests:
         batch.submit(request)
-    torch.cuda.set_sync_debug_mode("error")  # an event's synchronize, the one wait there is, is not among its errors
-    try:
+    with no_waiting():  # an event's synchronize, the one wait there is, is not among its errors
         while batch.busy:
             batch.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_comparison_sees_a_state_that_is_not_the_requests_own(model, monkeypatch) -> None:

@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_attention.nn import linear_cross_entropy
-from tests.kernels.triton.support.device import DEVICE, needs_gpu, room_for
+from tests.kernels.triton.support.device import DEVICE, needs_gpu, no_waiting, room_for
 from tests.support.calls import MODULE
 from tests.support.numerics import relative_error
 
 pytestmark = needs_gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Of the gradients; a loss is float32's sum of what rounded logits give.
-ALLOWED = {FP32: 2e-6, FP16: 8e-4, BF16: 6e-3}
+# Of the gradients; a loss is float32's sum of what rounded logits give. Two units of roundoff: logits of 2 to 10 are
+# rounded, and their errors are those of exponents.
+ALLOWED = {FP32: 2e-6, FP16: 1e-3, BF16: 8e-3}
 
 
 def make(tokens: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,11 +91,8 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_host_does_not_wait() -> None:
     hidden, weight, targets = make(500, 64, 5000, BF16)
     linear_cross_entropy(hidden, weight, targets).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         linear_cross_entropy(hidden, weight, targets).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_target_out_of_range_shows() -> None:

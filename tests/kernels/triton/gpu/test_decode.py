@@ -12,7 +12,7 @@ from lightning_attention import (
     lightning_attention_decode,
     lightning_attention_verify,
 )
-from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
+from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, no_waiting, poisoned, room_for
 from tests.kernels.triton.support.serving import (
     COMMITTED,
     DECODED,
@@ -242,11 +242,8 @@ def test_nothing_is_read_on_the_host(operation: str):
     call = moved(make_call(lengths, [6, -1, 2, 1, 0, 3][: len(lengths)], D=64, E=64, dtype=BF16, **drafts), DEVICE)
     given = arguments(operation, call, call.state())
     apply(operation, given)  # compiled now
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         apply(operation, given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (FP32, FP32), (BF16, BF16)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_attention import INVARIANT_CHUNK, LightningOutput, lightning_attention, lightning_attention_prefill
 from lightning_attention.kernels.triton.backend import BACKEND
-from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, poisoned, room_for
+from tests.kernels.triton.support.device import DEVICE, counting_compilations, needs_gpu, no_waiting, poisoned, room_for
 from tests.kernels.triton.support.device import moved as problem_on_gpu
 from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
 from tests.kernels.triton.support.serving import bits, moved
@@ -149,11 +149,8 @@ def test_nothing_is_read_on_the_host_and_nothing_compiled_anew():
     assert not compiled
     arguments = others[1].arguments(others[1].pool)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         apply(arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_pool_past_2_to_the_31():

@@ -1,5 +1,6 @@
 """Problems on a GPU: solved there, exactly and with the kernels, and how far the two may differ."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -105,6 +106,18 @@ def room_for(gigabytes: float) -> None:
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
         pytest.skip(f"{free:.0f} GB of GPU memory are free, and this takes {gigabytes:.0f}")
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Let what waits for the device raise RuntimeError."""
+    try:
+        with warnings.catch_warnings():  # PyTorch warns, the first time, that it does not notice everything
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
