@@ -1,6 +1,7 @@
 """Runs in several processes on gloo, forked from one that has imported everything and started no threads.
 
-A script of its own, like killed_runs: `python -m tests.training.fleet NAME FOLDER` does what is called NAME below.
+A script of its own, like killed_runs: `python -m tests.training.fleet NAME FOLDER` does what is called NAME below; the
+suite has "same", "ends" and "kills". "many_kills" is 20 deaths at places drawn at random, which take minutes.
 """
 
 import errno

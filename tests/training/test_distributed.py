@@ -71,9 +71,3 @@ def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path):
     assert len(re.findall(r"^checkpoint: .*step_00000100$", text, re.M)) == 1  # by one process
     steps = [line["step"] for line in curve(tmp_path / "run") if "loss" in line]
     assert steps == list(range(1, 101))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes; KILLS=20 runs it")
-def test_a_process_is_killed_twenty_times(tmp_path):
-    sail("many_kills", tmp_path)
