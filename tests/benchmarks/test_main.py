@@ -15,7 +15,7 @@ from lightning_attention.bench.report import Report
 RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
 WITH_A_FIGURE = next(path for path in RESULTS if path.stem == "h200-lengths")
 CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "packed", "sequence_parallel", "serve", "serving",
-         "shapes"]  # fmt: skip
+         "shapes", "training"]  # fmt: skip
 
 
 def test_a_case_is_a_file():
@@ -35,10 +35,13 @@ def test_results_that_stand_are_shown(path, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "nan" not in out
     rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
-            "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3, "cases": 68, "lrpe": 2}  # fmt: skip
+            "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3, "cases": 68, "lrpe": 2,
+            "training": 1}  # fmt: skip
     shown = [r for name in suites if name in rows for r in [rows[name]]]
     tables = [line for line in out.splitlines() if line and set(line) == {"─"}]
-    assert len(tables) == sum(2 if name in ("lengths", "constancy") else 1 for name in suites if name in rows)
+    assert len(tables) == sum(
+        {"lengths": 2, "constancy": 2, "training": 3}.get(name, 1) for name in suites if name in rows
+    )
     assert sum(bool(line) for line in out.splitlines()) >= sum(shown)
     drawn = {"lengths", "constancy", "shapes", "serve", "serving"} & set(suites)
     assert [p.name for p in tmp_path.iterdir()] == [f"{path.stem}.png"] * bool(drawn)

@@ -17,6 +17,7 @@ from lightning_attention.distributed.mesh import Mesh
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import TrainConfig
 from lightning_attention.training.progress import HeldOutLoss, Outcome, Progress
+from lightning_attention.training.runtime import Runtime
 from tests.training.test_trainer import spoil_a_weight
 from tests.training.tiny import tiny_settings, write_text
 
@@ -241,9 +242,7 @@ def test_no_value_of_any_option_ends_in_a_traceback(command, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     small = tiny_settings(tmp_path, out=str(tmp_path / "run"))
     monkeypatch.setattr("lightning_attention.training.trainer.new_model", lambda *_: torch.nn.Linear(1, 1))
-    learner = SimpleNamespace(
-        model=torch.nn.Linear(1, 1), mesh=Mesh(), runtime=SimpleNamespace(bf16=False, device="cpu")
-    )
+    learner = SimpleNamespace(model=torch.nn.Linear(1, 1), mesh=Mesh(), runtime=Runtime.choose("cpu", "float32"))
     monkeypatch.setattr("lightning_attention.training.trainer.Learner", lambda *_: learner)
     monkeypatch.setattr("lightning_attention.training.trainer.Windows", lambda *_: SimpleNamespace(per_epoch=10))
 

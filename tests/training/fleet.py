@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_attention.errors import DiskError, DivergedError, InputError, is_told_elsewhere
 from lightning_attention.models.pretrained import load_model
 from lightning_attention.training import checkpoint, saving, trainer, weights
-from lightning_attention.training.config import TrainConfig, make_config
+from lightning_attention.training.config import make_config
 from lightning_attention.training.learner import Learner
 from lightning_attention.training.trainer import Trainer
 from tests.training.killed_runs import curve
@@ -78,11 +77,6 @@ def train(root: Path, out: str, *, report: Callable | None = None, **changes: An
     return run
 
 
-def llama(config: TrainConfig, vocab_size: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, **sizes))
-
-
 def assert_trained(root: Path, out: str, ranks: int, **changes: Any) -> None:
     ends = fleet(root, ranks, lambda rank: train(root, out, **changes))
     assert ends == [0] * ranks, ends
@@ -131,12 +125,7 @@ def same(root: Path) -> None:
 
     # Another model, sharded and in copies.
     for out, ranks, mesh in (("llama", 1, {}), ("llama_sharded", 2, {}), ("llama_copied", 2, {"dp_replicate": 2})):
-
-        def train_llama(rank: int, out: str = out, mesh: dict = mesh) -> None:
-            trainer.new_model = llama
-            train(root, out, steps=3, **mesh)
-
-        assert fleet(root, ranks, train_llama) == [0] * ranks
+        assert_trained(root, out, ranks, steps=3, model="llama", **mesh)
         assert_same_curve(root, out, "llama")
 
     # A file each, as large models have them.
@@ -176,12 +165,8 @@ def ends(root: Path) -> None:
     assert text == "dp_replicate 1 x dp_shard 4 x sp 1 are 4 processes; 2 were started"
     text = told(InputError, 2, lambda rank: train(root, "none", batch_size=3))
     assert "batch_size x accumulate = 3 windows; it must be a multiple of the 2 data-parallel processes" in text
-
-    def slice_llama(rank: int) -> None:
-        trainer.new_model = llama
-        train(root, "none", sp=2)
-
-    assert told(InputError, 2, slice_llama) == "sp is 2; it must be 1: LlamaForCausalLM reads whole windows"
+    text = told(InputError, 2, lambda rank: train(root, "none", model="llama", sp=2))
+    assert text == "sp is 2; it must be 1: LlamaForCausalLM reads whole windows"
     assert_trained(root, "one", 1)
 
     def stop_last(rank: int) -> None:

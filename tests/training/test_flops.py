@@ -85,8 +85,8 @@ def test_flops_of_a_linear_model_are_those_of_its_products():
 
     attention = (products(wide, wide) + 2 * products(q, k)) // BLOCK
     assert Shape.of(config).attention_flops(T) == Shape.of(config).attention_flops(10 * T) == attention
-    # What the operator does within is not counted here; all else is.
-    forward, both = counted(AutoModelForCausalLM.from_config(config), T)
+    # What the operator does within is not counted here, nor is the loss without logits; all else is.
+    forward, both = counted(AutoModelForCausalLM.from_config(config).eval(), T)
     assert forward == T * 2 * Shape.of(config).multiplied
     assert both == T * (flops_per_token(config, T) - 3 * attention)
 

@@ -70,6 +70,9 @@ SIZES = {
 }
 
 
+VOCABULARY = 64_000  # tokens, in every release
+
+
 def find_size(name: str) -> Size:
     """A size by its name, in capitals or not. Raises ValueError when there is none of that name."""
     if name.upper() not in SIZES:
@@ -88,7 +91,7 @@ def preset(name: str, model: str = "transnormer", **overrides: Any) -> PreTraine
     Args:
         name: "75M", "385M", "1B", "3B" or "7B"; small letters will do.
         model: "transnormer", or "llama" for a softmax model of as many weights, within 2 % of them.
-        **overrides: fields of the configuration, such as ``vocab_size``, instead of what the size says.
+        **overrides: fields of the configuration, such as ``vocab_size`` (64,000), instead of what the size says.
 
     Returns:
         A :class:`~lightning_attention.models.transnormer.TransnormerConfig`, or transformers' ``LlamaConfig`` with
@@ -103,7 +106,7 @@ def preset(name: str, model: str = "transnormer", **overrides: Any) -> PreTraine
     known = {field.name for field in fields(kind)} | kind.attribute_map.keys()
     if unknown := sorted(overrides.keys() - known):
         raise TypeError(f"{kind.__name__} has no field {unknown[0]!r}")
-    return kind(**{**size.fields(model), **overrides})
+    return kind(**{"vocab_size": VOCABULARY, **size.fields(model), **overrides})
 
 
 def classes(model: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_attention.ops import backends
 
-# Bytes of logits that are in memory at a time. On a GPU the weight's gradient, 12 bytes an element and chunk to read
-# and write, takes some 4 % of the time of the three products at 8192 tokens a chunk (V 64,000 in 16 bits) and twice
-# that at half as many. A CPU wants what its caches hold; there are two or three buffers of this size.
+# Bytes of logits that are in memory at a time. Every chunk reads and writes the gradient of the weight, 12 bytes an
+# element. H200, bfloat16, 32,768 tokens, D 1024, V 64,000, forward and backward: 22.8 ms with 1 GiB, 27.7 with a
+# quarter and 24.5 with half of it, 23.8 with twice and 22.9 with four times as much. A CPU wants what its caches hold;
+# there are two or three buffers of this size.
 BUDGETS = {"cuda": 1 << 30}
 BUDGET = 1 << 25
 

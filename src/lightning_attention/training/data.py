@@ -223,7 +223,7 @@ def separate_documents(windows: Tensor, end_id: int) -> dict[str, Tensor]:
         `position_ids` [b, t], which start again at 0 at every end-of-text token, and `shift_labels` [b, t], the token
         after each, -100 at a window's end.
     """
-    index = torch.arange(windows.shape[1]).expand_as(windows)
+    index = torch.arange(windows.shape[1], device=windows.device).expand_as(windows)
     starts = index.where(windows == end_id, 0).cummax(1).values
     return {"position_ids": index - starts, "shift_labels": torch.nn.functional.pad(windows[:, 1:], (0, 1), value=-100)}
 

@@ -102,6 +102,7 @@ def test_a_target_out_of_range_shows() -> None:
     assert losses.isnan().nonzero().flatten().tolist() == [3, 5]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled() -> None:
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(hidden * 2, weight, targets)
