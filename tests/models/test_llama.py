@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_attention.models.llama import ATTENTION, ServedLlama
+from lightning_attention.models.presets import classes
+from lightning_attention.models.pretrained import save_model
 from lightning_attention.serving import ContinuousBatch, Request
 
 
@@ -86,3 +88,39 @@ def test_served_it_has_room_for_so_many_tokens(pair) -> None:
     assert batch.states[0].shape == (2, 4, 2, 12, 16)
     with pytest.raises(ValueError, match="prompt and max_tokens are 13 tokens; the model's context_length is 12"):
         batch.submit(Request([5] * 3, max_tokens=10))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trains_without_logits(ids, tied: bool) -> None:
+    """Loss and gradients are transformers' own, with documents, a number of items and labels that are left out."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=97, pad_token_id=0, tie_word_embeddings=tied, **sizes)
+    torch.manual_seed(0)
+    ours = classes("llama")[1]._from_config(config, attn_implementation="sdpa").train()
+    theirs = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").train()
+    theirs.load_state_dict(ours.state_dict())
+    positions = torch.cat([torch.arange(15), torch.arange(25)]).expand_as(ids)
+    shifted = ids.roll(-1, 1)
+    shifted[:, [14, -1]] = -100
+    for given in ({"labels": ids}, {"labels": ids, "position_ids": positions, "shift_labels": shifted},
+                  {"labels": ids, "num_items_in_batch": torch.tensor(31)}):  # fmt: skip
+        results = [model(input_ids=ids, use_cache=False, **given) for model in (ours, theirs)]
+        assert results[0].logits is None
+        assert results[1].logits is not None
+        torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-5, atol=0)
+        gradients = [torch.autograd.grad(out.loss, list(model.parameters()))
+                     for out, model in zip(results, (ours, theirs), strict=True)]  # fmt: skip
+        for mine, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    assert ours(input_ids=ids, labels=ids, skip_logits=False).logits.shape == (2, 40, 97)
+    assert ours.eval()(input_ids=ids, labels=ids).logits.shape == (2, 40, 97)
+    assert ours(input_ids=ids, labels=ids, skip_logits=True).logits is None
+
+
+def test_a_saved_one_is_transformers_own(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = classes("llama")[1]._from_config(config, attn_implementation=ATTENTION)
+    save_model(model, tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM

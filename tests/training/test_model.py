@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from lightning_attention.errors import InputError
+from lightning_attention.models.llama import LlamaForCausalLM
 from lightning_attention.models.presets import SIZES
 from lightning_attention.models.pretrained import load_model
 from lightning_attention.models.transnormer import TransnormerForCausalLM

@@ -1,4 +1,6 @@
-"""transformers' Llama as the commands train and serve it: no mask where none is needed, keys and values in a pool."""
+"""transformers' Llama as the commands train and serve it: no mask and no logits where none are needed, keys and values
+in a pool.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,15 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_attention.models.arguments import CACHE
+from lightning_attention.models.loss import OF_THE_LOSS, is_plain, next_token_loss
 
 #: A name for ``attn_implementation``: "sdpa", for rows that are whole sequences or padded ones. A model without softmax
 #: attention takes it and chooses nothing by it.
@@ -32,6 +37,19 @@ def _mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None
 
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+class LlamaForCausalLM(transformers.LlamaForCausalLM):
+    """transformers' own, by that name in a folder too, whose training makes no logits, as TransNormerLLM's does not."""
+
+    def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """As there. With labels ``skip_logits`` leaves logits out; None: in training."""
+        skip = self.training if skip_logits is None else skip_logits
+        if not skip or kwargs.get("labels") is None or kwargs.get("logits_to_keep") or not is_plain(self.lm_head):
+            return super().forward(*args, **kwargs)
+        of_the_loss = {name: kwargs.pop(name) for name in ("labels", *OF_THE_LOSS) if name in kwargs}
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        return CausalLMOutputWithPast(loss=next_token_loss(hidden, self.lm_head.weight, **of_the_loss))
 
 
 class ServedLlama:

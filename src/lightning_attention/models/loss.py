@@ -5,6 +5,10 @@ from torch import Tensor, nn
 
 from lightning_attention.nn.linear_cross_entropy import linear_cross_entropy
 
+# What transformers' loss takes beside labels: Trainer's number of labels in all accumulated batches, and labels already
+# shifted.
+OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
 
 def is_plain(head: nn.Module) -> bool:
     """Whether the head is its weight and nothing else: no bias or adapter, no hooks, no shards on other ranks."""

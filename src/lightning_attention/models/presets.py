@@ -116,7 +116,9 @@ def classes(model: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
 
         return TransnormerConfig, TransnormerForCausalLM
     if model == "llama":
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig
+
+        from lightning_attention.models.llama import LlamaForCausalLM
 
         return LlamaConfig, LlamaForCausalLM
     raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")

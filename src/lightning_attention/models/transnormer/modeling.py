@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from lightning_attention import decay
 from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
-from lightning_attention.models.loss import is_plain, next_token_loss
+from lightning_attention.models.loss import OF_THE_LOSS, is_plain, next_token_loss
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # What else the collators that pack documents hand over; it repeats the boundaries, so it never comes alone.
 _COMPANIONS = ("cu_seq_lens_k", "seq_idx")
-# What transformers' loss takes: Trainer's number of labels in all accumulated batches, and labels already shifted.
-_OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class TransnormerEmbedding(nn.Embedding):
@@ -366,8 +364,8 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             ``logits`` [B, T, vocab_size] or None, ``cache`` (``past_key_values`` before transformers 5.24), and
             ``hidden_states`` where asked for.
         """
-        check_keywords(self, kwargs, (*_COMPANIONS, *_OF_THE_LOSS))
-        of_the_loss = {name: kwargs.pop(name) for name in _OF_THE_LOSS if name in kwargs}
+        check_keywords(self, kwargs, (*_COMPANIONS, *OF_THE_LOSS))
+        of_the_loss = {name: kwargs.pop(name) for name in OF_THE_LOSS if name in kwargs}
         has_labels = labels is not None or of_the_loss.get("shift_labels") is not None
         if has_labels and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("logits_to_keep is given with labels; the loss is that of all tokens")
