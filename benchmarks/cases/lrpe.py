@@ -15,7 +15,7 @@ from lightning_attention.bench.report import Report
 from lightning_attention.bench.timing import Call, time_calls, wall_ms
 
 if TYPE_CHECKING:
-    from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
+    from lightning_attention.models.transnormer.block import TransnormerDecoderLayer
 
 SUITE, BOUND = "lrpe", 1.7
 FLUSHES = 16  # 4 ms before each call, in which the host enqueues a layer's kernels
@@ -46,7 +46,7 @@ def step(layer: TransnormerDecoderLayer, x: Tensor, positions: Tensor, grad: Ten
 def measure(run: Run) -> None:
     """Both layers in turns; ``ratio``: the first's time over the second's."""
     from lightning_attention.models.transnormer import TransnormerConfig
-    from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
+    from lightning_attention.models.transnormer.block import TransnormerDecoderLayer
 
     scale: Scale = run.scale
     for name in scale.models:

@@ -11,7 +11,7 @@ from lightning_attention.bench.report import Report
 
 pytest.importorskip("transformers")
 from lightning_attention.models.transnormer import TransnormerConfig
-from lightning_attention.models.transnormer.modeling import TransnormerDecoderLayer
+from lightning_attention.models.transnormer.block import TransnormerDecoderLayer
 
 
 def test_both_layers_are_timed_and_shown(tmp_path: Path):
