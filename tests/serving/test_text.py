@@ -9,6 +9,7 @@ from lightning_attention.models.pretrained import load_model, load_tokenizer
 from lightning_attention.serving import engine
 from lightning_attention.serving.text import Generator, Prompt
 from lightning_attention.training.tokenizer import END_ID, PAD_ID
+from tests.support.tokenizers import metaspace
 from tests.training.tiny import tiny_settings, train
 
 PROMPTS = ["the state of", "", "attention naïve 漢字 " * 5, "a"]
@@ -51,6 +52,28 @@ def test_greedy_text_is_what_the_model_says_token_by_token(trained, generator):
             ids.append(int(logits.argmax()))
         whole = tokenizer.decode(ids[start:])
         assert whole.rstrip("�") == text  # an unfinished last character is not printed
+
+
+def test_a_space_before_the_first_new_word_stays(monkeypatch):
+    """Tokenizers as Llama's leave it out where a text begins."""
+    tokenizer = metaspace()
+    new = tokenizer.encode("of the", add_special_tokens=False)
+
+    class Scripted:
+        room, busy, left = 1, False, list(new)
+
+        def submit(self, request):
+            assert list(request.prompt) == tokenizer.encode("the of", add_special_tokens=False)
+            self.busy = True
+            return 0
+
+        def step(self):
+            token = self.left.pop(0)
+            self.busy = bool(self.left)
+            return [(0, token, None if self.busy else "length")]
+
+    monkeypatch.setattr("lightning_attention.serving.text.ContinuousBatch", lambda *_, **__: Scripted())
+    assert texts(Generator(None, tokenizer), ["the of"]) == [" of the"]
 
 
 def test_a_prompts_text_does_not_depend_on_the_others(generator):

@@ -17,7 +17,7 @@ from lightning_attention.training.config import TrainConfig, make_config, read_t
         ({"corpus": "web"}, "corpus must be one of pydoc, stdlib; got 'web'"),
         ({"precision": "fp8"}, "precision must be one of auto, bf16, float32"),
         ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
-        ({"vocab_size": 257}, "vocab_size must be at least 258"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"final_lr": 1.5}, "final_lr must be between 0 and 1"),

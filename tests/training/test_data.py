@@ -123,6 +123,12 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
     assert data.train[-1] == END_ID
 
 
+def test_a_tokenizer_of_our_own_has_all_bytes(tmp_path):
+    config = make_config({"inputs": [str(tmp_path / "nothing.txt")], "vocab_size": 257})
+    with pytest.raises(InputError, match="vocab_size must be at least 258: 256 bytes and 2 special tokens; got 257"):
+        prepare_data(config, tmp_path / "tokens")
+
+
 def test_bits_per_byte_of_a_uniform_code(tmp_path):
     (tmp_path / "a.txt").write_text("some text to hold " * 40)
     config = make_config({"inputs": [str(tmp_path / "a.txt")], "vocab_size": 258, "seq_len": 8})

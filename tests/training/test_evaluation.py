@@ -50,6 +50,16 @@ def stream(trained: Trained, texts: list[str]) -> torch.Tensor:
     return torch.tensor(ids)
 
 
+def test_is_what_training_says_where_documents_are_joined(run, tmp_path):
+    _, held_out, _ = run
+    _, outcome = train(tiny_settings(tmp_path, validation=str(held_out), eval_tokens=0, documents="joined"))
+    last = read_metrics(outcome.metrics)[-1]["val_loss"]
+    assert measure(outcome.checkpoint, held_out, seq_len=24).loss == pytest.approx(last, rel=1e-5)
+    apart = evaluate(open_trained(outcome.checkpoint)._replace(joins_documents=False),
+                     make_config({"inputs": [str(held_out)]}), CPU, seq_len=24)  # fmt: skip
+    assert apart.loss != pytest.approx(last, rel=1e-5)
+
+
 def test_is_what_training_says(run):
     outcome, held_out, texts = run
     found = measure(outcome.checkpoint, held_out, seq_len=24)

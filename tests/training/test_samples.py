@@ -12,9 +12,11 @@ from lightning_attention.cli.train import _with_samples
 from lightning_attention.training.config import make_config
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.progress import Progress
-from lightning_attention.training.samples import greedy
+from lightning_attention.training.samples import Samples, greedy
+from lightning_attention.training.schedule import Schedule
 from lightning_attention.training.tokenizer import END_ID
 from lightning_attention.training.trainer import Trainer
+from tests.support.tokenizers import metaspace
 from tests.training.tiny import tiny_settings, train
 
 TOKENS = 8
@@ -32,6 +34,16 @@ def samples(trainer: Trainer) -> list[dict[str, Any]]:
 def lines_without_time(trainer: Trainer) -> list[dict[str, Any]]:
     timed = ("seconds", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(trainer.folder.metrics)]
+
+
+def test_a_space_before_the_first_new_word_stays(monkeypatch):
+    """Tokenizers as Llama's leave it out where a text begins."""
+    tokenizer = metaspace()
+    new = tokenizer.encode("of the", add_special_tokens=False)
+    assert tokenizer.decode(new) == "of the"
+    monkeypatch.setattr("lightning_attention.training.samples.greedy", lambda *_, **__: new)
+    config = make_config({"sample_every": 1, "sample_prompt": "the of"})
+    assert Samples(config, Schedule(config, 1), tokenizer).take(None) == " of the"
 
 
 def test_samples_change_no_bit_of_the_run(tmp_path):

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from lightning_attention.training.evaluation import Evaluation
 
 
+def _help(setting: str) -> str:
+    """What `train` says of a setting that this command has too."""
+    text: str = TrainConfig.__dataclass_fields__[setting].metadata["help"]
+    return text
+
+
 def evaluate(
     model: Annotated[
         Path,
@@ -40,16 +46,10 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows at a time. [default: as many as have 16,384 tokens]")
     ] = None,
-    encoding: Annotated[
-        str, typer.Option(help="Encoding of the text: auto detects each file's own; cp1251, utf-16, ...")
-    ] = TrainConfig.encoding,
-    text_field: Annotated[
-        str, typer.Option(help="Where the text is in the objects of .jsonl files.")
-    ] = TrainConfig.text_field,
+    encoding: Annotated[str, typer.Option(help=_help("encoding"))] = TrainConfig.encoding,
+    text_field: Annotated[str, typer.Option(help=_help("text_field"))] = TrainConfig.text_field,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto, bf16 or float32; auto is bf16 where a GPU has it.")
-    ] = TrainConfig.precision,
+    precision: Annotated[str, typer.Option(help=_help("precision"))] = TrainConfig.precision,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the JSON to this file too.", show_default=False)
@@ -95,6 +95,7 @@ def evaluate(
         "inputs": inputs,
         "seq_len": seq_len,
         "stride": stride or seq_len - 1,
+        "windows": "joined documents" if trained.joins_documents else "separate documents",
         **asdict(found),
         "device": str(runtime.device),
         "precision": "bf16" if runtime.bf16 else "float32",
@@ -123,4 +124,4 @@ def _show(console: Console, record: dict[str, Any], found: Evaluation) -> None:
     table.add_row("all", f"{found.tokens:,}", f"{found.loss:.4f}")
     console.print(table)
     about = f"{found.text_bytes:,} bytes in {found.documents:,} documents"
-    console.print(f"{found.bits_per_byte:.4f} bits per byte of {about}")
+    console.print(f"{found.bits_per_byte:.4f} bits per byte of {about}; windows of {record['windows']}")

@@ -85,8 +85,10 @@ class Generator:
         while submitted < len(prompts) or batch.busy:
             # Only as many prompts are made into tokens as can run.
             while submitted < len(prompts) and batch.room:
-                number = batch.submit(self._request(prompts[submitted]))
-                decoders[number] = DecodeStream(skip_special_tokens=True)
+                request = self._request(prompts[submitted])
+                number = batch.submit(request)
+                # After the prompt: some tokenizers leave the space out that a text begins with.
+                decoders[number] = DecodeStream(list(request.prompt), skip_special_tokens=True)
                 submitted += 1
             pieces = []
             for number, token, finished in batch.step():

@@ -59,7 +59,6 @@ COEFFICIENT: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
 # Larger sizes are slips of the keyboard, and would take all of the memory before anything could be said.
 NOT_HUGE: Rule = ("at most 1,048,576", lambda value: value <= 1 << 20)
 A_SIZE: Rule = (f"one of {', '.join(SIZES)}", lambda value: value.upper() in SIZES)
-A_VOCABULARY: Rule = ("at least 258: 256 bytes and 2 special tokens", lambda value: value >= 258)
 A_WINDOW: Rule = ("at least 2 tokens, one to read and one to predict", lambda value: value >= 2)
 PART: Rule = ("between 0 and 1", lambda value: 0 < value < 1)
 SOME_OR_ALL: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
@@ -111,7 +110,7 @@ class TrainConfig:
     # Bits per byte of the last tenth of that text: 2.08 after 131 steps, 1.92 after 221, 1.77 after 440 (3.9 epochs,
     # 200 s of one thread's time). A run of 1,320 steps is at its best after 880 (7.8 epochs) and ends at 1.88. A
     # vocabulary of 1,024 with half the learning rate came to 1.78 after 440.
-    vocab_size: int = _data(2048, "Size of the byte-level BPE vocabulary; 258 is plain bytes.", A_VOCABULARY, NOT_HUGE)
+    vocab_size: int = _data(2048, "Size of the byte-level BPE vocabulary; 258 is plain bytes.", AT_LEAST_1, NOT_HUGE)
     documents: str = _data(
         "separate",
         "separate: no document sees another in a window; joined: each sees those before it.",
@@ -157,8 +156,8 @@ class TrainConfig:
     lr: float = _optimisation(6e-3, "Peak learning rate.", ABOVE_0)
     schedule: str = _optimisation(
         "cosine",
-        "The learning rate after the warm-up: cosine falls from the first step to the last; wsd stays at the peak, "
-        "then falls in a line over the last steps (--decay-fraction).",
+        "The learning rate after the warm-up: cosine falls up to the last step; wsd stays at the peak, then falls in a "
+        "line over the last steps (--decay-fraction).",
         _one_of("cosine", "wsd"),
     )
     decay_fraction: float | None = _optimisation(
@@ -192,7 +191,11 @@ class TrainConfig:
         "auto", "auto, bf16 or float32; auto is bf16 where a GPU has it.", _one_of("auto", "bf16", "float32")
     )
     log_every: int = _run(10, "Steps between lines of metrics.jsonl.", AT_LEAST_1)
-    eval_every: int = _run(100, "Steps between validations; 0 validates at the end only.", NOT_NEGATIVE)
+    eval_every: int = _run(
+        100,
+        "Steps between validations; with 0 there is one before the first step and one at the end.",
+        NOT_NEGATIVE,
+    )
     eval_tokens: int = _run(
         200_000, "Validate on at most this many tokens of the held-out text; 0 is all.", NOT_NEGATIVE
     )
@@ -203,7 +206,9 @@ class TrainConfig:
         "Show metrics.jsonl elsewhere too, with a package to be installed: none, tensorboard, trackio or wandb.",
         _one_of("none", "tensorboard", "trackio", "wandb"),
     )
-    sample_every: int = _run(0, "Steps between samples of generated text, in samples.jsonl; 0: none.", NOT_NEGATIVE)
+    sample_every: int = _run(
+        0, "Steps between samples of generated text, in samples.jsonl; also after the last. 0: none.", NOT_NEGATIVE
+    )
     sample_prompt: str = _run("", "What samples go on from; an empty text begins a document.")
 
     given = tuple[str, ...]()  # the settings that somebody asked for, by name: `make_config` notes them. No field.

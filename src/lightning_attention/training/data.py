@@ -21,7 +21,14 @@ from lightning_attention.training.corpus import Span, SpooledCorpus, spool
 from lightning_attention.training.encoding import PIECE_BYTES
 from lightning_attention.training.shards import TokenShards, is_token_folder, open_part, read_manifest
 from lightning_attention.training.sources import Tally
-from lightning_attention.training.tokenizer import END_ID, PAD_ID, load_tokenizer, token_bytes, train_tokenizer
+from lightning_attention.training.tokenizer import (
+    END_ID,
+    PAD_ID,
+    load_tokenizer,
+    require_vocabulary,
+    token_bytes,
+    train_tokenizer,
+)
 
 MANIFEST = "token_files.json"
 # Settings that say how to read a text, which somebody else has done where the tokens come from a folder.
@@ -59,6 +66,7 @@ def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None
     """
     if len(config.inputs) == 1 and is_token_folder(Path(config.inputs[0])):
         return _point_to(Path(config.inputs[0]).resolve(), config, folder)
+    require_vocabulary(config.vocab_size)
     tally = Tally()
     with atomic_folder(folder) as target:
         # The text lies beside the tokens until they are made: the folder for temporary files is often the smallest.

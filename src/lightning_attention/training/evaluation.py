@@ -29,7 +29,8 @@ MOST_LOGITS = 1 << 26  # so many at a time, 256 MB in float32
 class Bucket:
     """The mean loss, in nats per token, of tokens before which the model has read from `first` to `last` others.
 
-    They are those of the same document in the same window, and the end-of-text token that the document comes after.
+    They are those of the same window and, unless documents are joined, of the same document, with the end-of-text token
+    that it comes after.
     """
 
     first: int
@@ -64,7 +65,9 @@ def evaluate(
     report: Callable[[str], None] | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Read a text in windows, every token of it predicted and counted once. No document sees another.
+    """Read a text in windows, every token of it predicted and counted once.
+
+    Documents in a window see each other where the model was trained so.
 
     Args:
         trained: the model, which is moved to the device of `runtime`, and its tokenizer.
@@ -89,7 +92,7 @@ def evaluate(
     if len(trained.tokenizer) > most:
         raise InputError(f"the tokenizer in {trained.folder} has {len(trained.tokenizer)} tokens, the model {most}")
     model = trained.model.to(runtime.device).eval()
-    if model.config.model_type == "llama":
+    if model.config.model_type == "llama" and not trained.joins_documents:
         model.set_attn_implementation("sdpa")  # transformers' own, with a mask where positions begin anew
     losses = torch.zeros(seq_len - 1, dtype=torch.float64, device=runtime.device)
     counts = torch.zeros(seq_len - 1, dtype=torch.int64, device="cpu")
@@ -103,7 +106,9 @@ def evaluate(
         pieces = _tokens(corpus, trained.tokenizer, advance)
         windows = strided(pieces, trained.tokenizer.bos_token_id, seq_len, stride)
         for batch, skipped in _batches(windows, batch_size):
-            positions = separate_documents(batch[:, :-1], trained.tokenizer.eos_token_id)["position_ids"]
+            positions = torch.arange(batch.shape[1] - 1, device="cpu").expand(len(batch), -1)
+            if not trained.joins_documents:
+                positions = separate_documents(batch[:, :-1], trained.tokenizer.eos_token_id)["position_ids"]
             with runtime.autocast():
                 found = token_losses(model, batch.to(runtime.device), positions.to(runtime.device))
             before = positions[:, skipped:].flatten()

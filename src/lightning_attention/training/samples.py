@@ -55,8 +55,9 @@ class Samples:
         """What the model makes of the prompt now. Where it is sharded, every rank calls."""
         prompt = self._tokenizer.encode(self._prompt, split_special_tokens=True) or [self._tokenizer.bos_token_id]
         new = greedy(learner, prompt, TOKENS, end=self._tokenizer.eos_token_id)
-        text: str = self._tokenizer.decode(new, skip_special_tokens=True)
-        return text
+        # Some tokenizers leave the space out that a text begins with, so what is new is not decoded alone.
+        before, text = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *new]))
+        return text[len(before) :]
 
     def write(self, step: int, text: str) -> str:
         """A line of the file. Returns the text with the prompt before it."""

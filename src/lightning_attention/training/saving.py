@@ -126,7 +126,9 @@ class Saver:
                 dcp.load({OPTIMIZER: optimizer}, checkpoint_id=source, process_group=self._group)
         except Exception as error:  # a damaged file raises whatever its reader raises
             reason = str(error).partition("\n")[0]
-            raise InputError(f"cannot load the optimizer in {folder}: {type(error).__name__}: {reason}") from error
+            raise self._team.same(
+                InputError(f"cannot load the optimizer in {folder}: {type(error).__name__}: {reason}")
+            ) from error
 
     def _first_error(self, error: Exception | None) -> Exception | None:
         """The error of the lowest rank that has one, on every rank."""

@@ -22,6 +22,7 @@ from lightning_attention.training.tokenizer import (
     PAD_ID,
     as_pretrained,
     load_tokenizer,
+    require_vocabulary,
     token_bytes,
     train_tokenizer,
 )
@@ -60,6 +61,8 @@ def tokenize_texts(
     if folder.exists():
         raise InputError(f"{folder} exists already; choose another --out, or delete it")
     given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if given is None:
+        require_vocabulary(config.vocab_size)
     fraction = config.val_fraction or DEFAULT_VAL_FRACTION
     tally = Tally()
     with atomic_folder(folder) as target:

@@ -24,6 +24,12 @@ ENDS = (END, "</s>", "<eos>", "<|end_of_text|>")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 
 
+def require_vocabulary(vocab_size: int) -> None:
+    """Raise InputError when a tokenizer cannot be trained to so few entries."""
+    if vocab_size < 258:
+        raise InputError(f"vocab_size must be at least 258: 256 bytes and 2 special tokens; got {vocab_size}")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train on `texts`; fewer than `vocab_size` entries come out when the text has too few pairs to merge."""
     tokenizer = Tokenizer(models.BPE())

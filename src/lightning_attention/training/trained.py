@@ -13,15 +13,19 @@ from lightning_attention.models.llama import ServedLlama
 from lightning_attention.models.pretrained import load_model, load_tokenizer, save_model
 from lightning_attention.serving import DecoderModel
 from lightning_attention.serving.text import Prompt
-from lightning_attention.training.checkpoint import atomic_folder, find_model
+from lightning_attention.training.checkpoint import STATE_FILE, atomic_folder, find_model, load_state
 
 
 class Trained(NamedTuple):
-    """A model in float32 on the CPU, its tokenizer, and the folder that both are from."""
+    """A model in float32 on the CPU, its tokenizer, and the folder that both are from.
+
+    joins_documents: whether it is a run's that was trained with `documents = "joined"`.
+    """
 
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+    joins_documents: bool = False
 
     def served(self, prompts: Iterable[Prompt]) -> DecoderModel:
         """The model as `serving` runs it. A Llama gets room for the longest of the prompts and what comes after it."""
@@ -37,7 +41,8 @@ def open_trained(path: Path) -> Trained:
     Raises InputError when there is none, or it cannot be read or lacks weights.
     """
     folder = find_model(path)
-    return Trained(folder, load_model(folder), load_tokenizer(folder))
+    joins = (folder / STATE_FILE).is_file() and load_state(folder)["config"].get("documents") == "joined"
+    return Trained(folder, load_model(folder), load_tokenizer(folder), joins)
 
 
 def export(path: Path, target: Path) -> Trained:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_attention.distributed.mesh import Mesh
 from lightning_attention.errors import DivergedError, InputError
+from lightning_attention.models.presets import classes
 from lightning_attention.training import checkpoint
 from lightning_attention.training.config import OF_THE_LAUNCH, TrainConfig, resumed_config
 from lightning_attention.training.data import TokenData, Windows, open_data, prepare_data, validation_batches
@@ -122,6 +123,9 @@ class Trainer:
         local_rank = int(os.environ.get("LOCAL_RANK", team.rank)) if team.is_launched else None
         runtime = self._on_each(lambda: Runtime.choose(config.device, config.precision, local_rank))
         sizes = {name: getattr(config, name) for name in OF_THE_LAUNCH}
+        kind = classes(config.model)[1]
+        if config.sp > 1 and "group" not in inspect.signature(kind.forward).parameters:
+            raise team.same(InputError(f"sp is {config.sp}; it must be 1: {kind.__name__} reads whole windows"))
         try:
             mesh = Mesh.fit(team.size, **sizes)
         except ValueError as error:
@@ -137,12 +141,7 @@ class Trainer:
 
     def _new_model(self, config: TrainConfig, data: TokenData) -> PreTrainedModel:
         with torch.device("meta"):
-            model = new_model(config, data.vocab_size, data.end_id, data.pad_id)
-        if config.sp > 1 and "group" not in inspect.signature(type(model).forward).parameters:
-            raise self.team.same(
-                InputError(f"sp is {config.sp}; it must be 1: {type(model).__name__} reads whole windows")
-            )
-        return model
+            return new_model(config, data.vocab_size, data.end_id, data.pad_id)
 
     def _open_data(self, config: TrainConfig, folder: Path) -> TokenData:
         return self._on_each(lambda: open_data(config, folder))
