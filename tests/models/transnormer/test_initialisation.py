@@ -74,6 +74,7 @@ def _sharded(rank: int, ranks: int, folder: str) -> None:
     spoil(model)
     model.init_weights()
     check(model)
+    dist.barrier()  # a rank that leaves while the other receives can abort it
     dist.destroy_process_group()
 
 
