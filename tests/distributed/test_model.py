@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -23,6 +21,7 @@ from lightning_attention.distributed import sequence_parallel
 from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM, slices
 from lightning_attention.nn import LightningAttention, token_positions
+from tests.distributed.ranks import run_cases, spawn
 from tests.support.numerics import relative_error
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hybrid.py"
@@ -231,17 +230,7 @@ def layer_errors(rank: int, group: dist.ProcessGroup) -> dict[str, float]:
 
 
 def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
-    )
-    groups = [dist.new_group(list(range(n + 1))) for n in range(ranks)]
-    results = []
-    for seed, case in enumerate(cases):
-        if rank < len(case.lengths):
-            results.append(run_case(case, seed, rank, groups[len(case.lengths) - 1]))
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(results))
+    groups = run_cases(rank, ranks, cases, folder, run_case)
     if ranks < RANKS:
         dist.destroy_process_group()
         return
@@ -254,12 +243,6 @@ def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
     assert names["difference"] < TOLERANCE
 
 
-def run(cases: list[Case], folder: Path) -> list[tuple[Case, dict[str, float]]]:
-    ranks = max(len(case.lengths) for case in cases)
-    torch.multiprocessing.spawn(work, (ranks, cases, str(folder)), nprocs=ranks)
-    return list(zip(cases, json.loads((folder / "results.json").read_text()), strict=True))
-
-
 def failures(results: list[tuple[Case, dict[str, float]]]) -> list[tuple[Case, dict[str, float]]]:
     far = [(case, {name: e for name, e in errors.items() if e > TOLERANCE}) for case, errors in results]
     return [(case, errors) for case, errors in far if errors]
@@ -267,7 +250,7 @@ def failures(results: list[tuple[Case, dict[str, float]]]) -> list[tuple[Case, d
 
 def test_slices_of_rows_are_the_rows(tmp_path: Path) -> None:
     """And the example in the documentation runs."""
-    results = run(CASES + BROKEN, tmp_path)
+    results = spawn(work, CASES + BROKEN, tmp_path)
     assert not failures(results[: len(CASES)])
     for case, errors in results[len(CASES) :]:
         for name in ["lm_head.weight"] if case.break_with == "no next label" else ["logits", "lm_head.weight"]:
@@ -280,15 +263,7 @@ def test_slices_of_rows_are_the_rows(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_without_a_graph_break(tmp_path: Path) -> None:
-    assert not failures(run(COMPILED, tmp_path))
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """Of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    assert not failures(spawn(work, COMPILED, tmp_path))
 
 
 def test_wrong_use_of_the_model(group: dist.ProcessGroup) -> None:

@@ -1,10 +1,8 @@
 """Each rank's results against the float64 recurrence over the whole sequence, on 1 to 4 gloo processes."""
 
-import json
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from lightning_attention import decay, lightning_attention
 from lightning_attention.distributed.sequence_parallel import Ranks
 from lightning_attention.ops.sequence_parallel import sequence_parallel, sequence_parallel_backward
+from tests.distributed.ranks import run_cases, spawn
 
 DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 RANKS = 4  # the example's too
@@ -238,17 +237,7 @@ def _error(x: torch.Tensor, whole: torch.Tensor, wanted: torch.Tensor) -> torch.
 
 
 def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
-    )
-    groups = [dist.new_group(list(range(n + 1))) for n in range(ranks)]
-    results = []
-    for seed, case in enumerate(cases):
-        if rank < len(case.lengths):
-            results.append(run_case(case, seed, rank, groups[len(case.lengths) - 1]))
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(results))
+    run_cases(rank, ranks, cases, folder, run_case)
     if ranks == RANKS:
         example = DOCS.read_text().split("```python\n")[1].split("```")[0]
         names: dict = {}
@@ -256,12 +245,6 @@ def work(rank: int, ranks: int, cases: list[Case], folder: str) -> None:
         assert names["error"] < TOLERANCE
     else:
         dist.destroy_process_group()  # the example does so too
-
-
-def run(cases: list[Case], folder: Path) -> list[tuple[Case, dict[str, float]]]:
-    ranks = max(len(case.lengths) for case in cases)
-    torch.multiprocessing.spawn(work, (ranks, cases, str(folder)), nprocs=ranks)
-    return list(zip(cases, json.loads((folder / "results.json").read_text()), strict=True))
 
 
 def failures(results: list[tuple[Case, dict[str, float]]]) -> list[tuple[Case, dict[str, float]]]:
@@ -274,7 +257,7 @@ def failures(results: list[tuple[Case, dict[str, float]]]) -> list[tuple[Case, d
 
 def test_slices_of_a_sequence_agree_with_the_whole(tmp_path):
     """And the example in the documentation runs."""
-    results = run(CASES + BROKEN, tmp_path)
+    results = spawn(work, CASES + BROKEN, tmp_path)
     assert not failures(results[: len(CASES)])
     for case, errors in results[len(CASES) :]:
         for name in ("output", "final_state", "dk", "dv", "dlog_decay", "dinitial_state"):
@@ -283,15 +266,7 @@ def test_slices_of_a_sequence_agree_with_the_whole(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_without_a_graph_break(tmp_path):
-    assert not failures(run(COMPILED, tmp_path))
-
-
-@pytest.fixture
-def group(tmp_path):
-    """Of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    assert not failures(spawn(work, COMPILED, tmp_path))
 
 
 def test_opcheck(group):

@@ -19,7 +19,7 @@ from lightning_attention.training.checkpoint import atomic_folder
 from lightning_attention.training.config import DEFAULT_VAL_FRACTION, TrainConfig
 from lightning_attention.training.corpus import Span, SpooledCorpus, spool
 from lightning_attention.training.encoding import PIECE_BYTES
-from lightning_attention.training.shards import TokenShards, is_token_folder, open_part, read_manifest
+from lightning_attention.training.shards import TokenShards, dtype_of, is_token_folder, open_part, read_manifest
 from lightning_attention.training.sources import Tally
 from lightning_attention.training.tokenizer import (
     END_ID,
@@ -147,26 +147,23 @@ def _open_shards(folder: Path) -> TokenData:
 def _open_files(folder: Path, about: dict[str, Any]) -> TokenData:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
-    dtype = _dtype(tokenizer)
+    dtype = dtype_of(tokenizer.get_vocab_size())
     train, val = (_map(folder / name, dtype) for name in ("train.bin", "val.bin"))
     return TokenData(train, val, tokenizer, token_bytes(tokenizer), about["fingerprint"])
 
 
-def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
-    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-
-
-def _map(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
+def _map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, mode="r")
 
 
 def _write_tokens(path: Path, tokenizer: Tokenizer, corpus: SpooledCorpus, spans: Iterable[Span]) -> None:
+    dtype = dtype_of(tokenizer.get_vocab_size())
     with path.open("wb") as file:
         for text, ends in corpus.pieces(spans):
             ids = tokenizer.encode(text).ids
-            np.array([*ids, END_ID] if ends else ids, _dtype(tokenizer)).tofile(file)
+            np.array([*ids, END_ID] if ends else ids, dtype).tofile(file)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -106,8 +106,9 @@ def evaluate(
         pieces = _tokens(corpus, trained.tokenizer, advance)
         windows = strided(pieces, trained.tokenizer.bos_token_id, seq_len, stride)
         for batch, skipped in _batches(windows, batch_size):
-            positions = torch.arange(batch.shape[1] - 1, device="cpu").expand(len(batch), -1)
-            if not trained.joins_documents:
+            if trained.joins_documents:
+                positions = torch.arange(batch.shape[1] - 1, device="cpu").expand(len(batch), -1)
+            else:
                 positions = separate_documents(batch[:, :-1], trained.tokenizer.eos_token_id)["position_ids"]
             with runtime.autocast():
                 found = token_losses(model, batch.to(runtime.device), positions.to(runtime.device))

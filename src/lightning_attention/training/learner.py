@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -57,7 +56,6 @@ class Learner:
         torch.manual_seed(config.seed)
         materialise(model, runtime.device, given)
         self.model = model.train()
-        self._can_skip_logits = "skip_logits" in inspect.signature(type(model).forward).parameters
         self._sharded = self.mesh.shard_mesh is not None
         self._optimizer = _new_optimizer(config, self.model)
         nothing = torch.zeros((), device="cpu")
@@ -76,11 +74,9 @@ class Learner:
         if self._config.documents == "separate":
             inputs |= separate_documents(windows, self.model.config.eos_token_id)
         inputs = {name: self._own_slice(name, whole).to(self.runtime.device) for name, whole in inputs.items()}
-        options: dict[str, Any] = {"use_cache": False, "num_items_in_batch": predicted}
+        options: dict[str, Any] = {"use_cache": False, "num_items_in_batch": predicted, "skip_logits": True}
         if self.mesh.sp_group is not None:
             options["group"] = self.mesh.sp_group
-        if self._can_skip_logits:
-            options["skip_logits"] = True
         with nullcontext() if self._sharded else self.runtime.autocast():
             loss: Tensor = self.model(**inputs, **options).loss
         return loss

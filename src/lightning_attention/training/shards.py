@@ -150,7 +150,7 @@ def write_manifest(folder: Path, train: Part, val: Part, vocab_size: int, source
         "tokenizer": "tokenizer.json",
         "train": asdict(train),
         "val": asdict(val),
-        "tokenizer_digest": hashlib.blake2b((folder / "tokenizer.json").read_bytes(), digest_size=16).hexdigest(),
+        "tokenizer_digest": _tokenizer_digest(folder),
         "sources": sources,
     }
     about["fingerprint"] = _fingerprint(about)
@@ -162,8 +162,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `write_manifest` wrote. Raises InputError when it is absent, or it or the tokenizer has been altered."""
     try:
         about: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        digest = hashlib.blake2b((folder / "tokenizer.json").read_bytes(), digest_size=16).hexdigest()
-        intact = about["fingerprint"] == _fingerprint(about) and about["tokenizer_digest"] == digest
+        told = about["fingerprint"], about["tokenizer_digest"]
+        intact = told == (_fingerprint(about), _tokenizer_digest(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot open the tokens in {folder}: {error}") from error
     if about["format"] != 1:
@@ -177,6 +177,10 @@ def open_part(folder: Path, about: dict[str, Any], name: str) -> TokenShards:
     """The tokens of a part, "train" or "val". Raises InputError when a file is absent or of another size."""
     shards = [Shard(**shard) for shard in about[name]["shards"]]
     return TokenShards(folder, shards, dtype_of(about["vocab_size"]))
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    return hashlib.blake2b((folder / "tokenizer.json").read_bytes(), digest_size=16).hexdigest()
 
 
 def _fingerprint(about: dict[str, Any]) -> str:
