@@ -7,6 +7,9 @@ PyPI's and Debian's packages carry manuals, books, documentation and sources. Do
     python -m benchmarks.corpus packages --out corpus.jsonl.gz
     lightning-attention tokenize corpus.jsonl.gz --out tokens
 
+With ``--held-out long.jsonl.gz`` one in 20 of the texts of 100,000 characters and more goes there instead, as its
+digest says: text that no model learns, of documents long enough to ask how the loss falls with what came before.
+
 It reads wheels, source archives and .deb files, and plain files beside them, in the order of their names. Every text
 is a line of JSON, ``{"text": ..., "source": "package: file"}``, and counts once. 100 million tokens are some 400 MB.
 """
@@ -22,6 +25,7 @@ import tarfile
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +38,7 @@ WANTED = re.compile(
     r"(\.gz)?$",
     re.IGNORECASE,
 )
+LONG, ONE_IN = 100_000, 20  # characters of a text that may be held out, and how many of these are
 SHORTEST, LONGEST = 200, 5_000_000  # characters: less says nothing, and more is a table that somebody generated
 
 
@@ -125,21 +130,47 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", nargs="+", type=Path, metavar="FOLDER", help="a folder of downloaded packages")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl.gz", help="the file to write")
+    parser.add_argument("--held-out", type=Path, metavar="FILE.jsonl.gz", help="one in 20 of the long texts goes here")
     asked = parser.parse_args(args)
+    for folder in asked.folder:
+        if not folder.is_dir():
+            parser.error(f"no such folder: {folder}")
     seen: set[bytes] = set()
-    total = 0
-    # The same bytes from the same packages: neither a time nor a name in the header.
-    with asked.out.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
+    with ExitStack() as stack:
+        corpus = stack.enter_context(Lines(asked.out))
+        held_out = stack.enter_context(Lines(asked.held_out)) if asked.held_out else corpus
         for folder in asked.folder:
-            if not folder.is_dir():
-                parser.error(f"no such folder: {folder}")
             for source, text in texts(folder):
                 digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
                 if digest not in seen:
                     seen.add(digest)
-                    total += len(text)
-                    file.write((json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n").encode())
-    print(f"{len(seen):,} texts, {total:,} characters in {asked.out}", file=sys.stderr)
+                    kept_back = len(text) >= LONG and digest[0] % ONE_IN == 0
+                    (held_out if kept_back else corpus).write(text, source)
+    for file in dict.fromkeys((corpus, held_out)):
+        print(f"{file.texts:,} texts, {file.characters:,} characters in {file.path}", file=sys.stderr)
+
+
+class Lines:
+    """A compressed file of texts, a line of JSON each; the same bytes for the same texts, at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.texts = self.characters = 0
+
+    def __enter__(self) -> "Lines":
+        self._raw = self.path.open("wb")
+        self._file = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._raw, mtime=0)  # no time or name in it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._raw.close()
+
+    def write(self, text: str, source: str) -> None:
+        """Add a text."""
+        self.texts += 1
+        self.characters += len(text)
+        self._file.write((json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.render import Table, length
 from lightning_attention.bench.report import Report
-from lightning_attention.bench.timing import synchronize
+from lightning_attention.bench.timing import wall_ms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,27 +25,34 @@ _K = 1024
 
 @dataclass(frozen=True)
 class Scale:
-    """What to measure: ``lengths`` of each size, by model, and tokens a step, or one sequence where that is longer.
+    """What to measure: of each size ``lengths``, by model, and ``tokens`` a step, or one sequence where that is longer.
 
     ``checkpointed``: from this length on, blocks are computed anew in the backward pass. ``overrides``: fields of the
-    configurations, instead of the sizes'.
+    configurations, instead of the sizes'. ``seconds``: where fewer steps take so long, fewer are timed.
     """
 
     lengths: dict[str, dict[str, tuple[int, ...]]]
-    tokens: int
-    checkpointed: int
+    tokens: dict[str, int]
+    checkpointed: dict[str, int]
     steps: int
+    seconds: float
     dtype: torch.dtype
     compile: bool
     overrides: dict[str, int]
 
 
 _PAPERS = (_K, 2 * _K, 4 * _K, 8 * _K, 16 * _K, 32 * _K, 64 * _K, 80 * _K, 92 * _K)
-_MODELS = {"transnormer": (*_PAPERS, 256 * _K, _K * _K), "llama": _PAPERS}
+#: Longer ones, for TransNormerLLM: the last is about what fits, with blocks computed anew.
+_LONG = {"385M": (256 * _K, _K * _K), "1B": (256 * _K, 512 * _K), "3B": (256 * _K,)}
 SCALES = {
-    "cuda": Scale(dict.fromkeys(("385M", "1B", "3B"), _MODELS), 32 * _K, 128 * _K, 8, torch.bfloat16, True, {}),
-    "cpu": Scale({"75M": {"transnormer": (16, 32), "llama": (16,)}}, 32, 32, 1, torch.float32, False,
-                 {"vocab_size": 512}),
+    "cuda": Scale(
+        {size: {"transnormer": _PAPERS + long, "llama": _PAPERS} for size, long in _LONG.items()},
+        # The activations of 32,768 tokens in 3B have no room beside its weights.
+        {"385M": 32 * _K, "1B": 32 * _K, "3B": 16 * _K}, {"385M": 128 * _K, "1B": 128 * _K, "3B": 32 * _K},
+        8, 5.0, torch.bfloat16, True, {},
+    ),
+    "cpu": Scale({"75M": {"transnormer": (16, 32), "llama": (16,)}}, {"75M": 32}, {"75M": 32}, 1, 0.0, torch.float32,
+                 False, {"vocab_size": 512}),
 }  # fmt: skip
 
 
@@ -63,7 +69,7 @@ def measure(run: Run) -> None:
         for model, lengths in models.items():
             wanted = [T for T in lengths if run.only is None or _name(size, model, T) in run.only]
             for checkpointed in (False, True):
-                some = [T for T in wanted if (scale.checkpointed <= T) == checkpointed]
+                some = [T for T in wanted if (scale.checkpointed[size] <= T) == checkpointed]
                 if some:
                     _measure(run, size, model, some, checkpointed)
                 torch.compiler.reset()
@@ -80,18 +86,18 @@ def _measure(run: Run, size: str, model: str, lengths: list[int], checkpointed: 
 
     scale, device = run.scale, run.device
     config = preset(size, model, **scale.overrides)
-    network = _build(config, model, scale.dtype, device)
+    network = build(config, model, scale.dtype, device)
     parallelize(
         network, Mesh(), activation_checkpointing="block" if checkpointed else "none", compile=scale.compile
     )  # fmt: skip
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     for T in lengths:
-        B = max(1, scale.tokens // T)
+        B = max(1, scale.tokens[size] // T)
         about: dict[str, Any] = {"model": model, "size": size, "T": T, "B": B, "checkpointed": checkpointed}
         about |= {"parameters": sum(p.numel() for p in network.parameters()), "dtype": scale.dtype}
         try:
-            ms, loss, peak_bytes = _time(_step(network, optimizer, B, T, device), scale.steps, device)
+            ms, loss, peak_bytes = _time(_step(network, optimizer, B, T, device), scale, device)
         except torch.OutOfMemoryError as error:
             run.add(SUITE, **about, skipped=str(error).partition("\n")[0])
             optimizer.zero_grad(set_to_none=True)
@@ -104,7 +110,8 @@ def _measure(run: Run, size: str, model: str, lengths: list[int], checkpointed: 
         run.add(SUITE, **about, ms=ms, **found)
 
 
-def _build(config: Any, model: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def build(config: Any, model: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with fresh weights of a dtype, the same at every call."""
     from lightning_attention.models.presets import classes
 
     torch.manual_seed(0)
@@ -137,21 +144,17 @@ def _step(
     return step
 
 
-def _time(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[float, float, int]:
+def _time(step: Callable[[], Tensor], scale: Scale, device: torch.device) -> tuple[float, float, int]:
     """Milliseconds of a step, the loss of the first one, and the peak of memory of the later ones."""
     loss = float(step())
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(steps):
-        synchronize(device)
-        began = time.perf_counter()
-        step()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
+    samples: list[float] = []
+    while len(samples) < scale.steps and (len(samples) < 3 or sum(samples) < 1000 * scale.seconds):
+        samples.append(wall_ms(step, device))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return 1000 * statistics.median(seconds), loss, peak
+    return statistics.median(samples), loss, peak
 
 
 def _name(size: str, model: str, T: int) -> str:

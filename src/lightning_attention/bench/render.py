@@ -104,13 +104,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over a logarithmic x; y is logarithmic too unless it is a ``fraction``, which begins at zero."""
+    """Lines over a logarithmic x; y is logarithmic too unless it is a ``fraction``, which begins at zero, or has
+    ``limits``, between which it is linear.
+    """
 
     title: str
     x: str
     y: str
     lines: Sequence[Line]
     fraction: bool = False
+    limits: tuple[float, float] | None = None
 
 
 def lines(
@@ -188,11 +191,11 @@ def _frame(ax: Axes, panel: Panel, alike: Sequence[Panel]) -> None:
     xs = sorted({x for line in panel.lines for x, _ in line.points})
     ys = [y for other in alike for line in other.lines for _, y in line.points]
     ax.set(xscale="log", xlim=(xs[0] / 1.3, xs[-1] * 1.3), xlabel=panel.x, ylabel=panel.y)
-    ax.set_xticks(xs[:: 2 if len(xs) > 8 else 1])
+    ax.set_xticks(xs[:: 1 if len(xs) <= 8 else 2 if len(xs) <= 16 else len(xs) // 6])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(x)))
     ax.xaxis.set_minor_locator(NullLocator())
-    if panel.fraction:
-        ax.set_ylim(0, 1.25 * max(ys))
+    if panel.fraction or panel.limits:
+        ax.set_ylim(*(panel.limits or (0, 1.25 * max(ys))))
     else:
         ax.set(yscale="log", ylim=(min(ys) / 1.5, max(ys) * 2.5))
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

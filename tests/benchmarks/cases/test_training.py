@@ -34,7 +34,7 @@ def test_a_step_learns():
     from lightning_attention.models.presets import preset
 
     config = preset("75M", vocab_size=64, decoder_layers=1, decoder_embed_dim=64, decoder_attention_heads=2, glu_dim=64)
-    network = training._build(config, "transnormer", scale.dtype, torch.device("cpu"))
+    network = training.build(config, "transnormer", scale.dtype, torch.device("cpu"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     step = training._step(network, optimizer, 2, 16, torch.device("cpu"))
     first = float(step())

@@ -1,0 +1,251 @@
+"""Training on many GPUs: a step of one alone, and of all, with sharded weights or a sequence cut. Started by torchrun.
+
+``torchrun --nproc-per-node 2 -m benchmarks scaling`` makes the table of docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.cases.training import build
+from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.render import Table
+from lightning_attention.bench.report import Report
+from lightning_attention.bench.timing import wall_ms
+from lightning_attention.check import relative_error
+from lightning_attention.distributed.sequence_parallel import gathered
+
+SUITE = "scaling"
+_K = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """B sequences of T tokens a GPU, as it is alone. Together each has as many, with ``dp``, its own sequences; with
+    ``sp`` they are slices of longer ones.
+
+    ``compared``: loss and gradients of all that the GPUs read together are compared with those of one GPU, which reads
+    it too. ``checkpointed``: blocks are computed anew in the backward pass.
+    """
+
+    size: str
+    way: str
+    B: int
+    T: int
+    compared: bool = False
+    checkpointed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.way} {self.B} x {self.T}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What to measure; ``overrides``: fields of the configurations, instead of the sizes'."""
+
+    rows: tuple[Row, ...]
+    steps: int
+    dtype: torch.dtype
+    compile: bool
+    copied: int  # bytes, to measure rates with
+    overrides: dict[str, int]
+
+
+SCALES = {
+    "cuda": Scale(
+        (
+            Row("385M", "dp", 4, 8 * _K, compared=True),
+            Row("1B", "dp", 4, 8 * _K),
+            Row("385M", "sp", 1, 512 * _K, compared=True, checkpointed=True),
+            Row("385M", "sp", 1, 1216 * _K, checkpointed=True),
+            Row("385M", "dp", 1, 8 * _K),
+            Row("1B", "dp", 1, 8 * _K),
+            Row("385M", "dp", 1, 64 * _K),
+            Row("1B", "dp", 1, 64 * _K),
+            Row("385M", "sp", 1, 256 * _K, checkpointed=True),
+        ),
+        6, torch.bfloat16, True, 1 << 29, {},
+    ),
+    "cpu": Scale(
+        (Row("75M", "dp", 2, 16, compared=True), Row("75M", "sp", 2, 16, compared=True, checkpointed=True)),
+        1, torch.float32, False, 1 << 16,
+        {"vocab_size": 512, "decoder_layers": 2, "decoder_embed_dim": 64, "decoder_attention_heads": 2, "glu_dim": 96},
+    ),
+}  # fmt: skip
+
+
+def measure(run: Run) -> None:
+    """Steps of AdamW of TransNormerLLM, alone and together, as records of the suite ``scaling``.
+
+    Weights and the optimizer's state have the scale's dtype, gradients are reduced in float32, blocks are compiled one
+    by one and the loss is computed without logits. For each row ``ms`` (a median; the slowest GPU's, by the clock, from
+    a barrier on), ``tokens_per_second`` of each GPU, ``peak_bytes`` of the first, and of the compared ones ``loss`` and
+    the relative errors of the gradients. First the rates of a copy and of an all-gather, in bytes per second.
+    """
+    if run.device.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", device_id=own)
+    else:
+        own = run.device
+        dist.init_process_group("gloo")
+    try:
+        run.add(SUITE, row="rates", **_rates(run.scale.copied, own))
+        for row in run.scale.rows:
+            if run.only is None or str(row) in run.only:
+                _measure(run, row, own)
+    finally:
+        dist.destroy_process_group()
+
+
+def _rates(size: int, device: torch.device) -> dict[str, Any]:
+    ranks = dist.get_world_size()
+    x = torch.zeros(size, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    copy = _median(lambda: y.copy_(x), 10, device)
+    group = dist.new_group()
+    gather = _median(lambda: gathered(x, group), 10, device)
+    return {
+        "ranks": ranks,
+        "ms": copy,
+        "copied_per_second": 2e3 * size / copy,
+        "gathered_per_second": 1e3 * size * (ranks - 1) / gather,
+    }
+
+
+def _measure(run: Run, row: Row, device: torch.device) -> None:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(1)
+    ids = torch.randint(3, run.scale.overrides.get("vocab_size", 64_000), (ranks, row.B, row.T), device=device)
+    # With sp one forward pass reads whole sequences, else each its own.
+    whole = ids.transpose(0, 1).reshape(1, row.B, ranks * row.T) if row.way == "sp" else ids
+    about: dict[str, Any] = {"row": str(row), "size": row.size, "way": row.way, "B": row.B, "T": row.T}
+    about |= {"checkpointed": row.checkpointed, "dtype": run.scale.dtype}
+    expected: dict[str, Tensor] = {}
+    for count in (1, ranks):
+        try:
+            found = _steps(run, row, ids[rank], whole, count, expected, device)
+            found |= {"tokens_per_second": 1000 * row.B * row.T / found["ms"]}
+        except torch.OutOfMemoryError as error:
+            found = {"skipped": str(error).partition("\n")[0]}
+        run.add(SUITE, **about, ranks=count, **found)
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _steps(
+    run: Run, row: Row, own: Tensor, whole: Tensor, ranks: int, expected: dict[str, Tensor], device: torch.device
+) -> dict[str, Any]:
+    """Time steps alone or together. Alone it fills ``expected``, with which it compares together."""
+    from lightning_attention.distributed.mesh import Mesh
+    from lightning_attention.distributed.parallelize import parallelize
+    from lightning_attention.models.presets import preset
+
+    scale = run.scale
+    mesh = Mesh()
+    if ranks > 1:
+        mesh = Mesh.fit(ranks, sp=ranks if row.way == "sp" else 1).connect(device.type)
+    network = build(preset(row.size, **scale.overrides), "transnormer", scale.dtype, device)
+    kept = "block" if row.checkpointed else "none"
+    bf16 = scale.dtype == torch.bfloat16
+    parallelize(network, mesh, activation_checkpointing=kept, compile=scale.compile, bf16=bf16)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def learn(batches: Tensor) -> Tensor:
+        losses = []
+        for batch in batches:
+            losses.append(network(input_ids=batch, labels=batch, group=mesh.sp_group, use_cache=False).loss)
+            (losses[-1] / len(batches)).backward()
+        return torch.stack(losses).detach().mean()
+
+    def step() -> Tensor:
+        loss = learn(own[None])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
+    if row.compared:
+        loss = learn(own[None] if ranks > 1 else whole)
+        if ranks > 1 and row.way == "dp":
+            dist.all_reduce(loss)
+            loss /= ranks
+        found |= {"loss": float(loss)}
+        found |= _compare(network, expected) if ranks > 1 else {}
+        if ranks == 1:
+            expected.update({name: p.grad.clone() for name, p in network.named_parameters()})
+        optimizer.zero_grad(set_to_none=True)
+        torch.compiler.reset()  # what is timed is code for its own lengths
+    step()
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ms = _median(step, scale.steps, device)
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    return {"ms": ms} | found | peak
+
+
+def _compare(network: nn.Module, expected: dict[str, Tensor]) -> dict[str, float]:
+    """The relative errors of the gradients, a number for each weight."""
+    if not expected:  # there was no room for the whole on one GPU
+        return {}
+    gradients: dict[str, Any] = {name: p.grad for name, p in network.named_parameters()}
+    errors = [relative_error(gradient.full_tensor(), expected[name]) for name, gradient in gradients.items()]
+    return {"largest_gradient_error": max(errors), "median_gradient_error": statistics.median(errors)}
+
+
+def _median(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Milliseconds of the slowest rank, the median of so many calls, or of at least three that take ten seconds."""
+    samples: list[float] = []
+    while len(samples) < repeats and (len(samples) < 3 or sum(samples) < 10_000):
+        dist.barrier()
+        slowest = torch.tensor(wall_ms(call, device), dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        samples.append(slowest.item())
+    return statistics.median(samples)
+
+
+def rows(scale: Scale) -> Iterator[str]:
+    """What is measured."""
+    yield from map(str, scale.rows)
+
+
+def show(report: Report) -> Iterator[Shown]:
+    """A row for each size, way and number of tokens: alone, together, and the share of the speed that is left."""
+    records = report.find(SUITE)
+    table, errors = [], []
+    for name in dict.fromkeys(r["row"] for r in records if r["row"] != "rates"):
+        alone, *rest = (r for r in records if r["row"] == name)
+        for together in rest:
+            speeds = [r.get("tokens_per_second", 0.0) for r in (alone, together)]
+            share = f"{speeds[1] / speeds[0]:.3f}" if all(speeds) else ""
+            table.append([
+                alone["size"], alone["way"], f"{alone['B']} x {alone['T']:,}", f"{together['ranks']}",
+                *(f"{speed:,.0f}" if speed else "out of memory" for speed in speeds), share,
+                *(f"{r['peak_bytes'] / 1e9:.0f}" if "peak_bytes" in r else "" for r in (alone, together)),
+            ])  # fmt: skip
+            if "largest_gradient_error" in together:
+                errors.append(
+                    f"{name}: loss {alone['loss']:.6g} alone, {together['loss']:.6g} together; gradients differ by "
+                    f"{together['largest_gradient_error']:.1e} at most, {together['median_gradient_error']:.1e} mostly"
+                )
+    if table:
+        columns = ["size", "way", "tokens a GPU", "GPUs", "alone", "together", "share", "GB alone", "together"]
+        yield Table("Training on many GPUs: tokens per second and GPU", columns, table, words=4)
+    yield from errors
+    for r in report.find(SUITE, row="rates"):
+        yield f"copy {r['copied_per_second'] / 1e12:.2f} TB/s, all-gather {r['gathered_per_second'] / 1e9:.0f} GB/s"
+
+
+CASE = Case(measure, show, SCALES, needs=("transformers",), ranks=True, rows=rows)

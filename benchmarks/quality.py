@@ -1,0 +1,196 @@
+"""``python -m benchmarks.quality``: how well TransNormerLLM and a Llama of as many weights learn the same text.
+
+    python -m benchmarks.corpus packages --out corpus.jsonl.gz --held-out long.jsonl.gz
+    lightning-attention tokenize corpus.jsonl.gz --vocab-size 16384 --out tokens
+    python -m benchmarks.quality tokens long.jsonl.gz --model transnormer --out runs/quality
+    python -m benchmarks.quality tokens long.jsonl.gz --model llama --out runs/quality
+    python -m benchmarks.quality --render runs/quality/*.json
+
+Both have the trainer's defaults but for the learning rate, which is chosen for each by short runs. Then each learns for
+``--steps`` steps, and long documents that neither has seen are read in windows four times as long as those of training.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_attention.bench.case import Shown, show
+from lightning_attention.bench.render import Figure, Line, Panel, Table, caption
+from lightning_attention.bench.report import Report, environment, slug
+from lightning_attention.models.presets import MODELS
+from lightning_attention.training.config import TrainConfig, make_config
+from lightning_attention.training.metrics import read_metrics
+from lightning_attention.training.progress import Progress
+from lightning_attention.training.trainer import Trainer
+
+RATES = (1e-3, 2e-3, 4e-3)  # tried first; where the best is at an end, half or double of it too
+MOST_RATES = 5
+NAMES = {"transnormer": "TransNormerLLM", "llama": "Llama (softmax)"}
+
+
+def measure(asked: Namespace) -> Report:
+    """Choose a learning rate, train with it, evaluate; all of it as records in one file."""
+    from lightning_attention.training.evaluation import evaluate
+    from lightning_attention.training.runtime import Runtime
+    from lightning_attention.training.trained import open_trained
+
+    runtime = Runtime.choose("auto", "auto")
+    about = environment(runtime.device, command=["python", "-m", "benchmarks.quality", *sys.argv[1:]])
+    report = Report(asked.out / f"quality-{asked.model}-{slug(runtime.device)}.json", about)
+    losses: dict[float, float] = {}
+    while (rate := next_rate(losses)) is not None:
+        short = train(asked, rate, max(1, asked.steps // 8), f"{asked.model}-{rate:g}")
+        losses[rate] = [line["val_loss"] for line in short if "val_loss" in line][-1]
+        report.add("rates", model=asked.model, lr=rate, steps=short[-1]["step"], held_out=losses[rate])
+        print(f"{asked.model}: learning rate {rate:g}, held-out loss {losses[rate]:.4f}", flush=True)
+    best = min(losses, key=losses.__getitem__)
+    for line in train(asked, best, asked.steps, asked.model):
+        fields = {"loss": "loss", "val_loss": "held_out", "tokens_per_second": "tokens_per_second"}
+        known = {name: line[key] for key, name in fields.items() if key in line}
+        report.add("curve", model=asked.model, step=line["step"], tokens=line["tokens"], **known)
+    trained = open_trained(asked.out / asked.model)
+    weights = sum(p.numel() for p in trained.model.parameters())
+    text = make_config({"inputs": [str(asked.held_out)]})
+    found = evaluate(trained, text, runtime, seq_len=4 * asked.seq_len)
+    report.add(
+        "long documents", model=asked.model, lr=best, weights=weights, seq_len=asked.seq_len, tokens=found.tokens,
+        loss=found.loss, bits_per_byte=found.bits_per_byte,
+    )  # fmt: skip
+    for bucket in found.by_position:
+        where = {"first": bucket.first, "last": bucket.last}
+        report.add("position", model=asked.model, **where, tokens=bucket.tokens, loss=bucket.loss)
+    return report
+
+
+def next_rate(losses: dict[float, float]) -> float | None:
+    """The learning rate to try after those whose losses are known; None when the best has others on both sides."""
+    for rate in RATES:
+        if rate not in losses:
+            return rate
+    best = min(losses, key=losses.__getitem__)
+    if len(losses) < MOST_RATES and best in (min(losses), max(losses)):
+        return best / 2 if best == min(losses) else best * 2
+    return None
+
+
+def train(asked: Namespace, rate: float, steps: int, name: str) -> list[dict[str, Any]]:
+    """One run; the lines of its metrics.jsonl."""
+    out = asked.out / name
+    config: TrainConfig = make_config(
+        {
+            "inputs": [str(asked.tokens)], "model": asked.model, "size": asked.size, "out": str(out), "lr": rate,
+            "steps": steps, "seq_len": asked.seq_len, "batch_size": asked.batch_size, "documents": "joined",
+            "compile": asked.compile, "warmup_steps": max(1, steps // 10), "log_every": 10,
+            "eval_every": max(1, asked.steps // 10), "eval_tokens": asked.eval_tokens, "save_every": 0, "keep": 1,
+        }
+    )  # fmt: skip
+
+    def say(progress: Progress) -> None:
+        if progress.logged and progress.step % 100 == 0 and progress.bits_per_byte is not None:
+            speed = progress.tokens_per_second or 0
+            print(f"{name}: step {progress.step}, {progress.bits_per_byte:.4f} bits per byte, {speed:,.0f} tokens/s",
+                  flush=True)  # fmt: skip
+
+    return read_metrics(Trainer(config, overwrite=out.exists()).fit(say).metrics)
+
+
+def shown(report: Report) -> Iterator[Shown]:
+    """A table of what was chosen and reached, one by position, and both curves."""
+    final = report.find("long documents")
+    models = [r["model"] for r in final]
+    curves = {model: report.find("curve", model=model) for model in models}
+    rows = []
+    for r in final:
+        tried = "  ".join(f"{x['lr']:g}: {x['held_out']:.3f}" for x in report.find("rates", model=r["model"]))
+        held_out = [x for x in curves[r["model"]] if "held_out" in x][-1]
+        rows.append([
+            NAMES[r["model"]], f"{r['weights'] / 1e6:.1f} M", f"{held_out['tokens'] / 1e6:.0f} M", f"{r['lr']:g}",
+            f"{held_out['held_out']:.4f}", f"{r['loss']:.4f}", f"{r['bits_per_byte']:.4f}", tried,
+        ])  # fmt: skip
+    columns = ["model", "weights", "tokens learned", "learning rate", "held out", "long documents", "bits per byte",
+               "tried"]  # fmt: skip
+    yield Table("Held-out loss (nats per token)", columns, rows)
+    positions = {model: report.find("position", model=model) for model in models}
+    span = [f"{r['first']:,} to {r['last']:,}" for r in positions[models[0]]]
+    losses = zip(*([f"{r['loss']:.4f}" for r in found] for found in positions.values()), strict=True)
+    rows = [[name, *row] for name, row in zip(span, losses, strict=True)]
+    yield Table("Long documents: loss by tokens before", ["tokens before", *(NAMES[m] for m in models)], rows)
+    yield Figure(
+        "The same text, the same number of weights",
+        (
+            Panel(
+                "Training",
+                "million tokens learned",
+                "nats per token",
+                list(_curves(curves)),
+                limits=_around(y for line in _curves(curves) for _, y in line.points),
+            ),
+            Panel(
+                f"Long documents, by position; trained at {final[0]['seq_len']:,}",
+                "tokens before the one predicted",
+                "nats per token of long documents",
+                [
+                    Line(model, NAMES[model], [(r["last"] + 1, r["loss"]) for r in found], model == "transnormer")
+                    for model, found in positions.items()
+                ],
+                limits=_around(r["loss"] for found in positions.values() for r in found),
+            ),
+        ),
+        caption(report.environment, "bf16, AdamW, a learning rate chosen for each"),
+        "held-out loss: dashed; the loss of the steps: drawn through",
+    )
+
+
+def _curves(curves: dict[str, list[dict[str, Any]]]) -> Iterator[Line]:
+    for model, lines in curves.items():
+        for field, dash in (("loss", "-"), ("held_out", "--")):
+            points = [(r["tokens"] / 1e6, r[field]) for r in lines if field in r and r["tokens"] >= _from(lines)]
+            label = NAMES[model] + (", held out" if field == "held_out" else "")
+            yield Line(model, label, points, model == "transnormer", dash)
+
+
+def _from(lines: list[dict[str, Any]]) -> float:
+    """The first steps would take all of the figure's height."""
+    return float(lines[-1]["tokens"]) / 12
+
+
+def _around(values: Iterator[float]) -> tuple[float, float]:
+    found = sorted(values)
+    margin = 0.15 * (found[-1] - found[0])
+    return found[0] - margin, found[-1] + margin
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = ArgumentParser(
+        "python -m benchmarks.quality", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tokens", nargs="?", type=Path, metavar="TOKENS", help="a folder of tokens to learn")
+    parser.add_argument("held_out", nargs="?", type=Path, metavar="LONG", help="long documents that are in none of it")
+    parser.add_argument("--model", choices=MODELS, default="transnormer")
+    parser.add_argument("--size", default="75M", help="a named size (%(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="of the long run (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=4096, help="of the windows of training (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="windows of a step (%(default)s)")
+    parser.add_argument("--eval-tokens", type=int, default=1 << 20, help="of a validation (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="run blocks through torch.compile")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for runs and records")
+    parser.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="show records instead, of both models")
+    asked = parser.parse_args(arguments)
+    if asked.render:
+        report = Report.read(asked.render[0])
+        report.records = [record for path in asked.render for record in Report.read(path).records]
+        show(shown(report), asked.out / "quality.png")
+        return 0
+    if asked.held_out is None:
+        parser.error("TOKENS and LONG are wanted, or --render")
+    print(f"results  {measure(asked).path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
