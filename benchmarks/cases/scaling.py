@@ -156,7 +156,8 @@ def _steps(
     mesh = Mesh()
     if ranks > 1:
         mesh = Mesh.fit(ranks, sp=ranks if row.way == "sp" else 1).connect(device.type)
-    network = build(preset(row.size, **scale.overrides), "transnormer", scale.dtype, device)
+    # LRPE's frequencies too: FSDP gathers all of a block in one type.
+    network = build(preset(row.size, **scale.overrides), "transnormer", scale.dtype, device).to(scale.dtype)
     kept = "block" if row.checkpointed else "none"
     bf16 = scale.dtype == torch.bfloat16
     parallelize(network, mesh, activation_checkpointing=kept, compile=scale.compile, bf16=bf16)

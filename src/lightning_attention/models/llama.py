@@ -17,7 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_attention.models.arguments import CACHE
-from lightning_attention.models.loss import OF_THE_LOSS, is_plain, next_token_loss
+from lightning_attention.models.loss import OF_THE_LOSS, next_token_loss
+from lightning_attention.nn.projection import is_plain
 
 #: A name for ``attn_implementation``: "sdpa", for rows that are whole sequences or padded ones. A model without softmax
 #: attention takes it and chooses nothing by it.

@@ -10,17 +10,6 @@ from lightning_attention.nn.linear_cross_entropy import linear_cross_entropy
 OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-def is_plain(head: nn.Module) -> bool:
-    """Whether the head is its weight and nothing else: no bias or adapter, no hooks, no shards on other ranks."""
-    return (
-        type(head) is nn.Linear
-        and head.bias is None
-        and "forward" not in vars(head)  # accelerate's way to move a module to its device
-        and not (head._forward_hooks or head._forward_pre_hooks)
-        and not hasattr(head.weight, "device_mesh")
-    )
-
-
 def next_token_loss(
     hidden: Tensor,
     weight: Tensor,

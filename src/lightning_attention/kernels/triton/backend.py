@@ -7,6 +7,7 @@ from lightning_attention.kernels.triton.attention import attention, attention_ba
 from lightning_attention.kernels.triton.cross_entropy import cross_entropy
 from lightning_attention.kernels.triton.decode import decode
 from lightning_attention.kernels.triton.prefill import prefill
+from lightning_attention.kernels.triton.projection import project
 from lightning_attention.kernels.triton.sequence_parallel import sequence_parallel, sequence_parallel_backward
 from lightning_attention.kernels.triton.speculative import commit, verify
 from lightning_attention.kernels.triton.states import states
@@ -20,5 +21,6 @@ def missing(device: torch.device) -> str | None:
 BACKEND = Backend(
     name="triton", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
     prefill=prefill, verify=verify, commit=commit, sequence_parallel=sequence_parallel,
-    sequence_parallel_backward=sequence_parallel_backward, cross_entropy=cross_entropy, missing=missing,
+    sequence_parallel_backward=sequence_parallel_backward, cross_entropy=cross_entropy, project=project,
+    missing=missing,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
 from lightning_attention.nn import SGLU, SRMSNorm
+from lightning_attention.nn.projection import is_plain, project
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,7 +92,16 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
     def step(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
         """One token per sequence, [N, width]; the arguments are those of :meth:`TransnormerMixer.step`."""
-        return self._mix_channels(x + self.token_mixer.step(self.token_norm(x), state, **batch))
+        mixer, glu = self.token_mixer, self.channel_mixer
+        linears = (mixer.qkvu_proj, mixer.out_proj, glu.l1, glu.l2, glu.l3)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not all(map(is_plain, linears)):
+            return self._mix_channels(x + mixer.step(self.token_norm(x), state, **batch))
+        # The same, in four products that have the norms, activations, gates and sums within.
+        qkvu, out, l1, l2, l3 = (linear.weight for linear in linears)
+        activated = 2 * mixer.num_heads * mixer.head_dim
+        mixed, u = mixer.attend_step(project(x, qkvu, eps=self.token_norm.eps, silu=activated), state, **batch)
+        x = project(mixed, out, gate=u, residual=x, eps=mixer.norm.eps)
+        return project(project(x, l1, second=l2, eps=self.channel_norm.eps), l3, residual=x)
 
     def prefill(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
         """Packed tokens, [T, width]; the arguments are those of :meth:`TransnormerMixer.prefill`."""

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from lightning_attention.nn import LightningAttention
+from lightning_attention.ops.decode import lightning_attention_decode
 
 
 class TransnormerMixer(LightningAttention):
@@ -48,9 +49,27 @@ class TransnormerMixer(LightningAttention):
         self.out_proj = nn.Linear(hidden_dim, self.hidden_size, bias=bias)
 
     def _linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._split(self.qkvu_proj(x))
+
+    def _split(self, qkvu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden_dim = self.num_heads * self.head_dim
-        qk, v, u = self.qkvu_proj(x).split([2 * hidden_dim, hidden_dim, hidden_dim], -1)
+        qk, v, u = qkvu.split([2 * hidden_dim, hidden_dim, hidden_dim], -1)
         return qk, v, u
+
+    def attend_step(
+        self, qkvu: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`step` does between its products: of x W_qkvu, q and k activated, to the operation's output and u.
+
+        Both are [N, H · head_dim].
+        """
+        qk, v, u = self._split(qkvu)
+        q, k = qk.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
+        if positions is not None and self.lrpe is not None:
+            q, k = self.lrpe(q, k, positions)
+        v = v.unflatten(-1, (self.num_heads, self.value_dim))
+        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale)
+        return mixed.flatten(-2), u
 
     def _gate(self, rest: Tensor) -> Tensor:
         return rest

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
-from lightning_attention.models.loss import OF_THE_LOSS, is_plain, next_token_loss
+from lightning_attention.models.loss import OF_THE_LOSS, next_token_loss
+from lightning_attention.nn.projection import is_plain
 from lightning_attention.models.transnormer.block import TransnormerDecoderLayer, TransnormerEmbedding
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig

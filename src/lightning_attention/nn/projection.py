@@ -1,0 +1,76 @@
+"""A linear layer with the norm, gate and activation around it, for the few rows of a step of generation."""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_attention.ops import backends
+from lightning_attention.ops.operation import Operation
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    second: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    silu: int = 0,
+) -> Tensor:
+    """y weightᵀ (⊙ y secondᵀ) (+ residual), y = SRMSNorm(x) ⊙ gate, without gradients.
+
+    Args:
+        x: [N, K].
+        weight: [O, K] of x's dtype.
+        second: [O, K], another matrix: the product of both results, as in SGLU.
+        gate: [N, K], a factor of x, normalised or not.
+        residual: [N, O], which is added.
+        eps: of a norm of x's rows without weight; None: x as it is.
+        silu: to so many of the first columns the activation is applied.
+
+    Returns:
+        [N, O] in x's dtype. On a GPU one kernel in bfloat16, where N is at most some hundreds: nothing within is
+        rounded but a gated row. Elsewhere, and in other dtypes, by PyTorch, each operation rounding.
+    """
+    return _project(x, weight, second, gate, residual, eps, silu)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is its weight and nothing else: no bias or adapter, no hooks, no shards on other ranks."""
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and "forward" not in vars(linear)  # accelerate's way to move a module to its device
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not hasattr(linear.weight, "device_mesh")
+    )
+
+
+def compute(
+    x: Tensor, weight: Tensor, second: Tensor | None, gate: Tensor | None, residual: Tensor | None, eps: float | None,
+    silu: int,
+) -> Tensor:  # fmt: skip
+    if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16:
+        kernel = backends.get("triton").project
+        assert kernel is not None
+        from lightning_attention.kernels.triton.projection import MOST_ROWS
+
+        if len(x) <= MOST_ROWS:
+            return kernel(x, weight, second, gate, residual, eps, silu)
+    y = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
+    y = y if gate is None else y * gate
+    out = F.linear(y, weight)
+    if second is not None:
+        out = out * F.linear(y, second)
+    if silu:
+        out[:, :silu] = F.silu(out[:, :silu])
+    return out if residual is None else residual + out
+
+
+compute.__name__ = "_project"
+_project = Operation(compute, lambda x, weight, *_: x.new_empty(len(x), len(weight)))
