@@ -141,21 +141,22 @@ def shown(report: Report) -> Iterator[Shown]:
             ),
         ),
         caption(report.environment, "bf16, AdamW, a learning rate chosen for each"),
-        "held-out loss: dashed; the loss of the steps: drawn through",
+        "left: held-out loss; dotted, the mean training loss since the point before",
     )
 
 
 def _curves(curves: dict[str, list[dict[str, Any]]]) -> Iterator[Line]:
+    """Both losses at every validation; that of training is the mean since the one before."""
     for model, lines in curves.items():
-        for field, dash in (("loss", "-"), ("held_out", "--")):
-            points = [(r["tokens"] / 1e6, r[field]) for r in lines if field in r and r["tokens"] >= _from(lines)]
-            label = NAMES[model] + (", held out" if field == "held_out" else "")
-            yield Line(model, label, points, model == "transnormer", dash)
-
-
-def _from(lines: list[dict[str, Any]]) -> float:
-    """The first steps would take all of the figure's height."""
-    return float(lines[-1]["tokens"]) / 12
+        own, held_out, since = [], [], []
+        for r in lines:
+            since += [r["loss"]] if "loss" in r else []
+            if "held_out" in r and since:
+                held_out.append((round(r["tokens"] / 1e6), r["held_out"]))
+                own.append((held_out[-1][0], sum(since) / len(since)))
+                since = []
+        yield Line(model, "", own, model == "transnormer", ":")
+        yield Line(model, NAMES[model], held_out, model == "transnormer")
 
 
 def _around(values: Iterator[float]) -> tuple[float, float]:
@@ -184,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.render:
         report = Report.read(asked.render[0])
         report.records = [record for path in asked.render for record in Report.read(path).records]
+        asked.out.mkdir(parents=True, exist_ok=True)
         show(shown(report), asked.out / "quality.png")
         return 0
     if asked.held_out is None:

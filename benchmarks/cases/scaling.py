@@ -197,13 +197,15 @@ def _steps(
     return {"ms": ms} | found | peak
 
 
-def _compare(network: nn.Module, expected: dict[str, Tensor]) -> dict[str, float]:
+def _compare(network: nn.Module, expected: dict[str, Tensor]) -> dict[str, Any]:
     """The relative errors of the gradients, a number for each weight."""
     if not expected:  # there was no room for the whole on one GPU
         return {}
     gradients: dict[str, Any] = {name: p.grad for name, p in network.named_parameters()}
-    errors = [relative_error(gradient.full_tensor(), expected[name]) for name, gradient in gradients.items()]
-    return {"largest_gradient_error": max(errors), "median_gradient_error": statistics.median(errors)}
+    errors = {name: relative_error(gradient.full_tensor(), expected[name]) for name, gradient in gradients.items()}
+    worst = max(errors, key=errors.__getitem__)
+    median = statistics.median(errors.values())
+    return {"largest_gradient_error": errors[worst], "of": worst, "median_gradient_error": median}
 
 
 def _median(call: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -239,7 +241,8 @@ def show(report: Report) -> Iterator[Shown]:
             if "largest_gradient_error" in together:
                 errors.append(
                     f"{name}: loss {alone['loss']:.6g} alone, {together['loss']:.6g} together; gradients differ by "
-                    f"{together['largest_gradient_error']:.1e} at most, {together['median_gradient_error']:.1e} mostly"
+                    f"{together['largest_gradient_error']:.1e} at most ({together.get('of', 'unnamed')}), "
+                    f"{together['median_gradient_error']:.1e} in the median"
                 )
     if table:
         columns = ["size", "way", "tokens a GPU", "GPUs", "alone", "together", "share", "GB alone", "together"]

@@ -63,7 +63,9 @@ def test_both_models_are_shown(report, tmp_path):
         report.add("rates", model=model, lr=1e-3, steps=10, held_out=3.0)
         for step in range(1, 41):
             held_out = {"held_out": 3 - better} if step % 10 == 0 else {}
-            report.add("curve", model=model, step=step, tokens=100_000 * step, loss=5 - step / 20 - better, **held_out)
+            report.add(
+                "curve", model=model, step=step, tokens=1_000_000 * step, loss=5 - step / 20 - better, **held_out
+            )
         report.add("long documents", model=model, lr=1e-3, weights=76_000_000, seq_len=4096, tokens=9, loss=2.5,
                    bits_per_byte=0.9)  # fmt: skip
         for first in (1, 2, 4):
@@ -71,10 +73,15 @@ def test_both_models_are_shown(report, tmp_path):
     table, positions, figure = quality.shown(report)
     assert [type(x) for x in (table, positions, figure)] == [Table, Table, Figure]
     assert [row[:5] for row in table.rows] == [
-        ["TransNormerLLM", "76.0 M", "4 M", "0.001", "2.9000"],
-        ["Llama (softmax)", "76.0 M", "4 M", "0.001", "3.0000"],
+        ["TransNormerLLM", "76.0 M", "40 M", "0.001", "2.9000"],
+        ["Llama (softmax)", "76.0 M", "40 M", "0.001", "3.0000"],
     ]
     assert positions.rows[-1] == ["4 to 7", "2.9000", "3.0000"]
+    held_out = {line.label: line.points for line in figure.panels[0].lines if line.label}
+    assert held_out == {"TransNormerLLM": [(10 * i, 2.9) for i in (1, 2, 3, 4)],
+                        "Llama (softmax)": [(10 * i, 3.0) for i in (1, 2, 3, 4)]}  # fmt: skip
+    means = figure.panels[0].lines[0].points
+    assert means[0] == (10, pytest.approx(5 - 5.5 / 20 - 0.1))
     pytest.importorskip("matplotlib")
     figure.save(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -72,3 +72,16 @@ def test_a_model_without_blocks_is_refused():
 def test_other_words_for_checkpointing_are_refused(choice):
     with pytest.raises(ValueError, match=f"activation_checkpointing is {choice!r}; it must be none, block or a number"):
         parallelize(transnormer(), Mesh(), activation_checkpointing=choice)
+
+
+def test_weights_of_two_types_in_a_block_are_named():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = transnormer()  # LRPE's frequencies stay in float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    mesh = Mesh(1, 2, 1, shard_mesh=object())
+    with pytest.raises(
+        ValueError, match=r"several dtypes in one block \(model\.layers\.0\..*lrpe\.theta torch\.float32"
+    ):
+        parallelize(model, mesh)

@@ -38,12 +38,15 @@ def parallelize(
             under autocast.
 
     Raises:
-        ValueError: ``activation_checkpointing`` is something else, or the model has no list of blocks.
+        ValueError: ``activation_checkpointing`` is something else, the model has no list of blocks, or a block that is
+            to be sharded has weights in several dtypes, as one with LRPE in a model made in bfloat16.
     """
     every = checkpointed_every(activation_checkpointing)
     blocks = find_blocks(model)
     # Only `forward` is replaced: no name changes, and what FSDP does around a block stays out of compiled graphs. That
     # is why nothing within a block is a unit of its own: its weights are gathered in one precision.
+    if mesh.shard_mesh is not None:
+        _check_dtypes(model, blocks)
     policies = dict.fromkeys(blocks, MixedPrecisionPolicy())
     if mesh.shard_mesh is not None and bf16:
         for block in blocks:
@@ -61,6 +64,19 @@ def parallelize(
         for block, policy in policies.items():
             fully_shard(block, mesh=mesh.shard_mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh.shard_mesh, mp_policy=_BF16 if bf16 else MixedPrecisionPolicy())
+
+
+def _check_dtypes(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """FSDP gathers a block's weights in one tensor. It says so itself, but not of which, and only in the first pass."""
+    for block in blocks:
+        known = {weight.dtype: name for name, weight in block.named_parameters()}
+        if len(known) > 1:
+            name = next(name for name, module in model.named_modules() if module is block)
+            found = ", ".join(f"{name}.{weight} {dtype}" for dtype, weight in known.items())
+            raise ValueError(
+                f"model has weights of several dtypes in one block ({found}), which cannot be sharded together; "
+                "give it float32 weights, and bf16=True to compute in bfloat16"
+            )
 
 
 def _in_bf16(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:

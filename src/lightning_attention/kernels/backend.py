@@ -102,9 +102,7 @@ class Backend:
 
     #: (x [N, K], weight [O, K], second [O, K], gate [N, K], residual [N, O], eps, silu) -> [N, O]: the products of a
     #: step of generation, as ``nn.projection.project`` has them; None: by PyTorch
-    project: (
-        Callable[[Tensor, Tensor, Optional, Optional, Optional, float | None, int], Tensor] | None
-    ) = None
+    project: Callable[[Tensor, Tensor, Optional, Optional, Optional, float | None, int], Tensor] | None = None
 
     #: What a device lacks for this backend, as "it needs a GPU", or None where it lacks nothing.
     missing: Callable[[torch.device], str | None] = lambda device: None  # noqa: ARG005

@@ -1,7 +1,7 @@
 """The loss of a language model, from the hidden states that its head would make logits of."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_attention.nn.linear_cross_entropy import linear_cross_entropy
 

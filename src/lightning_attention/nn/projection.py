@@ -22,7 +22,7 @@ def project(
     eps: float | None = None,
     silu: int = 0,
 ) -> Tensor:
-    """y weightᵀ (⊙ y secondᵀ) (+ residual), y = SRMSNorm(x) ⊙ gate, without gradients.
+    """Products of y = SRMSNorm(x) ⊙ gate: y weightᵀ (⊙ y secondᵀ) (+ residual), without gradients.
 
     Args:
         x: [N, K].

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 
 @cache
-def tile(N: int, O: int, K: int, twin: bool) -> Tile:  # noqa: E741 (outputs, as N is rows and K what is summed over)
+def tile(N: int, O: int, K: int, twin: bool) -> Tile:
     """For a product of N rows and O columns; ``twin``: of two matrices."""
     if N == 1:
         # All of a row at once where registers hold it, and so few columns that all multiprocessors read.
@@ -56,7 +56,7 @@ def project(
     silu: int,
 ) -> Tensor:
     """The arguments are those of ``Backend.project``."""
-    (N, K), O = x.shape, len(weight)  # noqa: E741
+    (N, K), O = x.shape, len(weight)
     out = x.new_empty(N, O)
     if N == 0:
         return out
@@ -115,7 +115,8 @@ def project_kernel(x, x_stride, weight, weight_stride, second, second_stride, ga
         sums = tl.where((col < SILU)[None, :], sums * tl.sigmoid(sums), sums)
     written = (row < N)[:, None] & (col < O)[None, :]
     if residual is not None:
-        sums += tl.load(residual + row_read[:, None] * residual_stride + col[None, :], mask=written, other=0.0).to(tl.float32)
+        stream = residual + row_read[:, None] * residual_stride + col[None, :]
+        sums += tl.load(stream, mask=written, other=0.0).to(tl.float32)
     tl.store(out + row_read[:, None] * O + col[None, :], sums.to(out.dtype.element_ty), mask=written)
 
 

@@ -14,7 +14,6 @@ from transformers.utils import can_return_tuple
 
 from lightning_attention.models.arguments import CACHE, check_keywords, given_cache
 from lightning_attention.models.loss import OF_THE_LOSS, next_token_loss
-from lightning_attention.nn.projection import is_plain
 from lightning_attention.models.transnormer.block import TransnormerDecoderLayer, TransnormerEmbedding
 from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
@@ -29,6 +28,7 @@ from lightning_attention.models.transnormer.packing import (
 )  # fmt: skip
 from lightning_attention.models.transnormer.slices import loss_of_slices, pack_slices
 from lightning_attention.nn import LRPE, SRMSNorm
+from lightning_attention.nn.projection import is_plain
 from lightning_attention.nn.sharded import laid_out_like
 
 if TYPE_CHECKING:

@@ -1,0 +1,52 @@
+"""Products with what stands around them, in Triton's interpreter, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_attention.kernels.triton.projection import project
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.support.numerics import relative_error
+
+WIDTHS = [(64, 96), (100, 72), (40, 40)]
+EPS = 1e-6
+
+
+def wanted(x, weight, second=None, gate=None, residual=None, eps=None, silu=0):
+    """The same in float64."""
+    x, weight, second, gate, residual = (None if t is None else t.double() for t in (x, weight, second, gate, residual))
+    y = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
+    y = y if gate is None else y * gate
+    out = y @ weight.T
+    out = out if second is None else out * (y @ second.T)
+    out = torch.cat([F.silu(out[:, :silu]), out[:, silu:]], 1)
+    return out if residual is None else out + residual
+
+
+def calls(N, K, O):
+    """What a block of TransNormerLLM asks for, q, k, v and u being parts of one tensor."""
+    torch.manual_seed(N)
+    x, parts, residual = 2 * torch.randn(N, K), 2 * torch.randn(N, 3 * K), torch.randn(N, O)
+    weight, second = torch.randn(2, O, K) / K**0.5
+    yield x, weight, None, None, None, EPS, O // 2
+    yield parts[:, K : 2 * K], weight, None, parts[:, 2 * K :], residual, EPS, 0
+    yield x, weight, second, None, None, EPS, 0
+    yield x, weight, None, None, residual, None, 0
+
+
+@interpreted
+@pytest.mark.parametrize("N", [1, 2, 16, 33, 70])
+@pytest.mark.parametrize(("K", "O"), WIDTHS)
+def test_products_are_those_of_float64(interpreter: Interpreter, N: int, K: int, O: int):
+    for args in calls(N, K, O):
+        found = interpreter.call(project, *args)
+        assert relative_error(found, wanted(*args)) < 1e-5
+        forgotten = (*args[:5], None if args[5] else EPS, args[6])
+        assert relative_error(found, wanted(*forgotten)) > 1e-2
+
+
+@interpreted
+def test_no_rows(interpreter: Interpreter):
+    none = torch.empty(0, 64)
+    found = interpreter.call(project, none, torch.ones(8, 64), *[None] * 4, 0)
+    assert found.shape == (0, 8)
