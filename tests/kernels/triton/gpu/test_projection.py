@@ -5,9 +5,10 @@ import torch
 
 from lightning_attention.kernels.triton.projection import project
 from tests.kernels.triton.portable.test_projection import calls, wanted
+from tests.kernels.triton.support.device import needs_gpu
 from tests.support.numerics import relative_error
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 BUDGET = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of bfloat16 one rounding of the result, and one of what is gated
 
 
