@@ -36,6 +36,16 @@ def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[R
     return (k, *k.stride()[:2], v, *v.stride()[:2], count), _constants(k.shape[2], _aligned(k), _aligned(v))
 
 
+def _registers(state: Tensor, TILE: int) -> int:
+    """What lets three programs of 64 columns, or four of fewer, run on a multiprocessor at once.
+
+    The compiler would take up to all, for nothing: by these nothing spills, but where D is over 128.
+    """
+    if torch.version.hip is not None or tiling.device(state)[0] < (8, 0) or state.shape[2] > 128:
+        return 0
+    return 168 if TILE > 32 else 128
+
+
 def _check_programs(programs: int) -> None:
     if programs >= PROGRAMS:
         raise ValueError(f"a state has {programs} parts; with recent backend 'triton' takes up to {PROGRAMS - 1}")
@@ -58,7 +68,10 @@ def decode(
     )  # fmt: skip
     TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     _check_programs(H * -(-E // TILE))
-    over_states(decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants)
+    over_states(
+        decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
+        registers=_registers(state, TILE),
+    )  # fmt: skip
     return out
 
 
@@ -77,7 +90,10 @@ def verify(
         q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
         dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), *ring, N, T, H, scale,
     )  # fmt: skip
-    over_states(verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants)
+    over_states(
+        verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants,
+        registers=_registers(state, TILE),
+    )  # fmt: skip
     return out
 
 
@@ -97,7 +113,8 @@ def commit(
     )  # fmt: skip
     _check_programs(H)
     over_states(
-        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H
+        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H,
+        registers=_registers(state, TILE),
     )  # fmt: skip
 
 

@@ -77,9 +77,8 @@ def take(counts, slot):
 @triton.jit
 def give(counts, slot, count, ticket, programs, RING: tl.constexpr):
     """Write a slot's new count, by the last of its programs."""
-    if ticket == programs - 1:
-        after = tl.where(count < 2 * RING.places, count, RING.places + count % RING.places)
-        tl.atomic_xchg(counts + slot, after, sem="relaxed")
+    after = tl.where(count < 2 * RING.places, count, RING.places + count % RING.places)
+    tl.atomic_xchg(counts + slot, after, mask=ticket == programs - 1, sem="relaxed")
 
 
 @triton.jit
@@ -183,6 +182,8 @@ def decode_recent_kernel(
     store_row(ring.v + at * TILE.E, column, TILE.E, v_row, TILE.columns)
     if held.since == RING.places - 1:
         whole, rest = whole_and_rest(x)
+        where, exists = state_tile(states, slot_of(slots, n), head, column, TILE)
+        S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
         S = folded(S, ring, column, count, held, whole, rest, TILE, RING)
         tl.store(where, step(S, k_row, v_row, whole, rest), mask=exists)
 

@@ -149,14 +149,14 @@ def test_compiles_and_fits(chip: str):
 
 @pytest.mark.parametrize(("width", "state_dtype"), [(128, FP32), (128, BF16), (256, FP32)])
 def test_on_hopper(width: int, state_dtype: torch.dtype):
-    """Nothing spills; decode reads whole vectors, and keeps 32 KB a multiprocessor in flight."""
+    """Nothing spills; decode reads whole vectors, and keeps 48 KB a multiprocessor in flight."""
     found = launched("sm_90", width, BF16, state_dtype, N=256)
     for launch in found:
         assert launch.stack == 0, launch
     decode = found[0]
     tile = width * decode.constants["TILE"].columns * state_dtype.itemsize
     assert decode.compiled.asm["ptx"].count("ld.global.v4.b32") >= tile // (16 * 128)
-    assert 65536 // (decode.registers * 128) * tile >= 32 << 10
+    assert 65536 // (decode.registers * 128) * tile >= 48 << 10
 
 
 def test_another_batch_or_pool_compiles_nothing():
