@@ -11,6 +11,7 @@ from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
 from lightning_attention.nn import SGLU, SRMSNorm
+from lightning_attention.ops.recent import RecentTokens
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,6 +89,10 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
     def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:
         """A pool of states, [rows, H, D, E]."""
         return self.token_mixer.allocate_state(rows, dtype)
+
+    def allocate_recent(self, rows: int, length: int) -> RecentTokens:
+        """Rings of recent tokens beside such a pool."""
+        return self.token_mixer.allocate_recent(rows, length)
 
     def step(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
         """One token per sequence, [N, width]; the arguments are those of :meth:`TransnormerMixer.step`."""
