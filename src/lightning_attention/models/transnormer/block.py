@@ -69,10 +69,12 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
         With ``step`` the layer's state is updated in place, by one token per row.
         """
-        state = None if cache is None else cache.state(self.layer_idx)
         if step:
-            assert state is not None  # a step comes after something
-            return self.step(hidden_states.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
+            assert cache is not None  # a step comes after something
+            held, recent = cache.with_ring(self.layer_idx, self.token_mixer)
+            x = hidden_states.squeeze(1)
+            return self.step(x, held, positions=positions, slots=slots, recent=recent).unsqueeze(1)
+        state = None if cache is None else cache.state(self.layer_idx)
         mixed, state = self.token_mixer(
             self.token_norm(hidden_states),
             state,
