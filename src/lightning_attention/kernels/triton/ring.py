@@ -153,21 +153,23 @@ def decode_recent_kernel(
     if slot < 0:
         zero_row(out, n.to(tl.int64), head, column, H, TILE)
         return
-    count, ticket = take(counts, slot)  # first: it takes as long as loading the state
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
-    S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
-    k_row = whole_row(Vectors(k, k_token_stride, k_head_stride), n, head, TILE)
-    v_row = part_of_row(Vectors(v, v_token_stride, v_head_stride), n, head, column, TILE)
-    q_row = whole_row(Vectors(q, q_token_stride, q_head_stride), n, head, TILE)
+    loaded = tl.load(where, mask=exists, other=0.0)
+    # While the state is on its way. Before, it would be waited for: all threads meet to get what one of them has read.
+    count, ticket = take(counts, slot)
     ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride, ring_v_head_stride, slot,
                    head)  # fmt: skip
     held = held_by(count, head, H, RING)
     keys = held_keys(ring, held, TILE, RING)
     values = held_values(ring, column, held, TILE, RING)
+    k_row = whole_row(Vectors(k, k_token_stride, k_head_stride), n, head, TILE)
+    v_row = part_of_row(Vectors(v, v_token_stride, v_head_stride), n, head, column, TILE)
+    q_row = whole_row(Vectors(q, q_token_stride, q_head_stride), n, head, TILE)
     tiles: tl.constexpr = (TILE.E + TILE.columns - 1) // TILE.columns
     give(counts, slot, count + 1, ticket, H * tiles, RING)
 
+    S = loaded.to(tl.float32)
     # Of the state as it was, whether the head folds now or not.
     x = natural_decay(log_decay, head)
     read = tl.sum(q_row[:, None] * S, 0) * power(x, held.tokens + 1) + tl.sum(q_row * k_row, 0) * v_row
