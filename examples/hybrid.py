@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from lightning_attention import RecentTokens
 from lightning_attention.distributed.sequence_parallel import gather_tokens
 from lightning_attention.nn import SGLU, LightningAttention, rope, token_positions
 from lightning_attention.serving import ContinuousBatch, Request
@@ -100,6 +101,9 @@ class Block(nn.Module):
 
     def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:
         return self.mixer.allocate_state(rows, dtype)
+
+    def allocate_recent(self, rows: int, length: int) -> RecentTokens | None:
+        return None if self.softmax else self.mixer.allocate_recent(rows, length)
 
     def step(self, x: Tensor, state: Tensor, **batch: Tensor) -> Tensor:
         return self.rest(x + self.mixer.step(self.norms[0](x), state, **batch))

@@ -16,7 +16,7 @@ def graph() -> Any:
     return grimp.build_graph("lightning_attention", cache_dir=None)
 
 
-@pytest.mark.parametrize("operation", ["attention", "decode", "prefill", "speculative", "sequence_parallel"])
+@pytest.mark.parametrize("operation", ["attention", "decode", "prefill", "speculative", "fold", "sequence_parallel"])
 def test_from_an_operation_to_every_kernel(graph: Any, operation: str):
     packages = {name for name in graph.find_descendants(KERNELS) if graph.find_children(name)}
     modules = {name for package in packages for name in graph.find_descendants(package)} - packages

@@ -49,7 +49,7 @@ def test_everything_is_right_here():
     assert kinds == {("tiled", wide), ("tiled", bf16), ("reference", torch.float64)}
     whole = {"output", "final state", "gradients", "packed batch", "decay of −8"}
     assert {r.what for r in rows if r.backend == "reference"} == whole
-    assert {r.what for r in rows if r.dtype == wide} == whole | {"decode", "prefill", "speculation"}
+    assert {r.what for r in rows if r.dtype == wide} == whole | {"decode", "prefill", "speculation", "rings"}
     assert all(r.error > 0 for r in rows)
 
 
@@ -113,20 +113,27 @@ def test_a_backend_that_raises_is_a_row(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("decode", "decode"), ("prefill", "prefill"), ("verify", "speculation")],
+    [("decode", ["decode", "rings"]), ("prefill", ["prefill"]), ("verify", ["speculation"])],
 )
 def test_a_serving_operation_that_is_off_is_found(name, what, monkeypatch):
     operation = f"lightning_attention_{name}"
     right = getattr(la, operation)
     monkeypatch.setattr(la, operation, lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     rows = _rows(check.SERVING, torch.bfloat16)
-    assert [w for w, row in rows.items() if not row.ok] == [what]
+    assert [w for w, row in rows.items() if not row.ok] == what
 
 
 def test_a_commit_that_does_nothing_is_found(monkeypatch):
     monkeypatch.setattr(la, "lightning_attention_commit", lambda *args, **kwargs: None)
     row = _rows(check.SERVING, torch.float32)["speculation"]
     assert row.worst == "commit"
+    assert not row.ok
+
+
+def test_a_fold_that_does_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(la, "lightning_attention_fold", lambda *args, **kwargs: None)
+    row = _rows(check.SERVING, torch.float32)["rings"]
+    assert row.worst == "state"
     assert not row.ok
 
 

@@ -21,10 +21,12 @@ def test_public_names():
     assert sorted(lightning_attention.__all__) == [
         "INVARIANT_CHUNK",
         "LightningOutput",
+        "RecentTokens",
         "decay",
         "lightning_attention",
         "lightning_attention_commit",
         "lightning_attention_decode",
+        "lightning_attention_fold",
         "lightning_attention_prefill",
         "lightning_attention_verify",
     ]

@@ -3,9 +3,10 @@
 On a GPU a call is one CUDA graph, its L2 flushed before every replay; the implementations of a row take turns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE, Batch, Bound, pooled
 from benchmarks.harness.timing import captured, copy_rate, host_us
 from lightning_attention import (
+    RecentTokens,
     decay,
     lightning_attention,
     lightning_attention_commit,
     lightning_attention_decode,
+    lightning_attention_fold,
     lightning_attention_prefill,
     lightning_attention_verify,
 )
@@ -30,6 +33,7 @@ from lightning_attention.bench.timing import Call, time_calls
 from lightning_attention.check import relative_error
 
 SUITE, HOST = "serving", "decode, eager, CPU time"
+RINGS, R = "rings", 16  # an implementation, and the tokens that its rings hold
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,16 @@ def _prefill(b: Batch) -> Bound:
     return pooled(b, lambda pool: call(b.q, b.k, b.v, b.log_decay, pool))
 
 
-def _speculate(b: Batch) -> Bound:
+def _verify_and_commit(b: Batch, pool: Tensor, recent: RecentTokens | None) -> Tensor:
     accepted = torch.ones(b.q.shape[0], dtype=torch.bool, device=b.q.device)
-    verify = partial(lightning_attention_verify, cu_seqlens=b.cu_seqlens, slots=b.slots)
-    commit = partial(lightning_attention_commit, cu_seqlens=b.cu_seqlens, slots=b.slots, accepted=accepted)
+    packed: dict[str, Any] = {"cu_seqlens": b.cu_seqlens, "slots": b.slots, "recent": recent}
+    out = lightning_attention_verify(b.q, b.k, b.v, b.log_decay, pool, **packed)
+    lightning_attention_commit(b.k, b.v, b.log_decay, pool, accepted=accepted, **packed)
+    return out
 
-    def run(pool: Tensor) -> Tensor:
-        out = verify(b.q, b.k, b.v, b.log_decay, pool)
-        commit(b.k, b.v, b.log_decay, pool)
-        return out
 
-    return pooled(b, run)
+def _speculate(b: Batch) -> Bound:
+    return pooled(b, lambda pool: _verify_and_commit(b, pool, None))
 
 
 def _decode_each(b: Batch) -> Bound:
@@ -98,6 +101,28 @@ def _decode_each(b: Batch) -> Bound:
         return [lightning_attention_decode(*qkv, log_decay=b.log_decay, state=pool, slots=b.slots) for qkv in steps]
 
     return pooled(b, run)
+
+
+def _with_rings(b: Batch, run: Callable[[Tensor, RecentTokens], Tensor]) -> Bound:
+    """A call that updates a pool and its rings in place; what they mean together is looked at in a copy."""
+    pool, (N, H, D, E), slots = b.pool.clone(), b.pool.shape, b.slots.long()
+    recent = RecentTokens.empty(N, H, D, E, R, b.q.dtype, b.q.device)
+
+    def states() -> Tensor:
+        whole, rings = pool.clone(), RecentTokens(recent.k, recent.v, recent.count.clone())
+        lightning_attention_fold(whole, rings, b.log_decay)
+        return whole[slots]
+
+    return Bound(lambda: run(pool, recent), states)
+
+
+def _decode_with_rings(b: Batch) -> Bound:
+    call = partial(lightning_attention_decode, b.q, b.k, b.v, b.log_decay, slots=b.slots)
+    return _with_rings(b, lambda pool, recent: call(state=pool, recent=recent))
+
+
+def _speculate_with_rings(b: Batch) -> Bound:
+    return _with_rings(b, lambda pool, recent: _verify_and_commit(b, pool, recent))
 
 
 def _forward(b: Batch) -> Bound:
@@ -123,6 +148,7 @@ def _dense(b: Batch) -> Bound:
 #: Ours, and behind the peers what ours is held against.
 OWN = Peer(OURS, "ours", "lightning-attention", {DECODE: _decode, PREFILL: _prefill, SPECULATE: _speculate})
 OTHER_WAYS = (
+    Peer(RINGS, "ours, rings", "lightning-attention", {DECODE: _decode_with_rings, SPECULATE: _speculate_with_rings}),
     Peer("forward", "our forward, packed", "lightning-attention", {PREFILL: _forward}),
     Peer("dense", "our forward, dense", "lightning-attention", {PREFILL: _dense}),
     Peer("decodes", "our decode, one by one", "lightning-attention", {SPECULATE: _decode_each}),
@@ -168,6 +194,13 @@ class Problem:
         """What must be read or written once: q, k, v, the output, and the states, twice where they are not fresh."""
         b = self.batch
         return 4 * b.q.numel() * b.q.itemsize + (1 if b.fresh else 2) * b.pool.numel() * b.pool.itemsize
+
+    @property
+    def bytes_with_rings(self) -> float:
+        """With rings, on average: a state is written once in R steps, and a step reads (R − 1) / 2 tokens."""
+        b = self.batch
+        row = b.q.numel() * b.q.itemsize
+        return (6 + R - 1) * row + (1 + 1 / R) * b.pool.numel() * b.pool.itemsize
 
     def errors(self, output: Tensor | list[Tensor], states: Tensor) -> dict[str, float]:
         """Relative Frobenius errors.
@@ -234,15 +267,26 @@ def _row(run: Run, rate: float, what: str, size: str, lengths: tuple[int, ...], 
         for name, call in calls.items():
             found[name]["us"] = host_us(call, device)
     else:
+        steps = calls.pop(RINGS, None) if what == DECODE else None
+        if steps is not None:
+            found[RINGS] |= _over_a_turn(steps, device, scale.seconds)
+            found[RINGS]["copy_fraction"] = problem.bytes_with_rings / rate / (found[RINGS]["ms"] * 1e-3)
         for name, timing in time_calls(calls, device, seconds=scale.seconds).items():
             found[name] |= asdict(timing)
-            # Speculation is two operations, and the other ways to do it must move more; dense has no states.
+            # Speculation is two operations, and the other ways to do it must move other bytes; dense has no states.
             if what != SPECULATE and "state_error" in found[name]:
                 found[name]["copy_fraction"] = problem.bytes / rate / (timing.ms * 1e-3)
     sizes = {"what": what, "size": size, "N": len(lengths), "T": sum(lengths), "H": scale.H, "D": scale.D,
              "dtype": scale.dtype, "state": state}  # fmt: skip
     for p in able:
         run.add(SUITE, p, **sizes, **found[p.name])
+
+
+def _over_a_turn(call: Call, device: torch.device, seconds: float) -> dict[str, float]:
+    """The mean of R steps, one after another, and the slowest: of each the median of many turns."""
+    call_of_each = {str(step): call for step in range(R)}
+    medians = [timing.ms for timing in time_calls(call_of_each, device, seconds=seconds).values()]
+    return {"ms": mean(medians), "slowest_ms": max(medians)}
 
 
 def _us(record: Record) -> float | None:
@@ -258,7 +302,8 @@ def table(records: list[Record]) -> Iterator[Table]:
         us, own = _us(r), mine.get(tuple(r[key] for key in keys.values()))
         cell = "failed" if us is None else f"{us:.1f}"
         if r["implementation"] != OURS:
-            return {r["label"]: f"{cell} ({us / own:.2f}×)" if us and own else cell}
+            slowest = f"; slowest {r['slowest_ms'] * 1e3:.1f}" if "slowest_ms" in r else ""
+            return {r["label"]: f"{cell} ({us / own:.2f}×{slowest})" if us and own else cell}
         copied = {"copy": f"{r['copy_fraction']:.2f}"} if "copy_fraction" in r else {}
         errors = ", ".join(f"{r[name]:.0e}" for name in ("output_error", "state_error") if name in r)
         return {r["label"]: cell} | copied | {"our errors\noutput, state": errors}

@@ -196,6 +196,23 @@ def _speculation(device: torch.device, dtype: torch.dtype, backend: str) -> list
     ]
 
 
+def _rings(device: torch.device, dtype: torch.dtype, backend: str) -> list[Quantity]:  # noqa: ARG001
+    """Decoding with rings of recent tokens, for more than two turns of them, and the states they are folded into."""
+    x = _Inputs([21, 21], device, dtype)
+    pool, slots = _pool(x)
+    S, H, D, E = pool.shape
+    recent = la.RecentTokens.empty(S, H, D, E, 8, dtype, device)
+    wanted, last = x.wanted(x.q, x.k, x.v, x.log_decay, x.state)
+    q, k, v = (y.unflatten(0, (2, 21)) for y in (x.q, x.k, x.v))
+    steps = [
+        la.lightning_attention_decode(q[:, t], k[:, t], v[:, t], x.log_decay, pool, slots=slots, recent=recent)
+        for t in range(21)
+    ]
+    la.lightning_attention_fold(pool, recent, x.log_decay, slots=slots)
+    out = torch.stack(steps, 1).flatten(0, 1)
+    return [("output", "output", out, wanted), ("state", "state", pool[slots], last)]
+
+
 #: The dense case has three rows, of these quantities.
 PARTS = {
     "output": ("output",),
@@ -211,6 +228,7 @@ SERVING: dict[str, Case] = {
     "decode": _decode,
     "prefill": _prefill,
     "speculation": _speculation,
+    "rings": _rings,
 }
 
 

@@ -161,6 +161,27 @@ def test_a_prefill_takes_snapshots_from_which_others_go_on(layer: Layer):
     assert relative_error(pool[3], final) <= BUDGET
 
 
+@every_layer
+def test_rings_of_recent_tokens_change_nothing(layer: Layer):
+    """A prompt, steps, drafts and a chunk: all of a layer's ways to read, over a pool with rings."""
+    x, nothing, slots = torch.randn(40, HIDDEN), torch.zeros(layer.state_shape), torch.tensor([2])
+    expected, final = alone(layer, x, nothing, 0)
+    pool, recent = torch.full((3, *layer.state_shape), torch.nan), layer.allocate_recent(3, 5)
+    where = {"slots": slots, "recent": recent}
+    out = [layer.prefill(x[:9], pool, cu_seqlens=torch.tensor([0, 9]), positions=torch.arange(9),
+                         fresh=torch.tensor([True]), **where)]  # fmt: skip
+    out += [layer.step(x[t : t + 1], pool, positions=torch.tensor([t]), **where) for t in range(9, 27)]
+    packed = {"cu_seqlens": torch.tensor([0, 3]), **where}
+    drafts, k, v = layer.verify(x[27:30], pool, positions=torch.arange(27, 30), **packed)
+    layer.commit(k, v, pool, accepted=torch.tensor([True, True, False]), **packed)
+    out += [drafts[:2], layer.step(x[29:30], pool, positions=torch.tensor([29]), **where)]
+    assert recent.count[2]
+    out.append(layer.prefill(x[30:], pool, cu_seqlens=torch.tensor([0, 10]), positions=torch.arange(30, 40), **where))
+    assert relative_error(torch.cat(out), expected) <= BUDGET
+    assert relative_error(pool[2], final) <= BUDGET
+    assert not recent.count.any()
+
+
 @pytest.mark.parametrize("name", ["bailing"])
 def test_commit_takes_what_verify_made_under_autocast(layer: Layer):
     pool, x = torch.randn(2, *layer.state_shape), torch.randn(3, HIDDEN)

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attention import (
+    RecentTokens,
     decay,
     lightning_attention,
     lightning_attention_commit,
     lightning_attention_decode,
+    lightning_attention_fold,
     lightning_attention_prefill,
     lightning_attention_verify,
 )
@@ -64,25 +66,34 @@ def test_opcheck_attention_on_the_reference_backend():
     torch.library.opcheck(OPS.attention.default, arguments(problem, "reference", requires_grad=True))
 
 
-def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict]]:
-    """Each operation on a pool with its arguments; the fifth (commit: the fourth) is the pool."""
+def serving_calls(rings: bool = False) -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict]]:
+    """Each operation on a pool with its arguments; the fifth (commit: the fourth) is the pool.
+
+    ``rings``: with rings that hold a few tokens of each row; and fold.
+    """
     torch.manual_seed(0)
     T, log_decay = 7, decay.alibi(H)
     q, k, v = torch.randn(T, H, D), torch.randn(T, H, D), torch.randn(T, H, E)
     pool, slots, cu_seqlens = torch.randn(S, H, D, E), torch.tensor([3, -1, 0]), torch.tensor([0, 4, 5, 7])
     accepted = torch.tensor([True, True, False, False, True, True, False])
-    packed = {"cu_seqlens": cu_seqlens, "slots": slots}
+    packed = {"cu_seqlens": cu_seqlens, "slots": slots, "recent": None}
     snapshots = {
         "fresh": torch.tensor([False, True, True]),
         "snapshot_at": torch.tensor([[2], [0], [2]]),
         "snapshot_slots": torch.tensor([[1], [-1], [4]]),
     }
     tree = {"parents": torch.tensor([-1, 0, 0, 1, -1, -1, 0])}
-    return {
+    fold = {}
+    if rings:
+        keys, values = torch.randn(S, H, 4, D), torch.randn(S, H, 4, E)
+        packed["recent"] = RecentTokens(keys, values, torch.tensor([3, 0, 7, 2, 5], dtype=torch.int32))
+        fold["fold"] = (_fold, (pool, log_decay), {"slots": slots, "recent": packed["recent"]})
+    recent = {"recent": packed["recent"]}
+    return fold | {
         "decode": (
             lightning_attention_decode,
             (q[:3], k[:3], v[:3], log_decay, pool),
-            {"slots": slots, "scale": 0.5, "batch_invariant": True},
+            {"slots": slots, "scale": 0.5, "batch_invariant": True, **recent},
         ),
         "prefill": (
             lightning_attention_prefill,
@@ -94,17 +105,27 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
     }
 
 
+RECENT = " recent_k recent_v recent_count"
 OPERATORS = {
-    "decode": "slots scale batch_invariant",
-    "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant",
-    "verify": "cu_seqlens slots parents scale",
-    "commit": "cu_seqlens accepted slots parents",
+    "decode": "slots scale batch_invariant" + RECENT,
+    "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant" + RECENT,
+    "verify": "cu_seqlens slots parents scale" + RECENT,
+    "commit": "cu_seqlens accepted slots parents" + RECENT,
+    "fold": "slots" + RECENT,
 }
+CALLS = [(name, rings) for name in OPERATORS for rings in (False, True) if rings or name != "fold"]
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck_serving(name: str):
-    _, args, options = serving_calls()[name]
+def _fold(state: Tensor, log_decay: Tensor, *, slots: Tensor, recent: RecentTokens) -> None:
+    lightning_attention_fold(state, recent, log_decay, slots=slots)
+
+
+@pytest.mark.parametrize(("name", "rings"), CALLS)
+def test_opcheck_serving(name: str, rings: bool):
+    _, args, options = serving_calls(rings)[name]
+    recent = options.pop("recent")
+    if rings:
+        options |= {"recent_k": recent.k, "recent_v": recent.v, "recent_count": recent.count}
     rest = (options.get(option) for option in OPERATORS[name].split())
     torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled"))
 
@@ -132,17 +153,26 @@ def test_compiles_whole_forward_and_backward(case: str, monkeypatch: pytest.Monk
     _equal(solve_with(problem), expected)
 
 
+def _written(args: tuple, options: dict) -> list[Tensor]:
+    """The pool and its rings."""
+    state, recent = next(x for x in args if x.ndim == 4), options["recent"]
+    return [state] if recent is None else [state, recent.k, recent.v, recent.count]
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("name", OPERATORS)
-def test_serving_compiles_whole(name: str):
-    run, args, options = serving_calls()[name]
-    _, same, _ = serving_calls()[name]
-    expected = run(*same, **options)
+@pytest.mark.parametrize(("name", "rings"), CALLS)
+def test_serving_compiles_whole(name: str, rings: bool):
+    run, args, options = serving_calls(rings)[name]
+    _, same, same_options = serving_calls(rings)[name]
+    expected = run(*same, **same_options)
     out = torch.compile(run, fullgraph=True, backend="aot_eager")(*args, **options)
     assert (out is None and expected is None) or torch.equal(out, expected)
-    assert torch.equal(args[-1], same[-1])  # the pool, written through the compiled graph
+    got, untouched = _written(args, options), _written(*serving_calls(rings)[name][1:])
+    for a, b in zip(got, _written(same, same_options), strict=True):
+        assert torch.equal(a, b)  # written through the compiled graph
     if name != "verify":
-        assert not torch.equal(args[-1], serving_calls()[name][1][-1])
+        assert not torch.equal(got[-1], untouched[-1])
+        assert not torch.equal(got[0], untouched[0])
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -235,17 +265,18 @@ def test_autocast_does_not_reach_the_backward():
     _equal(got, expected)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_autocast_serving(name: str):
-    run, args, options = serving_calls()[name]
-    _, same, _ = serving_calls()[name]
+@pytest.mark.parametrize(("name", "rings"), CALLS)
+def test_autocast_serving(name: str, rings: bool):
+    run, args, options = serving_calls(rings)[name]
+    _, same, same_options = serving_calls(rings)[name]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(*args, **options)
-    tokens = len(args) - 2
-    expected = run(*(x.bfloat16() for x in same[:tokens]), *same[tokens:], **options)
+    tokens = next(i for i, x in enumerate(args) if x.ndim != 3)
+    expected = run(*(x.bfloat16() for x in same[:tokens]), *same[tokens:], **same_options)
     assert (out is None and expected is None) or torch.equal(out, expected)
     assert out is None or out.dtype == torch.bfloat16
-    assert torch.equal(args[-1], same[-1])
+    for a, b in zip(_written(args, options), _written(same, same_options), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_only_the_arguments_are_saved():

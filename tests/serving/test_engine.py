@@ -55,10 +55,14 @@ def draw_requests(source: random.Random, count: int, longest: int = 120, **setti
     ]
 
 
-# A GPU is always one step ahead of the host; a CPU can be.
-@pytest.mark.parametrize(("seed", "ahead"), [(0, 0), (1, 0), (2, 1), (3, 1)])
-def test_each_request_gets_what_it_gets_alone_whoever_joins_and_leaves(model, seed: int, ahead: int) -> None:
-    check_random_requests(model, seed, ahead)
+# A GPU is always one step ahead of the host, and has rings; a CPU can be, and can have them.
+@pytest.mark.parametrize(("seed", "ahead", "recent"), [(0, 0, None), (1, 0, 16), (2, 1, 4), (3, 1, 0)])
+def test_each_request_gets_what_it_gets_alone_whoever_joins_and_leaves(
+    model, seed: int, ahead: int, recent: int | None
+) -> None:
+    batch = check_random_requests(model, seed, ahead, recent)
+    assert [ring is not None for ring in batch.recent] == [bool(recent)] * 3
+    assert all(ring.k.shape[2] == recent and ring.count.any() for ring in batch.recent if ring is not None)
 
 
 @pytest.mark.gpu
@@ -67,14 +71,18 @@ def test_each_request_gets_what_it_gets_alone_whoever_joins_and_leaves(model, se
 def test_each_request_gets_what_it_gets_alone_on_a_gpu(model, seed: int) -> None:
     batch = check_random_requests(model.cuda(), seed, 1)
     assert batch._graphs  # decode steps were replayed
+    assert all(ring.k.shape[2] == 16 for ring in batch.recent)
 
 
-def check_random_requests(model: TransnormerForCausalLM, seed: int, ahead: int) -> ContinuousBatch:
+def check_random_requests(
+    model: TransnormerForCausalLM, seed: int, ahead: int, recent: int | None = None
+) -> ContinuousBatch:
     source = random.Random(seed)
     requests = draw_requests(source, 15, stop=(5, 6, 7))
     batch = ContinuousBatch(
-        model, max_batch=source.randint(2, 7), prefill_tokens=source.choice([1, 16, 64]), suppress=[PAD]
-    )
+        model, max_batch=source.randint(2, 7), prefill_tokens=source.choice([1, 16, 64]), suppress=[PAD],
+        recent_tokens=recent,
+    )  # fmt: skip
     batch._ahead = ahead
     joins = [source.randint(0, 40) for _ in requests]
     given = run(batch, requests, joins)
@@ -352,6 +360,9 @@ def test_a_bad_request_costs_the_others_nothing(model, request_, kind: type[Exce
             TypeError,
             "state_dtype is torch.float64; for a model in torch.float32 it must",
         ),
+        ({"recent_tokens": -1}, ValueError, "recent_tokens is -1; it must be at least 0"),
+        ({"recent_tokens": 65}, ValueError, "recent_tokens is 65; it must be at most 64"),
+        ({"recent_tokens": True}, TypeError, "recent_tokens is a bool; it must be an integer"),
         ({"suppress": 0}, TypeError, "suppress is a int; it must be a collection of token ids"),
         ({"suppress": [97]}, ValueError, "suppress has token 97; ids must be from 0 to 96"),
         ({"suppress": [-1]}, ValueError, "suppress has token -1; ids must be 0 or more"),
@@ -363,16 +374,18 @@ def test_refuses(model, settings: dict, kind: type[Exception], message: str) -> 
         ContinuousBatch(model, **settings)
 
 
-@pytest.mark.parametrize("prefill_tokens", [7, 2048])
+@pytest.mark.parametrize(("prefill_tokens", "recent"), [(7, 0), (2048, 0), (7, 3)])
 @torch.no_grad()
-def test_nan_in_a_request_stays_in_it(model, prefill_tokens: int) -> None:
+def test_nan_in_a_request_stays_in_it(model, prefill_tokens: int, recent: int) -> None:
     bad = [Request([3] * n + [50] + [4] * 9, 6, temperature=t) for n in (0, 70) for t in (0.0, 1.0)]
     good = [Request([*range(5, 5 + n)], m, temperature=t) for n, m, t in ((1, 9, 0.0), (30, 12, 1.0), (40, 5, 0.0))]
     both = [*bad, *good, *bad, *good]  # in few rows: those of the bad ones come to the good ones
     given = []
     for value in (0.0, torch.nan, torch.inf):
         model.model.embed_tokens.weight[50] = value
-        batch = ContinuousBatch(model, max_batch=5, prefill_tokens=prefill_tokens, suppress=[PAD, 50])
+        batch = ContinuousBatch(
+            model, max_batch=5, prefill_tokens=prefill_tokens, suppress=[PAD, 50], recent_tokens=recent
+        )
         tokens = run(batch, both, [3 * i for i in range(len(both))])
         given.append([words(tokens[i]) for i in range(len(both)) if both[i] in good])
     assert given[0] == given[1] == given[2]

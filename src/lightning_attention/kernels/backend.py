@@ -85,6 +85,16 @@ class Backend:
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]
 
+    #: The three over a pool with rings: their arguments, then k [S, H, R, D], v [S, H, R, E] and count [S] of
+    #: ``RecentTokens``. kernels/recent.py says what these hold, and which heads of a state a step folds them into.
+    decode_recent: Callable[..., Tensor]
+    verify_recent: Callable[..., Tensor]
+    commit_recent: Callable[..., None]
+
+    #: (state, log_decay, slots, fresh [N] or None, k, v, count): what the rings hold goes into the states, but where
+    #: ``fresh``, and the rings are empty
+    fold: Callable[[Tensor, Optional, Optional, Optional, Tensor, Tensor, Tensor], None]
+
     #: (q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, ranks) -> output, the
     #: state after the last slice, the one before this rank's, and how many tokens each rank has of each sequence,
     #: [size, N] of the states' type; None: by ``states`` and ``attention``, one after the other

@@ -10,6 +10,7 @@ from lightning_attention.nn.positions import token_positions
 from lightning_attention.ops.attention import lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
+from lightning_attention.ops.recent import RecentTokens
 from lightning_attention.ops.speculative import lightning_attention_commit, lightning_attention_verify
 from lightning_attention.ops.validation import check_log_decay_values, check_tensor
 
@@ -24,7 +25,7 @@ class FixedDecayAttention(nn.Module):
     :meth:`prefill`, :meth:`verify` and :meth:`commit` are the serving operations: they work in place on ``state``,
     [S, H, D, E] float32 or bfloat16 (float64 in a float64 layer), a pool of which each sequence owns one row, and have
     no gradients. Arguments other than ``x`` and ``positions`` are the operation's own: it says what they mean, what is
-    optional, and what it raises.
+    optional, and what it raises. Where the pool has rings of recent tokens, all of them are given these as ``recent``.
 
     ``positions`` are absolute: the number of the sequence's tokens before this one. A layer whose queries and keys
     depend on them raises a ValueError where it cannot count them itself and they are not given; another ignores them.
@@ -94,6 +95,11 @@ class FixedDecayAttention(nn.Module):
         """A pool for that many sequences, [rows, H, D, E] zeros on the layer's device."""
         return torch.zeros(rows, *self.state_shape, dtype=dtype, device=self.log_decay.device)
 
+    def allocate_recent(self, rows: int, length: int = 16) -> RecentTokens:
+        """Empty rings of ``length`` tokens beside such a pool, in the dtype of the layer's k and v."""
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), self.log_decay.dtype)
+        return RecentTokens.empty(rows, *self.state_shape, length, dtype, self.log_decay.device)
+
     def forward(
         self,
         x: Tensor,
@@ -144,20 +150,24 @@ class FixedDecayAttention(nn.Module):
             mixed = torch.where(crossing[:, None, None], mixed, alone)
         return self._finish(mixed, rest), final
 
-    def step(self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    def step(
+        self, x: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None,
+        recent: RecentTokens | None = None,
+    ) -> Tensor:  # fmt: skip
         """Mix one token per sequence by ``lightning_attention_decode``: ``forward`` on [N, 1, hidden_size], in place.
 
         ``x`` is [N, hidden_size], and so is the output; ``positions`` and ``slots`` are [N] integers.
         """
         q, k, v, rest = self._tokens(x, positions, "N")
-        return self._finish(
-            lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale), rest
-        )
+        mixed = lightning_attention_decode(
+            q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent
+        )  # fmt: skip
+        return self._finish(mixed, rest)
 
     def prefill(
         self, x: Tensor, state: Tensor, *, cu_seqlens: Tensor, positions: Tensor | None = None,
         slots: Tensor | None = None, fresh: Tensor | None = None, snapshot_at: Tensor | None = None,
-        snapshot_slots: Tensor | None = None,
+        snapshot_slots: Tensor | None = None, recent: RecentTokens | None = None,
     ) -> Tensor:  # fmt: skip
         """Mix N packed sequences of any lengths by ``lightning_attention_prefill``.
 
@@ -169,13 +179,13 @@ class FixedDecayAttention(nn.Module):
         q, k, v, rest = self._tokens(x, positions, "T")
         mixed = lightning_attention_prefill(
             q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=self.scale,
-            snapshot_at=snapshot_at, snapshot_slots=snapshot_slots,
+            snapshot_at=snapshot_at, snapshot_slots=snapshot_slots, recent=recent,
         )  # fmt: skip
         return self._finish(mixed, rest)
 
     def verify(
         self, x: Tensor, state: Tensor, *, cu_seqlens: Tensor, positions: Tensor | None = None,
-        slots: Tensor | None = None, parents: Tensor | None = None,
+        slots: Tensor | None = None, parents: Tensor | None = None, recent: RecentTokens | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Mix draft tokens by ``lightning_attention_verify``, which leaves every state as it is.
 
@@ -188,13 +198,14 @@ class FixedDecayAttention(nn.Module):
         """
         q, k, v, rest = self._tokens(x, positions, "T")
         mixed = lightning_attention_verify(
-            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, parents=parents, scale=self.scale
-        )
+            q, k, v, self.log_decay, state, cu_seqlens=cu_seqlens, slots=slots, parents=parents, scale=self.scale,
+            recent=recent,
+        )  # fmt: skip
         return self._finish(mixed, rest), k, v
 
     def commit(
         self, k: Tensor, v: Tensor, state: Tensor, *, cu_seqlens: Tensor, accepted: Tensor,
-        slots: Tensor | None = None, parents: Tensor | None = None,
+        slots: Tensor | None = None, parents: Tensor | None = None, recent: RecentTokens | None = None,
     ) -> None:  # fmt: skip
         """Fold the accepted drafts into the states by ``lightning_attention_commit``.
 
@@ -202,8 +213,9 @@ class FixedDecayAttention(nn.Module):
         ``accepted`` is [T] bool.
         """
         lightning_attention_commit(
-            k, v, self.log_decay, state, cu_seqlens=cu_seqlens, accepted=accepted, slots=slots, parents=parents
-        )
+            k, v, self.log_decay, state, cu_seqlens=cu_seqlens, accepted=accepted, slots=slots, parents=parents,
+            recent=recent,
+        )  # fmt: skip
 
     @property
     def _encodes_positions(self) -> bool:

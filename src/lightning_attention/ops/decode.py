@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.recent import RecentTokens, tensors
 
 
 def lightning_attention_decode(
@@ -16,8 +17,11 @@ def lightning_attention_decode(
     slots: Tensor | None = None,
     scale: float = 1.0,
     batch_invariant: bool = False,
+    recent: RecentTokens | None = None,
 ) -> Tensor:
     """One step of the recurrence for N sequences: S ← λ S + kᵀ v in place, o = scale · q S.
+
+    With ``recent`` S is what the pool's row and the ring make together.
 
     Not differentiable. Nothing is read on the host, so a call can be captured in a CUDA graph.
 
@@ -37,6 +41,8 @@ def lightning_attention_decode(
         batch_invariant: make the bits of a sequence's output and state independent of how many other sequences there
             are. They are not those of ``lightning_attention``, which rounds operands that this does not:
             docs/numerics.md.
+        recent: the pool's rings of recent tokens, to which the step appends: it reads the state, and writes 1/R of it.
+            None: the state is written.
 
     Returns:
         [N, H, E] in q's dtype.
@@ -51,18 +57,24 @@ def lightning_attention_decode(
         validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
         validation.check_inputs(q, k, v, log_decay, "N")
         validation.check_pool(state, q, v, slots, q.shape[0])
+    validation.check_recent(recent, state, q)
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)
-    return decode(q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, backend)
+    return decode(q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, *tensors(recent), backend)
 
 
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool, backend: str,
+    batch_invariant: bool, recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     validation.check_slot_values(slots, state.shape[0])
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).decode(q, k, v, log_decay, state, slots, scale, batch_invariant)
+    run = backends.get(backend)
+    if recent_count is None:
+        return run.decode(q, k, v, log_decay, state, slots, scale, batch_invariant)
+    return run.decode_recent(
+        q, k, v, log_decay, state, slots, scale, batch_invariant, recent_k, recent_v, recent_count
+    )  # fmt: skip
 
 
-decode = Operation(_decode, like_v, writes=["state"])
+decode = Operation(_decode, like_v, writes=["state", "recent_k", "recent_v", "recent_count"])

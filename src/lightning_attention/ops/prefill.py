@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.recent import RecentTokens, tensors
 
 
 def lightning_attention_prefill(
@@ -21,6 +22,7 @@ def lightning_attention_prefill(
     snapshot_at: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     batch_invariant: bool = False,
+    recent: RecentTokens | None = None,
 ) -> Tensor:
     """``lightning_attention`` over N packed sequences that start from, and leave, their states in a pool.
 
@@ -51,6 +53,8 @@ def lightning_attention_prefill(
             state at the next multiple cannot be had to the bit from one elsewhere. The pool must be float32 (float64
             for float64 inputs). A snapshot has the bits that a call would leave which ended there. Single tokens are
             read as prompts are, not as decode does. docs/numerics.md has more, and the price.
+        recent: the pool's rings of recent tokens. Those of all slots in the call are emptied: into the states, where a
+            sequence is not ``fresh``. What the call reads goes to the states. None: none.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -65,24 +69,34 @@ def lightning_attention_prefill(
     if fresh is not None:
         validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
+    validation.check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
     return prefill(
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,
-        backend,
+        *tensors(recent), backend,
     )  # fmt: skip
 
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
-    batch_invariant: bool, backend: str,
+    batch_invariant: bool, recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).prefill(
+    run = backends.get(backend)
+    if recent_k is not None and recent_v is not None and recent_count is not None:
+        rows, empty = slots, fresh
+        if slots is not None and snapshot_slots is not None:
+            # A ring must not outlive the state that it belongs to; whether a snapshot is taken is not known here.
+            rows = torch.cat([slots, snapshot_slots.flatten()])
+            if fresh is not None:
+                empty = torch.cat([fresh, torch.zeros_like(snapshot_slots, dtype=torch.bool).flatten()])
+        run.fold(state, log_decay, rows, empty, recent_k, recent_v, recent_count)
+    return run.prefill(
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
     )
 
 
-prefill = Operation(_prefill, like_v, writes=["state"])
+prefill = Operation(_prefill, like_v, writes=["state", "recent_k", "recent_v", "recent_count"])

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.recent import RecentTokens, tensors
 
 
 def lightning_attention_verify(
@@ -18,6 +19,7 @@ def lightning_attention_verify(
     slots: Tensor | None = None,
     parents: Tensor | None = None,
     scale: float = 1.0,
+    recent: RecentTokens | None = None,
 ) -> Tensor:
     """Outputs of draft tokens, each following its ancestors and the state of its sequence; no state is touched.
 
@@ -38,6 +40,7 @@ def lightning_attention_verify(
         parents: [T] int32 or int64, each draft's parent as its place among the drafts of its sequence, an earlier
             one, or -1 for the state. None: every draft follows the one before it.
         scale: factor on the output.
+        recent: the pool's rings of recent tokens, read only; the drafts follow what they hold. None: none.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -51,19 +54,26 @@ def lightning_attention_verify(
     validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
+    validation.check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
-    return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, backend)
+    return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, *tensors(recent), backend)
 
 
 def _verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float, backend: str,
+    parents: Tensor | None, scale: float, recent_k: Tensor | None, recent_v: Tensor | None,
+    recent_count: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
+    run = backends.get(backend)
+    if recent_count is None:
+        return run.verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
+    return run.verify_recent(
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, recent_k, recent_v, recent_count
+    )  # fmt: skip
 
 
 verify = Operation(_verify, like_v)
@@ -79,6 +89,7 @@ def lightning_attention_commit(
     accepted: Tensor,
     slots: Tensor | None = None,
     parents: Tensor | None = None,
+    recent: RecentTokens | None = None,
 ) -> None:
     """Fold the accepted drafts into the states, in place, as if they had been decoded one by one.
 
@@ -96,6 +107,8 @@ def lightning_attention_commit(
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
         parents: [T] int32 or int64, as given to ``lightning_attention_verify``; None: chains. Used to find a path with
             a hole in it, on the CPU alone.
+        recent: the pool's rings of recent tokens, to which the drafts are appended: the states of those heads alone are
+            written whose turn it is on the way. None: the states are written.
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype other than the above.
@@ -112,20 +125,27 @@ def lightning_attention_commit(
     validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
     if parents is not None:
         validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
+    validation.check_recent(recent, state, k)
     backend = backends.choose(None, k.device)
-    commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, backend)
+    commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, *tensors(recent), backend)
 
 
 def _commit(
     k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
-    slots: Tensor | None, parents: Tensor | None, backend: str,
+    slots: Tensor | None, parents: Tensor | None, recent_k: Tensor | None, recent_v: Tensor | None,
+    recent_count: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, k.shape[0])
     validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
     validation.check_accepted_values(accepted, parents, cu_seqlens, slots)
     validation.check_log_decay_values(log_decay)
-    backends.get(backend).commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
+    run = backends.get(backend)
+    if recent_count is None:
+        run.commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
+        return
+    run.commit_recent(k, v, log_decay, state, cu_seqlens, accepted, slots, recent_k, recent_v, recent_count)
 
 
-commit = Operation(_commit, lambda *inputs: None, writes=["state"])  # noqa: ARG005
+_written = ["state", "recent_k", "recent_v", "recent_count"]
+commit = Operation(_commit, lambda *inputs: None, writes=_written)  # noqa: ARG005

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_attention.ops import transforms
+from lightning_attention.ops.recent import LONGEST, RecentTokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
@@ -213,6 +214,49 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
             )
         return
     check_index("slots", slots, (num_sequences,), "[N]", q)
+
+
+def check_recent(recent: RecentTokens | None, state: Tensor, q: Tensor) -> None:
+    """The rings of a checked pool, for tokens like q: they hold them exactly."""
+    if recent is None:
+        return
+    exact = (q.dtype,) if q.dtype == torch.float64 else (q.dtype, torch.float32)
+    _check_rings_of(state, recent, exact)
+
+
+def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None) -> None:
+    """A pool and its rings, without tokens."""
+    check_tensor("state", state)
+    if state.ndim != 4 or 0 in state.shape[1:]:
+        raise ValueError(f"state has shape {list(state.shape)}; it must be [S, H, D, E], H, D and E at least 1")
+    _check_rings_of(state, recent, FLOATS)
+    check_pool(state, recent.k[:, :, 0], recent.v[:, :, 0], None, state.shape[0])
+    check_log_decay(log_decay, recent.v[:, :, 0])
+
+
+def _check_rings_of(state: Tensor, recent: RecentTokens, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(recent, RecentTokens):
+        raise TypeError(f"recent is a {type(recent).__name__}; it must be RecentTokens")
+    k, v, count = recent.k, recent.v, recent.count
+    for name, x in (("recent.k", k), ("recent.v", v), ("recent.count", count)):
+        check_tensor(name, x)
+        check_device(name, x, state)
+    (S, H, D, E), R = state.shape, k.shape[2] if k.ndim == 4 else 1
+    if not 1 <= R <= LONGEST:
+        raise ValueError(f"recent.k has shape {list(k.shape)}; R, its third size, must be from 1 to {LONGEST}")
+    check_shape("recent.k", k, (S, H, R, D), "[S, H, R, D]")
+    check_shape("recent.v", v, (S, H, R, E), "[S, H, R, E]")
+    check_shape("recent.count", count, (S,), "[S]")
+    check_dtype("recent.k", k, dtypes)
+    check_dtype("recent.v", v, (k.dtype,))
+    check_dtype("recent.count", count, (torch.int32,))
+    check_no_grad(**{"recent.k": k, "recent.v": v})
+    for name, x in (("recent.k", k), ("recent.v", v)):
+        if x.stride()[2:] != (x.shape[3], 1) or (0 in x.stride() and x.numel() > 1):
+            wanted = f"each [R, {'D' if x is k else 'E'}] must be contiguous, and have a place of its own"
+            raise ValueError(f"{name} has strides {list(x.stride())}; {wanted}")
+    if S > 1 and count.stride(0) != 1:
+        raise ValueError(f"recent.count has strides {list(count.stride())}; it must be contiguous")
 
 
 def check_index(

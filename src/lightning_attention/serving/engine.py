@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_attention.ops.recent import LONGEST
 from lightning_attention.serving.cuda_graphs import capture
-from lightning_attention.serving.model import DecoderBlock, DecoderModel
+from lightning_attention.serving.model import DecoderModel
 from lightning_attention.serving.request import Request, check_vocabulary, integer, token_ids
 from lightning_attention.serving.sampling import sample
 from lightning_attention.serving.scheduler import Finished, RunningSequence, Scheduler
@@ -60,15 +61,18 @@ class ContinuousBatch:
         state_dtype: of the recurrent states, float32 or bfloat16 or, of a float64 model (on a CPU), float64. None: the
             widest.
         suppress: token ids that are never generated, in a collection, tensor or array.
+        recent_tokens: how many tokens the blocks that can keep beside their states, so that a decode step need not
+            write these: from 1 to 64, or 0 for none. None: 16 on a GPU, and none on a CPU, where it saves nothing.
 
     Attributes:
         states: what each block allocated; for a layer of lightning attention a pool, [S, H, D, E].
+        recent: each block's rings of recent tokens, a :class:`~lightning_attention.RecentTokens`, or None.
 
     Raises:
-        TypeError: ``max_batch`` or ``prefill_tokens`` is no integer, ``state_dtype`` is none of those, or ``suppress``
-            holds what is no integer.
-        ValueError: ``max_batch`` or ``prefill_tokens`` is below 1, or ``suppress`` has a token that the model does not
-            know, or all that it does.
+        TypeError: ``max_batch``, ``prefill_tokens`` or ``recent_tokens`` is no integer, ``state_dtype`` is none of
+            those, or ``suppress`` holds what is no integer.
+        ValueError: ``max_batch`` or ``prefill_tokens`` is below 1, ``recent_tokens`` is not from 0 to 64, or
+            ``suppress`` has a token that the model does not know, or all that it does.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class ContinuousBatch:
         prefill_tokens: int = 2048,
         state_dtype: torch.dtype | None = None,
         suppress: Collection[int] = (),
+        recent_tokens: int | None = None,
     ) -> None:
         self._max_batch = integer("max_batch", max_batch, least=1)
         self._scheduler = Scheduler(self._max_batch, integer("prefill_tokens", prefill_tokens, least=1))
@@ -91,12 +96,18 @@ class ContinuousBatch:
         self._model = model.eval()
         self._blocks = list(model.blocks)
         self.states: list[Any] = [block.allocate_state(self._max_batch, state_dtype) for block in self._blocks]
+        length = 16 * (weight.device.type == "cuda") if recent_tokens is None else recent_tokens
+        self.recent: list[Any] = self._allocate_recent(integer("recent_tokens", length, least=0, most=LONGEST))
         # Each row's newest token stays on the device. One more: padding, slot −1, reads and writes the last.
         self._newest = torch.zeros(self._max_batch + 1, dtype=torch.long, device=self._device)
         self._suppress = torch.tensor(sorted(suppressed), dtype=torch.long, device=self._device)
         self._flights: deque[_Flight] = deque()
         self._ahead = int(self._newest.is_cuda)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
+
+    def _allocate_recent(self, length: int) -> list[Any]:
+        able = [getattr(block, "allocate_recent", None) if length else None for block in self._blocks]
+        return [None if allocate is None else allocate(self._max_batch, length) for allocate in able]
 
     @property
     def busy(self) -> bool:
@@ -188,7 +199,8 @@ class ContinuousBatch:
         cu_seqlens, slots, new = bounds[0], bounds[1, :-1], bounds[2, :-1].bool()
         tokens[0, : len(decoding)] = self._newest[slots[: len(decoding)]]
         batch = {"cu_seqlens": cu_seqlens, "positions": tokens[1], "slots": slots, "fresh": new}
-        hidden = self._through(tokens[0], lambda block, x, state: block.prefill(x, state, **batch))[cu_seqlens[1:] - 1]
+        hidden = self._through(tokens[0], lambda block, *own, **rings: block.prefill(*own, **rings, **batch))
+        hidden = hidden[cu_seqlens[1:] - 1]
         return rows, self._next(hidden, slots, self._to_device(controls, torch.float32), _sampled(controls))
 
     def _decode(self, decoding: list[RunningSequence]) -> Tensor:
@@ -224,16 +236,15 @@ class ContinuousBatch:
     def _decode_rows(self, rows: Tensor, controls: Tensor, sampled: bool) -> Tensor:
         """The next token, [N], of the slots and at the positions [2, N]."""
         slots, positions = rows
-        hidden = self._through(
-            self._newest[slots], lambda block, x, state: block.step(x, state, positions=positions, slots=slots)
-        )
+        batch = {"positions": positions, "slots": slots}
+        hidden = self._through(self._newest[slots], lambda block, *own, **rings: block.step(*own, **rings, **batch))
         return self._next(hidden, slots, controls, sampled)
 
-    def _through(self, ids: Tensor, read: Callable[[DecoderBlock, Tensor, Any], Tensor]) -> Tensor:
-        """Token ids [T] to the hidden states [T, width] after the last block."""
+    def _through(self, ids: Tensor, read: Callable[..., Tensor]) -> Tensor:
+        """Token ids [T] to the hidden states [T, width] after the last block; ``read`` has one block read them."""
         x = self._model.embed(ids)
-        for block, state in zip(self._blocks, self.states, strict=True):
-            x = read(block, x, state)
+        for block, state, recent in zip(self._blocks, self.states, self.recent, strict=True):
+            x = read(block, x, state) if recent is None else read(block, x, state, recent=recent)
         return x
 
     def _next(self, hidden: Tensor, slots: Tensor, controls: Tensor, sampled: bool) -> Tensor:

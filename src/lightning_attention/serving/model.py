@@ -13,6 +13,10 @@ class DecoderBlock(Protocol):
     :meth:`step` and :meth:`prefill` run without gradients. They read nothing on the host and keep their state at the
     same address, so that a step can be captured in a CUDA graph. A negative slot is padding: it touches no state, and
     whatever is returned for it is ignored, as is what is returned for tokens past ``cu_seqlens[-1]``.
+
+    A block may also have ``allocate_recent(rows, length)``, which gives rings of so many recent tokens (a
+    :class:`~lightning_attention.RecentTokens`, or anything) beside its state, or None for none. Both methods then get
+    them as ``recent``, where the engine uses rings.
     """
 
     def allocate_state(self, rows: int, dtype: torch.dtype) -> Any:

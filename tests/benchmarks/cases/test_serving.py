@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.cases import serving
-from benchmarks.cases.serving import HOST, SUITE, Problem, Scale
+from benchmarks.cases.serving import HOST, RINGS, SUITE, Problem, Scale
 from benchmarks.harness import find
 from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE
 from benchmarks.peers import _sglang
@@ -102,11 +102,16 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tm
     serving.measure(run(SCALE))
     found = [(r["what"], r["size"], r["state"], r["implementation"]) for r in report.find(SUITE)]
     assert found == [
-        *((DECODE, f"N = {N}", state, OURS) for state in ("float32", "bfloat16") for N in (1, 3)),
-        (HOST, "N = 1", "float32", OURS),
+        *(
+            (DECODE, f"N = {N}", state, name)
+            for state in ("float32", "bfloat16")
+            for N in (1, 3)
+            for name in (OURS, RINGS)
+        ),
+        *((HOST, "N = 1", "float32", name) for name in (OURS, RINGS)),
         *((PREFILL, size, "float32", name) for size in ("equal", "mixed") for name in (OURS, "forward", "dense")),
         (SPECULATE, "N = 3, 4 drafts", "float32", OURS),
-        (SPECULATE, "N = 3, 4 drafts", "float32", "decodes"),
+        *((SPECULATE, "N = 3, 4 drafts", "float32", name) for name in (RINGS, "decodes")),
     ]
     for r in report.find(SUITE):
         if r["implementation"] != "dense":  # another function
@@ -122,6 +127,11 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tm
     }.items():
         (r,) = report.find(SUITE, what=what, size=size, state="float32", implementation=OURS)
         assert r["copy_fraction"] == pytest.approx(moved / RATE / (r["ms"] * 1e-3), rel=1e-4)
+
+    (r,) = report.find(SUITE, what=DECODE, size="N = 3", state="bfloat16", implementation=RINGS)
+    moved = 6 * 3 * unit + 15 * 3 * unit + 17 / 16 * 3 * state / 2  # of 16 steps, on average
+    assert r["copy_fraction"] == pytest.approx(moved / RATE / (r["ms"] * 1e-3), rel=1e-4)
+    assert r["slowest_ms"] >= r["ms"]
 
     records = report.find(SUITE)
     assert len(next(serving.table(records)).rows) == 8
@@ -139,10 +149,10 @@ def test_the_peers_signatures_give_the_same_functions(report, run):
         if r["implementation"] != "dense":
             assert r["output_error"] < 1e-6
             assert r["state_error"] < (1e-6 if r["state"] == "float32" else 3e-3)
-    assert found[DECODE, "float32"] == [OURS, "seg_la", "fla", "vllm"] * 2
-    assert found[DECODE, "bfloat16"] == [OURS, "seg_la", "vllm"] * 2  # fla's states leave in float32
+    assert found[DECODE, "float32"] == [OURS, "seg_la", "fla", "vllm", RINGS] * 2
+    assert found[DECODE, "bfloat16"] == [OURS, "seg_la", "vllm", RINGS] * 2  # fla's states leave in float32
     assert found[PREFILL, "float32"] == [OURS, "seg_la", "forward", "dense"] * 2
-    assert found[SPECULATE, "float32"] == [OURS, "seg_la", "decodes"]
+    assert found[SPECULATE, "float32"] == [OURS, "seg_la", RINGS, "decodes"]
 
 
 def test_a_missing_peer_is_reported_and_the_others_are_measured(report, run, monkeypatch):

@@ -10,10 +10,17 @@ from lightning_attention.models.transnormer import TransnormerCache, Transnormer
 from tests.support.numerics import relative_error
 
 
-@pytest.fixture
-def cache(model: TransnormerForCausalLM, ids: Tensor) -> TransnormerCache:
+@pytest.fixture(params=[0, 4], ids=["states", "with rings"])
+def cache(model: TransnormerForCausalLM, ids: Tensor, request: pytest.FixtureRequest) -> TransnormerCache:
+    """With rings, after a step: they hold a token."""
     with torch.no_grad():
-        return model(ids, use_cache=True)[CACHE]
+        if not request.param:
+            return model(ids, use_cache=True)[CACHE]
+        cache = TransnormerCache(model.config, recent_tokens=request.param)
+        model(ids[:, :-1], cache=cache)
+        model(ids[:, -1:], cache=cache)
+    assert all(layer.recent.count.all() for layer in cache.layers)
+    return cache
 
 
 def memory(cache: TransnormerCache) -> int:
@@ -71,6 +78,28 @@ def test_rows_move_with_their_positions(
     getattr(cache, method)(argument)
     assert cache.positions.tolist() == [[50, 83, 90][row] for row in rows]
     assert relative_error(model(ids[rows, :2], cache=cache).logits, expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_rings_change_nothing_but_what_is_written(model: TransnormerForCausalLM, ids: Tensor) -> None:
+    """Steps, a chunk, other rows, and steps again; the state is whole whenever it is asked for."""
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    caches = [TransnormerCache(model.config, recent_tokens=length) for length in (0, 4)]
+    for cache in caches:
+        model(ids, attention_mask=mask, cache=cache)
+    for tokens in (*[1] * 9, 7, *[1] * 6):
+        x = torch.randint(3, 97, (len(caches[0].positions), tokens))
+        expected, got = (model(x, cache=cache).logits for cache in caches)
+        assert relative_error(got, expected) <= 1e-6
+        if tokens == 7:
+            for cache in caches:
+                cache.batch_repeat_interleave(2)
+    plain, ringed = caches
+    assert ringed.layers[0].recent.count.all()
+    for layer in range(3):
+        assert relative_error(ringed.state(layer), plain.state(layer)) <= 1e-6
+        assert not ringed.layers[layer].recent.count.any()
 
 
 @torch.no_grad()

@@ -50,10 +50,12 @@ def test_every_mode_says_the_same_with_and_without_the_cache(
     model: TransnormerForCausalLM, prompt: tuple[Tensor, Tensor], mode: dict
 ) -> None:
     said = []
-    for use_cache in (True, False):
+    rings = {CACHE: TransnormerCache(model.config, recent_tokens=4)}
+    for how in ({"use_cache": True}, {"use_cache": False}, rings):
         torch.manual_seed(7)
-        said.append(model.generate(prompt[0], attention_mask=prompt[1], use_cache=use_cache, **mode, **FIXED))
-    assert torch.equal(*said)
+        said.append(model.generate(prompt[0], attention_mask=prompt[1], **how, **mode, **FIXED))
+    assert torch.equal(said[0], said[1])
+    assert torch.equal(said[0], said[2])
 
 
 def test_beams_find_a_likelier_text_than_greedy(model: TransnormerForCausalLM, ids: Tensor) -> None:

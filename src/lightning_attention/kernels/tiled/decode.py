@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_attention.kernels import pool
-from lightning_attention.kernels.tiled.decays import carried, rate_of
+from lightning_attention.kernels.decays import carried, rate_of
 
 
 def decode(

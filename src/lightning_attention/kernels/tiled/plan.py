@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attention.kernels.decays import rate_of
 from lightning_attention.kernels.pool import accumulator
 from lightning_attention.kernels.tiled import threads
 from lightning_attention.kernels.tiled.blocks import Blocks, blocks_of
-from lightning_attention.kernels.tiled.decays import Decay, rate_of
+from lightning_attention.kernels.tiled.decays import Decay
 from lightning_attention.kernels.tiled.sweep import Run, space_for
 
 BLOCK = 64  # C

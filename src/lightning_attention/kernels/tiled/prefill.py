@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels import pool
+from lightning_attention.kernels.decays import carried, rate_of
 from lightning_attention.kernels.tiled.attention import attention
-from lightning_attention.kernels.tiled.decays import carried, rate_of
 from lightning_attention.kernels.tiled.states import states
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.kernels import pool
-from lightning_attention.kernels.tiled.decays import carried, rate_of
+from lightning_attention.kernels.decays import carried, rate_of
 from lightning_attention.kernels.tiled.states import states
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from lightning_attention.kernels.backend import Backend
+from lightning_attention.kernels.triton import recent
 from lightning_attention.kernels.triton.attention import attention, attention_backward
 from lightning_attention.kernels.triton.cross_entropy import cross_entropy
 from lightning_attention.kernels.triton.decode import decode
@@ -20,7 +21,8 @@ def missing(device: torch.device) -> str | None:
 
 BACKEND = Backend(
     name="triton", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
-    prefill=prefill, verify=verify, commit=commit, sequence_parallel=sequence_parallel,
+    prefill=prefill, verify=verify, commit=commit, decode_recent=recent.decode, verify_recent=recent.verify,
+    commit_recent=recent.commit, fold=recent.fold, sequence_parallel=sequence_parallel,
     sequence_parallel_backward=sequence_parallel_backward, cross_entropy=cross_entropy, project=project,
     missing=missing,
 )  # fmt: skip

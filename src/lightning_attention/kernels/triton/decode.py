@@ -50,9 +50,12 @@ def _constants(D: int, E: int, group: int, columns: int, aligned: bool) -> tuple
 
 def over_states(
     kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
-    widest: int = 0,
+    widest: int = 0, *, ring: tuple[Any, ...] = (), programs: int = 0, registers: int = 0,
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
+
+    With its ``ring``'s constants, of ``ring.py``; ``programs``: how many, where it is not one for each TILE columns;
+    ``registers``: see ``dispatch.run``.
 
     ``sizes``: sequences, H, D, E and heads of v to a head of q and k; ``strides``: the state's, which takes 0.4 µs to
     ask again.
@@ -60,8 +63,10 @@ def over_states(
     N, H, D, E, group = sizes
     is_aligned = aligned(state, strides)
     dispatch.run(
-        kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, is_aligned), 4, state.get_device(),
-        lambda: [_constants(D, E, group, columns, is_aligned) for columns in (16, 32, 64) if columns <= widest],
+        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, is_aligned) + ring, 4,
+        state.get_device(),
+        lambda: [_constants(D, E, group, columns, is_aligned) + ring for columns in (16, 32, 64) if columns <= widest],
+        registers,
     )  # fmt: skip
 
 

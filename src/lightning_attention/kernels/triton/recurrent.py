@@ -178,31 +178,20 @@ def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
     store_output(out, n.to(tl.int64), head, column, q_row, S, scale, H, TILE)
 
 
-@dispatch.unspecialized(triton.jit)
-def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
-                  v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
-                  row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, N, T, H, scale,
-                  TILE: tl.constexpr):  # fmt: skip
-    n, head, column = place(H, TILE)
-    first = tl.load(cu_seqlens + n).to(tl.int64)
-    last = tl.load(cu_seqlens + n + 1).to(tl.int64)
-    slot = slot_of(slots, n)
-    # Tokens past the last sequence are padding, and every sequence's programs clear their share of them.
+@triton.jit
+def clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, column, H, TILE: tl.constexpr):
+    """Zeros for a sequence that is padding, and for its share of the tokens past the last sequence."""
     for t in range(tl.load(cu_seqlens + N).to(tl.int64) + n, T, N):
         zero_row(out, t, head, column, H, TILE)
     if slot < 0:
         for t in range(first, last):
             zero_row(out, t, head, column, H, TILE)
-        return
-    if first == last:
-        return
-    states = States(state, slot_stride, head_stride, row_stride, column_stride)
-    where, exists = state_tile(states, slot, head, column, TILE)
-    start = tl.load(where, mask=exists, other=0.0).to(tl.float32)
-    whole, rest = decay_of(log_decay, head)
-    queries = Vectors(q, q_token_stride, q_head_stride)
-    keys = Vectors(k, k_token_stride, k_head_stride)
-    values = Vectors(v, v_token_stride, v_head_stride)
+
+
+@triton.jit
+def read_drafts(start, queries, keys, values, out, parents, first, last, head, column, whole, rest, scale, H,
+                TILE: tl.constexpr):  # fmt: skip
+    """The outputs of drafts that follow a state."""
     S = start
     for t in range(first, last):
         if parents is not None:
@@ -223,6 +212,37 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
 
 
 @dispatch.unspecialized(triton.jit)
+def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
+                  v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
+                  row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, N, T, H, scale,
+                  TILE: tl.constexpr):  # fmt: skip
+    n, head, column = place(H, TILE)
+    first = tl.load(cu_seqlens + n).to(tl.int64)
+    last = tl.load(cu_seqlens + n + 1).to(tl.int64)
+    slot = slot_of(slots, n)
+    clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, column, H, TILE)
+    if (slot < 0) | (first == last):
+        return
+    states = States(state, slot_stride, head_stride, row_stride, column_stride)
+    where, exists = state_tile(states, slot, head, column, TILE)
+    start = tl.load(where, mask=exists, other=0.0).to(tl.float32)
+    whole, rest = decay_of(log_decay, head)
+    queries = Vectors(q, q_token_stride, q_head_stride)
+    keys = Vectors(k, k_token_stride, k_head_stride)
+    values = Vectors(v, v_token_stride, v_head_stride)
+    read_drafts(start, queries, keys, values, out, parents, first, last, head, column, whole, rest, scale, H, TILE)
+
+
+@triton.jit
+def count_accepted(accepted, first, last):
+    taken = 0
+    for t in range(first, last, 32):
+        token = t + tl.arange(0, 32)
+        taken += tl.sum(tl.load(accepted + token, mask=token < last, other=0).to(tl.int32), 0)
+    return taken
+
+
+@dispatch.unspecialized(triton.jit)
 def commit_kernel(k, k_token_stride: "i64", k_head_stride: "i64", v, v_token_stride: "i64", v_head_stride: "i64", state,
                   slot_stride: "i64", head_stride: "i64", row_stride: "i64", column_stride: "i64", slots, log_decay,
                   cu_seqlens, accepted, H, TILE: tl.constexpr):  # fmt: skip
@@ -230,11 +250,7 @@ def commit_kernel(k, k_token_stride: "i64", k_head_stride: "i64", v, v_token_str
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
     slot = slot_of(slots, n)
-    taken = 0
-    for t in range(first, last, 32):
-        token = t + tl.arange(0, 32)
-        taken += tl.sum(tl.load(accepted + token, mask=token < last, other=0).to(tl.int32), 0)
-    if (slot < 0) | (taken == 0):
+    if (slot < 0) | (count_accepted(accepted, first, last) == 0):
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)

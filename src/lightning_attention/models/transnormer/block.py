@@ -12,6 +12,7 @@ from lightning_attention.models.transnormer.configuration import TransnormerConf
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
 from lightning_attention.nn import SGLU, SRMSNorm
 from lightning_attention.nn.projection import is_plain, project
+from lightning_attention.ops.recent import RecentTokens
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,10 +70,12 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
         With ``step`` the layer's state is updated in place, by one token per row.
         """
-        state = None if cache is None else cache.state(self.layer_idx)
         if step:
-            assert state is not None  # a step comes after something
-            return self.step(hidden_states.squeeze(1), state, positions=positions, slots=slots).unsqueeze(1)
+            assert cache is not None  # a step comes after something
+            held, recent = cache.with_ring(self.layer_idx, self.token_mixer)
+            x = hidden_states.squeeze(1)
+            return self.step(x, held, positions=positions, slots=slots, recent=recent).unsqueeze(1)
+        state = None if cache is None else cache.state(self.layer_idx)
         mixed, state = self.token_mixer(
             self.token_norm(hidden_states),
             state,
@@ -89,6 +92,10 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
     def allocate_state(self, rows: int, dtype: torch.dtype) -> Tensor:
         """A pool of states, [rows, H, D, E]."""
         return self.token_mixer.allocate_state(rows, dtype)
+
+    def allocate_recent(self, rows: int, length: int) -> RecentTokens:
+        """Rings of recent tokens beside such a pool."""
+        return self.token_mixer.allocate_recent(rows, length)
 
     def step(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
         """One token per sequence, [N, width]; the arguments are those of :meth:`TransnormerMixer.step`."""

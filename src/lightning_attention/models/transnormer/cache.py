@@ -1,13 +1,18 @@
 """The cache of TransNormerLLM: one state per layer, of a size that does not depend on the context."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
+from lightning_attention.ops.fold import lightning_attention_fold
+from lightning_attention.ops.recent import RecentTokens
+
+if TYPE_CHECKING:
+    from lightning_attention.models.transnormer.mixer import TransnormerMixer
 
 
 class _RecurrentState(LinearAttentionLayer):
@@ -16,9 +21,25 @@ class _RecurrentState(LinearAttentionLayer):
     # generate() would otherwise compile the decode step unasked, and ask for masks of kinds this model does not have.
     is_compileable = False
 
+    recent: RecentTokens | None = None
+    log_decay: Tensor | None = None
+
     @property
     def state(self) -> Tensor | None:
-        return self.recurrent_states[0] if self.has_previous_state[0] else None
+        """With what the ring of recent tokens holds."""
+        if not self.has_previous_state[0]:
+            return None
+        if self.recent is not None:
+            with torch.no_grad():
+                lightning_attention_fold(self.recurrent_states[0], self.recent, self.log_decay)
+        return self.recurrent_states[0]
+
+    def with_ring(self, mixer: "TransnormerMixer", length: int) -> tuple[Tensor, RecentTokens | None]:
+        """The state, and a ring beside it of so many tokens, for a step of one token a row."""
+        state = self.recurrent_states[0]
+        if length and self.recent is None:
+            self.recent, self.log_decay = mixer.allocate_recent(len(state), length), mixer.log_decay
+        return state, self.recent
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
         """Keep ``recurrent_states``, at the address of the state before it where that can be."""
@@ -27,6 +48,7 @@ class _RecurrentState(LinearAttentionLayer):
         if held is None or held.shape != recurrent_states.shape or recurrent_states.requires_grad or held.requires_grad:
             # Memory of its own: what a backend returns may be part of something larger.
             self.recurrent_states[state_idx] = held = recurrent_states.clone(memory_format=torch.contiguous_format)
+            self.recent = None
         else:
             held.copy_(recurrent_states)
         self.device, self.dtype = held.device, held.dtype
@@ -38,6 +60,11 @@ class _RecurrentState(LinearAttentionLayer):
     def replace(self, state: Tensor) -> None:
         """Hold another batch: a state with other rows."""
         self.recurrent_states[0] = state
+        self.recent = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.recent = None
 
 
 class TransnormerCache(Cache):
@@ -49,6 +76,9 @@ class TransnormerCache(Cache):
 
     Args:
         config: the model's configuration.
+        recent_tokens: how many tokens are kept in rings beside the states, so that a step of one token need not write
+            these, from 1 to 64; 0: none. They are worth having where a step waits for the GPU's memory: many rows, and
+            no time lost on the host.
 
     Attributes:
         positions: [N] int64, the number of real tokens each sequence has read, which is the next token's position;
@@ -57,10 +87,11 @@ class TransnormerCache(Cache):
 
     layers: list[_RecurrentState]
 
-    def __init__(self, config: TransnormerConfig) -> None:
+    def __init__(self, config: TransnormerConfig, recent_tokens: int = 0) -> None:
         super().__init__(layers=[_RecurrentState() for _ in range(config.decoder_layers)])
         self.positions: Tensor | None = None
         self._columns = 0
+        self._recent_tokens = recent_tokens
 
     @property
     def is_linear(self) -> list[bool]:
@@ -70,6 +101,10 @@ class TransnormerCache(Cache):
     def state(self, layer_idx: int) -> Tensor | None:
         """The state of one layer, [N, H, D, E], or None before the first token."""
         return self.layers[layer_idx].state
+
+    def with_ring(self, layer_idx: int, mixer: "TransnormerMixer") -> tuple[Tensor, RecentTokens | None]:
+        """One layer's state and ring of recent tokens, which a step of ``mixer`` updates; after the first token."""
+        return self.layers[layer_idx].with_ring(mixer, self._recent_tokens)
 
     def advance(self, columns: int, lengths: Tensor) -> None:
         """Count a forward pass over ``columns`` token columns, of which ``lengths``, [N], were real tokens."""

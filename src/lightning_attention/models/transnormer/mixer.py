@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lightning_attention.nn import LightningAttention
 from lightning_attention.ops.decode import lightning_attention_decode
+from lightning_attention.ops.recent import RecentTokens
 
 
 class TransnormerMixer(LightningAttention):
@@ -57,8 +58,9 @@ class TransnormerMixer(LightningAttention):
         return qk, v, u
 
     def attend_step(
-        self, qkvu: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, qkvu: Tensor, state: Tensor, *, positions: Tensor | None = None, slots: Tensor | None = None,
+        recent: RecentTokens | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What :meth:`step` does between its products: of x W_qkvu, q and k activated, to the operation's output and u.
 
         Both are [N, H · head_dim].
@@ -68,7 +70,9 @@ class TransnormerMixer(LightningAttention):
         if positions is not None and self.lrpe is not None:
             q, k = self.lrpe(q, k, positions)
         v = v.unflatten(-1, (self.num_heads, self.value_dim))
-        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale)
+        mixed = lightning_attention_decode(
+            q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent
+        )  # fmt: skip
         return mixed.flatten(-2), u
 
     def _gate(self, rest: Tensor) -> Tensor:

@@ -1,0 +1,152 @@
+"""Rings of recent tokens beside a pool, in plain PyTorch: no count is looked at on the host.
+
+A slot's ring has R places. ``count`` is how many tokens were appended since its row of the pool was last whole, less
+multiples of R where it would reach 2 R; token i is at place i mod R. A head folds what it holds into its state whenever
+(count + spread) mod R becomes 0, where spread goes from 0 to R − 1 over the heads: 1/R of a row is written in every
+step, be it that of one sequence. So a head holds the last min(count, (count + spread) mod R) tokens: the first where
+its last turn would have been before token 0, and never from R on. Nothing in this depends on the slot, and a row's
+state, keys, values and count may be copied to another's.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_attention.kernels import pool
+from lightning_attention.kernels.decays import carried, rate_of
+
+Run = Callable[..., Tensor]
+
+
+class Rings(NamedTuple):
+    """Rings [S, H, R, D], [S, H, R, E] with counts [S] of all slots, or of the N sequences of a call."""
+
+    k: Tensor
+    v: Tensor
+    counts: Tensor
+
+
+def _read(rings: Rings, slots: Tensor | None) -> Rings:
+    """Those of the sequences; zero for padding."""
+    k, v = (pool.read(x, slots, x.dtype) for x in rings[:2])
+    counts = pool.read(rings.counts[:, None, None, None], slots, torch.int64).flatten()
+    return Rings(k, v, counts)
+
+
+def _write(rings: Rings, slots: Tensor | None, rows: Rings) -> None:
+    for x, values in zip(rings, rows, strict=True):
+        pool.write(x, slots, values)
+
+
+def _since(rings: Rings, counts: Tensor) -> Tensor:
+    """[N, H]: tokens since each head's last turn to fold, which may lie before token 0."""
+    H, R = rings.k.shape[1:3]
+    spread = torch.arange(H, device=counts.device) * R // H
+    return (counts[:, None] + spread) % R
+
+
+def _whole(states: Tensor, rings: Rings, rate: Tensor, batch_invariant: bool = False) -> Tensor:
+    """States [N, H, D, E] with what the sequences' rings hold folded in."""
+    R, counts = rings.k.shape[2], rings.counts
+    held = torch.minimum(counts[:, None], _since(rings, counts))
+    age = (counts[:, None] - 1 - torch.arange(R, device=counts.device)) % R  # of each place, 0 for the newest token
+    used = (age[:, None] < held[..., None])[..., None]  # [N, H, R, 1]
+    weight = (rate[:, None, None] * age[:, None, :, None]).exp()
+    # Replaced, not multiplied: a place that is not in use may hold anything.
+    k = torch.where(used, rings.k.to(states.dtype), 0)
+    v = torch.where(used, rings.v.to(states.dtype) * weight, 0)
+    if batch_invariant:  # a matrix product may sum in an order that depends on the others
+        new = torch.zeros_like(states)
+        for place in range(R):
+            new += k[:, :, place, :, None] * v[:, :, place, None, :]
+    else:
+        new = k.transpose(-1, -2) @ v
+    return carried(rate, held, states, new)
+
+
+def _append(states: Tensor, whole: Tensor, rings: Rings, k: Tensor, v: Tensor, taken: Tensor) -> tuple[Tensor, Rings]:
+    """States and rings after a token of each sequence that is ``taken`` [N], which ``whole`` has in it already."""
+    R, counts = rings.k.shape[2], rings.counts
+    here = taken[:, None] & (torch.arange(R, device=counts.device) == counts[:, None] % R)
+    keys, values = (
+        torch.where(here[:, None, :, None], x[:, :, None].to(ring.dtype), ring)
+        for x, ring in ((k, rings.k), (v, rings.v))
+    )
+    counts = counts + taken
+    folds = taken[:, None] & (_since(rings, counts) == 0)
+    states = torch.where(folds[..., None, None], whole, states)
+    return states, Rings(keys, values, torch.where(counts == 2 * R, R, counts))
+
+
+def _places(slots: Tensor | None) -> Tensor | None:
+    """The slots of a pool that has a row for each sequence of the call."""
+    return None if slots is None else torch.where(slots < 0, -1, torch.arange(slots.numel(), device=slots.device))
+
+
+class OverRings:
+    """A backend's operations over states with rings, by its ``decode`` and ``verify`` over states.
+
+    ``sums``: the type in which states and sums are computed for inputs like this one.
+    """
+
+    def __init__(self, decode: Run, verify: Run, sums: Callable[[Tensor], torch.dtype]) -> None:
+        self._decode, self._verify, self._sums = decode, verify, sums
+
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None,
+        scale: float, batch_invariant: bool, *ring: Tensor,
+    ) -> Tensor:  # fmt: skip
+        rings, rate = Rings(*ring), self._rate(log_decay, v, v.shape[1])
+        states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
+        whole = _whole(states, own, rate, batch_invariant)
+        out = self._decode(q, k, v, log_decay, whole, _places(slots), scale, batch_invariant)
+        all_of_them = torch.ones_like(own.counts, dtype=torch.bool)
+        states, own = _append(states, whole, own, pool.repeated(k, v), v, all_of_them)
+        pool.write(state, slots, states)
+        _write(rings, slots, own)
+        return out
+
+    def verify(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+        slots: Tensor | None, parents: Tensor | None, scale: float, *ring: Tensor,
+    ) -> Tensor:  # fmt: skip
+        rate = self._rate(log_decay, v, v.shape[1])
+        whole = _whole(pool.read(state, slots, rate.dtype), _read(Rings(*ring), slots), rate)
+        return self._verify(q, k, v, log_decay, whole, cu_seqlens, _places(slots), parents, scale)
+
+    def commit(
+        self, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
+        slots: Tensor | None, *ring: Tensor,
+    ) -> None:  # fmt: skip
+        """One after the other, as decode appends them."""
+        if k.shape[0] == 0:
+            return
+        k, rings, rate = pool.repeated(k, v), Rings(*ring), self._rate(log_decay, v, v.shape[1])
+        states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
+        whole = _whole(states, own, rate)
+        order, packed = pool.packed_together(accepted, cu_seqlens)
+        lengths = packed.diff()
+        # On the CPU the most that were accepted bound the loop; elsewhere they are not read.
+        steps = int(lengths.max()) if k.device.type == "cpu" else k.shape[0]
+        for step in range(steps):
+            taken = step < lengths
+            token = order[(packed[:-1] + step).clamp(max=k.shape[0] - 1)]
+            new = k[token].to(rate.dtype)[..., None] * v[token].to(rate.dtype)[..., None, :]
+            whole = torch.where(taken[:, None, None, None], carried(rate, 1, whole, new), whole)
+            states, own = _append(states, whole, own, k[token], v[token], taken)
+        pool.write(state, slots, states)
+        _write(rings, slots, own)
+
+    def fold(
+        self, state: Tensor, log_decay: Tensor | None, slots: Tensor | None, fresh: Tensor | None, *ring: Tensor
+    ) -> None:
+        rings, rate = Rings(*ring), self._rate(log_decay, state, state.shape[1])
+        states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
+        whole = _whole(states, own, rate)
+        pool.write(state, slots, whole if fresh is None else torch.where(fresh[:, None, None, None], states, whole))
+        pool.write(rings.counts, slots, torch.zeros_like(own.counts))
+
+    def _rate(self, log_decay: Tensor | None, like: Tensor, H: int) -> Tensor:
+        return rate_of(log_decay, H, self._sums(like), like.device)

@@ -1,0 +1,137 @@
+"""Launches of decode, verify, commit and fold over states with rings of recent tokens."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton.decode import columns, narrower, over_states
+from lightning_attention.kernels.triton.recording import recorded
+from lightning_attention.kernels.triton.ring import (
+    RingTile,
+    commit_recent_kernel,
+    decode_recent_kernel,
+    fold_kernel,
+    verify_recent_kernel,
+)
+
+PROGRAMS = 1 << 15  # of a slot, that its count has room for
+
+
+@cache
+def _constants(places: int, aligned_k: bool, aligned_v: bool) -> tuple[RingTile]:
+    return (RingTile(places, tiling.padded(places), aligned_k, aligned_v),)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether every row of a ring [S, H, R, width] can be read 16 bytes at a time."""
+    slot, head, row, _ = x.stride()
+    return not ((slot | head | row) * x.itemsize | x.data_ptr()) & 15
+
+
+def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[RingTile]]:
+    """A ring as the kernels' arguments, and as their constant."""
+    return (k, *k.stride()[:2], v, *v.stride()[:2], count), _constants(k.shape[2], _aligned(k), _aligned(v))
+
+
+def _registers(state: Tensor, TILE: int) -> int:
+    """What lets three programs of 64 columns, or four of fewer, run on a multiprocessor at once.
+
+    The compiler would take up to all, for nothing: by these nothing spills, but where D is over 128.
+    """
+    if torch.version.hip is not None or tiling.device(state)[0] < (8, 0) or state.shape[2] > 128:
+        return 0
+    return 168 if TILE > 32 else 128
+
+
+def _check_programs(programs: int) -> None:
+    if programs >= PROGRAMS:
+        raise ValueError(f"a state has {programs} parts; with recent backend 'triton' takes up to {PROGRAMS - 1}")
+
+
+@recorded
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
+    batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+) -> Tensor:  # fmt: skip
+    (N, H, E), (_, Hk, D) = v.shape, k.shape
+    widest = columns(D, E, q.dtype)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if N == 0:
+        return out
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    args = (
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
+        dispatch.dense(log_decay), *ring, H, scale,
+    )  # fmt: skip
+    TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
+    _check_programs(H * -(-E // TILE))
+    over_states(
+        decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
+        registers=_registers(state, TILE),
+    )  # fmt: skip
+    return out
+
+
+@recorded
+def verify(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+    slots: Tensor | None, parents: Tensor | None, scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+) -> Tensor:  # fmt: skip
+    (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
+    TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if T == 0:
+        return out
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    args = (
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
+        dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), *ring, N, T, H, scale,
+    )  # fmt: skip
+    over_states(
+        verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants,
+        registers=_registers(state, TILE),
+    )  # fmt: skip
+    return out
+
+
+@recorded
+def commit(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
+    slots: Tensor | None, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
+    TILE = columns(D, E, k.dtype)
+    if T == 0:
+        return
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    args = (
+        k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots), dispatch.dense(log_decay),
+        cu_seqlens.contiguous(), accepted.contiguous(), *ring, H,
+    )  # fmt: skip
+    _check_programs(H)
+    over_states(
+        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H,
+        registers=_registers(state, TILE),
+    )  # fmt: skip
+
+
+@recorded
+def fold(
+    state: Tensor, log_decay: Tensor | None, slots: Tensor | None, fresh: Tensor | None, ring_k: Tensor, ring_v: Tensor,
+    count: Tensor,
+) -> None:  # fmt: skip
+    S, H, D, E = state.shape
+    N = S if slots is None else slots.shape[0]
+    if ring_k.dtype.itemsize > 4:
+        raise TypeError("recent has dtype float64; backend 'triton' takes bfloat16, float16 and float32")
+    TILE = columns(D, E, ring_k.dtype)
+    if N == 0:
+        return
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
+    args = (state, *strides, dispatch.dense(slots), fresh, dispatch.dense(log_decay), *ring, H)
+    _check_programs(H * -(-E // TILE))
+    over_states(fold_kernel, (N, H, D, E, 1), args, state, strides, TILE, ring=constants)

@@ -1,0 +1,165 @@
+"""Rings of recent tokens with the kernels: interpreted on the CPU against float64, and compiled for other chips."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_attention import (
+    RecentTokens,
+    lightning_attention_commit,
+    lightning_attention_decode,
+    lightning_attention_fold,
+    lightning_attention_verify,
+)
+from lightning_attention.kernels.triton import recent as launches
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
+from tests.support.rings import Walk, by_backend, walk
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NO_PREFILL = ("decode", "decode", "decode", "verify", "commit", "commit", "fold")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "of",
+    [
+        Walk(H=3, Hk=1, R=3, operations=NO_PREFILL),
+        Walk(H=2, Hk=2, D=16, E=16, R=4, rate="no memory", operations=NO_PREFILL),
+        Walk(H=4, Hk=4, D=5, E=36, R=2, rate="slow", operations=NO_PREFILL),
+        Walk(S=2, H=1, Hk=1, D=20, E=130, R=5, rate="none", operations=NO_PREFILL),
+        Walk(H=2, Hk=1, R=1, operations=NO_PREFILL),
+        Walk(S=2, H=17, Hk=17, D=2, E=3, R=16, operations=("decode",)),
+        Walk(H=2, R=20, operations=("decode", "commit", "commit")),
+    ],
+    ids=lambda of: f"{of.rate}-{of.H}-{of.R}-{of.E}",
+)
+def test_walks(interpreter: Interpreter, of: Walk):
+    interpreter.call(walk, of, 30, 0, "triton", "cpu", 5e-6, 10)
+
+
+@interpreted
+def test_a_walk_with_prompts(interpreter: Interpreter):
+    operations = ("decode", "decode", "prefill", "commit")
+    interpreter.call(walk, Walk(H=2, R=3, operations=operations), 16, 0, "triton", "cpu", 5e-6, 4)
+
+
+@interpreted
+def test_float16(interpreter: Interpreter):
+    of = Walk(H=2, R=3, dtype=FP16, ring_dtype=FP16, operations=NO_PREFILL)
+    interpreter.call(walk, of, 30, 0, "triton", "cpu", 1e-3, 10)
+
+
+def _both_ways(spoilt: bool) -> dict[str, list[Tensor]]:
+    """Tokens of three rows, decoded and committed with rings and without: outputs, and the states."""
+    of = Walk(S=3, H=3, Hk=1, D=10, E=20, R=4)
+    results: dict[str, list[Tensor]] = {}
+    for name in ("rings", "none"):
+        torch.manual_seed(0)
+        pool, log_decay, recent, outs = torch.randn(3, 3, 10, 20), of.log_decay(), of.rings(), []
+        options = {"recent": recent} if name == "rings" else {}
+        for step in range(9):
+            q, k, v = torch.randn(6, 1, 10), torch.randn(6, 1, 10), torch.randn(6, 3, 20)
+            if spoilt and step > 1:
+                for x in (q, k, v):
+                    x[slice(2, 4) if step % 3 == 2 else 1] = torch.nan  # the second row's two drafts, or its token
+            if step % 3 == 2:
+                packed = {"cu_seqlens": torch.tensor([0, 2, 4, 6]), **options}
+                outs.append(lightning_attention_verify(q, k, v, log_decay, pool, **packed))
+                accepted = torch.tensor([True, True, True, False, True, step > 2])
+                lightning_attention_commit(k, v, log_decay, pool, accepted=accepted, **packed)
+                outs[-1][2:4] = 0
+            else:
+                outs.append(lightning_attention_decode(q[:3], k[:3], v[:3], log_decay, pool, **options))
+                outs[-1][1] = 0
+        if name == "rings":
+            lightning_attention_fold(pool, recent, log_decay)
+        results[name] = [*outs, pool]
+    return results
+
+
+def _both_ways_with_kernels(spoilt: bool) -> dict[str, list[Tensor]]:
+    with by_backend("triton"):
+        return _both_ways(spoilt)
+
+
+@interpreted
+def test_a_float32_state_has_the_bits_of_no_ring(interpreter: Interpreter):
+    """And a sequence of NaN leaves the others theirs."""
+    clean, spoilt = (interpreter.call(_both_ways_with_kernels, bad) for bad in (False, True))
+    assert torch.equal(clean["rings"][-1], clean["none"][-1])
+    for out, expected in zip(clean["rings"][:-1], clean["none"][:-1], strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for out, expected in zip(spoilt["rings"][:-1], clean["rings"][:-1], strict=True):
+        assert torch.equal(out, expected)
+    assert torch.equal(spoilt["rings"][-1][[0, 2]], clean["rings"][-1][[0, 2]])
+    assert not spoilt["rings"][-1][1].isfinite().any()
+
+
+def test_what_it_does_not_take():
+    q, ring = torch.zeros(1, 40000, 16), (torch.zeros(1, 40000, 2, 16), torch.zeros(1, 40000, 2, 16))
+    count = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="a state has 40000 parts; with recent backend 'triton' takes up to 32767"):
+        launches.decode(q, q, q, None, torch.zeros(1, 40000, 16, 16), None, 1.0, False, *ring, count)
+    ring = torch.zeros(1, 1, 2, 16, dtype=torch.float64)
+    with pytest.raises(
+        TypeError, match="recent has dtype float64; backend 'triton' takes bfloat16, float16 and float32"
+    ):
+        launches.fold(torch.zeros(1, 1, 16, 16), None, None, None, ring, ring, count)
+
+
+def launched(
+    chip: str, width: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, S: int = 9
+) -> list[Launch]:
+    """Decode, verify as chains and as trees, commit, fold."""
+    H, T, R = 64, 4 * N, 16
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = tensor(T, H, 3 * width).split(width, 2)
+    state, log_decay = tensor(S, H, width, width, dtype=state_dtype), tensor(H, dtype=FP32)
+    slots, cuts, parents = (tensor(n, dtype=torch.int32) for n in (N, N + 1, T))
+    accepted = tensor(T, dtype=torch.bool)
+    ring = RecentTokens(*(tensor(S, H, R, width) for _ in range(2)), tensor(S, dtype=torch.int32))
+    ring = ring.k, ring.v, ring.count
+
+    def run() -> None:
+        launches.decode(q[:N], k[:N], v[:N], log_decay, state, slots, 1.0, False, *ring)
+        launches.verify(q, k, v, log_decay, state, cuts, slots, None, 1.0, *ring)
+        launches.verify(q, k, v, log_decay, state, cuts, slots, parents, 1.0, *ring)
+        launches.commit(k, v, log_decay, state, cuts, accepted, slots, *ring)
+        launches.fold(state, log_decay, slots, None, *ring)
+
+    found = launched_by(run, CHIPS[chip])
+    for launch in found:
+        print(launch)
+    return found
+
+
+NAMES = ["decode_recent_kernel", *["verify_recent_kernel"] * 2, "commit_recent_kernel", "fold_kernel"]
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_and_fits(chip: str):
+    found = launched(chip, 128, BF16, FP32)
+    assert [x.name for x in found] == NAMES
+    assert all(x.shared <= 16384 and x.stack <= 64 for x in found)
+
+
+@pytest.mark.parametrize(("width", "state_dtype"), [(128, FP32), (128, BF16), (256, FP32)])
+def test_on_hopper(width: int, state_dtype: torch.dtype):
+    """Nothing spills; decode reads whole vectors, and keeps 48 KB a multiprocessor in flight."""
+    found = launched("sm_90", width, BF16, state_dtype, N=256)
+    for launch in found:
+        assert launch.stack == 0, launch
+    decode = found[0]
+    tile = width * decode.constants["TILE"].columns * state_dtype.itemsize
+    assert decode.compiled.asm["ptx"].count("ld.global.v4.b32") >= tile // (16 * 128)
+    assert 65536 // (decode.registers * 128) * tile >= 48 << 10
+
+
+def test_another_batch_or_pool_compiles_nothing():
+    first = [x.compiled for x in launched("sm_90", 16, BF16, FP32)]
+    for N, S in ((1, 1), (16, 17), (31, 2**26)):
+        assert [x.compiled for x in launched("sm_90", 16, BF16, FP32, N=N, S=S)] == first, (N, S)
