@@ -37,15 +37,18 @@ def narrower(widest: int, N: int, H: int, state_dtype: torch.dtype) -> int:
     return min(widest, 16 if N * H < 256 and state_dtype == torch.float32 else 32)
 
 
-def aligned(state: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether every row of every state can be read 16 bytes at a time."""
+def layout(state: Tensor, strides: tuple[int, ...]) -> tuple[bool, bool]:
+    """Whether every row of every state can be read 16 bytes at a time, or every column; and whether it is columns."""
     slot, head, row, column = strides
-    return column == 1 and not ((slot | head | row) * state.itemsize | state.data_ptr()) & 15
+    columns_first = row == 1 != column
+    other = column if columns_first else row
+    is_aligned = 1 in (row, column) and not ((slot | head | other) * state.itemsize | state.data_ptr()) & 15
+    return is_aligned, columns_first
 
 
 @cache
-def _constants(D: int, E: int, group: int, columns: int, aligned: bool) -> tuple[StateTile]:
-    return (StateTile(D, E, tiling.padded(D), columns, aligned, group),)
+def _constants(D: int, E: int, group: int, columns: int, aligned: bool, columns_first: bool) -> tuple[StateTile]:
+    return (StateTile(D, E, tiling.padded(D), columns, aligned, columns_first, group),)
 
 
 def over_states(
@@ -58,10 +61,10 @@ def over_states(
     ask again.
     """
     N, H, D, E, group = sizes
-    is_aligned = aligned(state, strides)
+    lie = layout(state, strides)
     dispatch.run(
-        kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, is_aligned), 4, state.get_device(),
-        lambda: [_constants(D, E, group, columns, is_aligned) for columns in (16, 32, 64) if columns <= widest],
+        kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, *lie), 4, state.get_device(),
+        lambda: [_constants(D, E, group, columns, *lie) for columns in (16, 32, 64) if columns <= widest],
     )  # fmt: skip
 
 

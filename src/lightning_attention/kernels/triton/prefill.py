@@ -35,10 +35,11 @@ def prefill(
 ) -> Tensor:  # fmt: skip
     (T, H, E), D, N = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
     strides = state.stride()
-    if strides[2:] != (E, 1):
+    columns_first = strides[2:] != (E, 1)
+    if columns_first and strides[2:] != (1, D):
         raise ValueError(
-            f"state has strides {list(strides)}; backend 'triton' wants each [D, E] contiguous, the last two "
-            f"[{E}, 1], to prefill"
+            f"state has strides {list(strides)}; backend 'triton' wants each [D, E] contiguous, or each [E, D], the "
+            f"last two [{E}, 1] or [1, {D}], to prefill"
         )
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     batch = q[None], k[None], v[None], out[None]
@@ -46,6 +47,7 @@ def prefill(
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
     chosen = tiling(*batch[:3], batch_invariant=True)  # a sequence may be cut anywhere into calls
     tiles = chosen.tiles
+    of_pool = chosen._replace(tiles=tiles._replace(columns_first=columns_first))
     programs = H * -(-E // tiles.TE)
     short = -1 if batch_invariant and T > 0 else SHORT
     plan = plan_packed(cu_seqlens, max(T, 1), max(D, E), chosen, programs, batch_invariant, True, slots, short)
@@ -57,17 +59,18 @@ def prefill(
             segments_in_flight=SEGMENTS_IN_FLIGHT,
         )  # fmt: skip
         scan(
-            plan, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=state, slots=slots, fresh=fresh
+            plan, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=state, slots=slots, fresh=fresh,
+            columns_first=columns_first,
         )  # fmt: skip
     # Before the pool is written to, because they may start from what is in it.
     if snapshot_at is not None and snapshot_slots is not None and snapshot_at.numel() > 0:
         _snapshots(
-            plan, chosen, *batch[1:3], log_decay, state, boundary_states, cu_seqlens, slots, fresh,
+            plan, of_pool, *batch[1:3], log_decay, state, boundary_states, cu_seqlens, slots, fresh,
             snapshot_at, snapshot_slots,
         )  # fmt: skip
     if T > 0:
         sweep_forward(
-            plan, chosen, *batch, log_decay, scale, state, state, boundary_states, slots, fresh, SEGMENTS_IN_FLIGHT
+            plan, of_pool, *batch, log_decay, scale, state, state, boundary_states, slots, fresh, SEGMENTS_IN_FLIGHT
         )  # fmt: skip
     if short >= 0:
         args = (

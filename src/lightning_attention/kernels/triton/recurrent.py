@@ -17,8 +17,8 @@ from lightning_attention.kernels.triton.work import starts_from_initial
 class StateTile(NamedTuple):
     """The part of a state [D, E] that a program has: all rows, padded to ``rows``, and so many ``columns``.
 
-    aligned: whether every row can be read 16 bytes at a time; group: heads of v to a head of q and k. Kernels get all
-    of this as one constant.
+    aligned: whether every row can be read 16 bytes at a time or, where the states lie in memory ``columns_first``, as
+    [E, D], every column; group: heads of v to a head of q and k. Kernels get all of this as one constant.
     """
 
     D: int
@@ -26,6 +26,7 @@ class StateTile(NamedTuple):
     rows: int
     columns: int
     aligned: bool
+    columns_first: bool
     group: int
 
 
@@ -70,11 +71,13 @@ def state_tile(states, slot, head, column, TILE: tl.constexpr):
     """Where a program's part of a state lies, and which of it exists."""
     row = tl.arange(0, TILE.rows)
     col = column + tl.arange(0, TILE.columns)
-    where = states.pointer + slot * states.slot_stride + head * states.head_stride + row[:, None] * states.row_stride
-    if TILE.aligned:
-        where = tl.multiple_of(where + col[None, :], [16, 16])
+    base = states.pointer + slot * states.slot_stride + head * states.head_stride
+    if TILE.aligned and TILE.columns_first:
+        where = tl.multiple_of(base + row[:, None] + col[None, :] * states.column_stride, [16, 16])
+    elif TILE.aligned:
+        where = tl.multiple_of(base + row[:, None] * states.row_stride + col[None, :], [16, 16])
     else:
-        where = where + col[None, :] * states.column_stride
+        where = base + row[:, None] * states.row_stride + col[None, :] * states.column_stride
     return where, (row < TILE.D)[:, None] & (col < TILE.E)[None, :]
 
 

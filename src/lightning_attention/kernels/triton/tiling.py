@@ -23,7 +23,8 @@ class Tiles(NamedTuple):
     even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it; bf16x3
     and bf16x6 are those of two and of three bfloat16 parts. lazy: whether states are carried lazily
     (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. group:
-    heads of v to a head of q and k. Kernels get all of this as one constant.
+    heads of v to a head of q and k. columns_first: whether the states of a pool lie in memory as [E, D]. Kernels get
+    all of this as one constant.
     """
 
     sweep: str
@@ -42,6 +43,7 @@ class Tiles(NamedTuple):
     precision: str = "tf32"
     lazy: bool = False
     group: int = 1
+    columns_first: bool = False
 
 
 class Float32(NamedTuple):

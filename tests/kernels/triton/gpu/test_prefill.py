@@ -57,6 +57,23 @@ def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tu
     assert_right(batch, *got, max(TOLERANCE[dtype], 3e-3 * (state_dtype == BF16)))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("width", [(128, 128), (80, 48), (256, 160)])
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(
+    segments: bool, width: tuple[int, int], dtype: torch.dtype
+):
+    batch = make_batch(
+        [1, 70, 0, 1000], [3, 1, 2, 5], snapshots=SNAPSHOTS, D=width[0], E=width[1], dtype=dtype, padding=9
+    )
+    with poisoned():
+        out, state = prefilled(moved(batch, DEVICE), segments)
+        got = prefilled(moved(batch, DEVICE), segments, columns_first=True)
+    assert_right(batch, *got, TOLERANCE[dtype])
+    assert relative_error(got[0], out) <= (1e-6 if dtype == FP32 else 2e-3)  # of single tokens sums over D differ
+    assert torch.equal(bits(got[1]), bits(state))
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_fewer_heads_of_q_and_k(segments: bool):
     batch = make_batch([1, 700, 3], [3, 1, 2], snapshots=[[(1, 4)], [(64, 6)], [(0, 5)]], H=4, Hk=2, D=64, dtype=BF16)

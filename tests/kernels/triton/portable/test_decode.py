@@ -49,6 +49,20 @@ def _with_strided_slots_and_decay(call) -> tuple[Tensor, Tensor]:
     return decode(call.q, call.k, call.v, log_decay, state, slots, 1.0, False), state
 
 
+def test_states_are_copied_16_bytes_at_a_time_whichever_way_they_lie():
+    q, k, v = torch.empty(8, 4, 3 * 128, dtype=BF16, device="meta").split(128, 2)
+    log_decay, slots = torch.empty(4, device="meta"), torch.empty(8, dtype=torch.int32, device="meta")
+    pool = torch.empty(9, 4, 128, 128, device="meta")
+
+    def compiled(state: Tensor) -> str:
+        (launch,) = launched_by(lambda: decode(q, k, v, log_decay, state, slots, 1.0, False), CHIPS["sm_90"])
+        return launch.compiled.asm["ptx"]
+
+    rows, columns = compiled(pool), compiled(pool.mT)
+    for instruction in ("ld.global.v4", "st.global.v4"):
+        assert columns.count(instruction) == rows.count(instruction) > 0
+
+
 def test_what_it_does_not_take():
     q = torch.zeros(1, 1, 16, dtype=torch.float64)
     with pytest.raises(TypeError, match="q has dtype float64; backend 'triton' takes"):

@@ -104,11 +104,13 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
     )  # fmt: skip
 
 
-def prefilled(batch: Batch, segments: bool = False, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
-    """Outputs and pool; ``segments`` cuts sequences as ``cutting`` says."""
+def prefilled(
+    batch: Batch, segments: bool = False, batch_invariant: bool = False, columns_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Outputs and pool; ``segments`` cuts sequences as ``cutting`` says, ``columns_first``: states lie as [E, D]."""
     from lightning_attention.kernels.triton.prefill import prefill
 
-    state = batch.pool.clone()
+    state = batch.pool.mT.contiguous().mT if columns_first else batch.pool.clone()
     with cutting(segments):
         return prefill(*batch.arguments(state), batch_invariant), state
 
