@@ -224,10 +224,11 @@ def test_initial_state(of: Callable):
     _fails(of, ValueError, message, initial_state=torch.zeros(9, H, D, E))
     message = f"initial_state has shape [{n}, 2, 3, 4]; it must be [N, H, D, E] = [{n}, 2, 4, 3]"
     _fails(of, ValueError, message, initial_state=state.mT)
-    message = "initial_state has dtype bfloat16; it must be float32"
-    _fails(of, TypeError, message, initial_state=state.bfloat16())
+    wanted = "it must be float32 or bfloat16 or float16"
+    _fails(of, TypeError, f"initial_state has dtype float64; {wanted}", initial_state=state.double())
     double = {name: of()[name].double() for name in ("q", "k", "v")}
-    _fails(of, TypeError, "initial_state has dtype float32; it must be float64", **double)
+    wanted += " or float64"
+    _fails(of, TypeError, f"initial_state has dtype int32; {wanted}", **double, initial_state=state.int())
 
 
 def test_a_batch_of_packed_sequences():
@@ -267,9 +268,9 @@ def test_state(of: Callable):
     wanted = "it must be [S, H, D, E] = [S, 2, 4, 3]"
     _fails(of, ValueError, f"state has shape [4, 2, 3, 4]; {wanted}", state=torch.zeros(S, H, E, D))
     _fails(of, ValueError, f"state has shape [2, 4, 3]; {wanted}", state=torch.zeros(H, D, E))
-    for dtype in (torch.float16, torch.float64):
+    for dtype in (torch.int16, torch.float64):
         name = str(dtype).removeprefix("torch.")
-        message = f"state has dtype {name}; it must be float32 or bfloat16"
+        message = f"state has dtype {name}; it must be float32 or bfloat16 or float16"
         _fails(of, TypeError, message, state=torch.zeros(S, H, D, E, dtype=dtype))
 
 
@@ -365,7 +366,7 @@ def test_a_decay_above_one_is_refused_where_looking_is_free(value: float, requir
 
 def test_states_in_float64_are_for_float64_inputs():
     q, pool = torch.ones(1, 2, 3), torch.zeros(1, 2, 3, 3, dtype=torch.float64)
-    with pytest.raises(TypeError, match="state has dtype float64; it must be float32 or bfloat16"):
+    with pytest.raises(TypeError, match="state has dtype float64; it must be float32 or bfloat16 or float16"):
         lightning_attention_decode(q, q, q, None, pool)
 
 

@@ -28,8 +28,9 @@ def lightning_attention_decode(
         v: [N, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; rows of ``slots`` are updated
-            in place. A bfloat16 row is rounded once, after the step; the output comes from the state before rounding.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; rows of ``slots``
+            are updated in place. A 16-bit row is rounded once, after the step; the output comes from the state before
+            rounding.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: its output
             is zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i for
             sequence i, and S = N.

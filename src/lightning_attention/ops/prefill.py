@@ -34,9 +34,9 @@ def lightning_attention_prefill(
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; a bfloat16 row is rounded
-            once, at the end of the call. On a GPU each [D, E] must be contiguous, or the transpose of a contiguous
-            [E, D].
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; a 16-bit row is
+            rounded once, at the end of the call. On a GPU each [D, E] must be contiguous, or the transpose of a
+            contiguous [E, D].
         cu_seqlens: [N+1] int32 or int64, 0 = c_0 ≤ … ≤ c_N ≤ T: sequence i is tokens c_i to c_{i+1}, one token or
             many or none. Tokens past c_N are padding: never read, their output is zero.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are

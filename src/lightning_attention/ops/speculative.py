@@ -31,7 +31,7 @@ def lightning_attention_verify(
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; read only.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; read only.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
             zero. None: row i, S = N.
@@ -89,8 +89,8 @@ def lightning_attention_commit(
         v: [T, H, E], of k's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; a bfloat16 row is rounded
-            once, at the end of the call.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; a 16-bit row is
+            rounded once, at the end of the call.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}.
         accepted: [T] bool, for each sequence the drafts on one path from its state: of a chain the first so many.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.

@@ -11,7 +11,7 @@ from lightning_attention.ops import transforms
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
-_STATES = (torch.float32, torch.bfloat16)
+_STATES = (torch.float32, torch.bfloat16, torch.float16)
 _STATES_OF_FLOAT64 = (*_STATES, torch.float64)
 
 
@@ -173,7 +173,7 @@ def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_
     check_tensor("initial_state", initial_state)
     wanted = (num_sequences, v.shape[-2], q.shape[-1], v.shape[-1])
     check_shape("initial_state", initial_state, wanted, "[N, H, D, E]")
-    check_dtype("initial_state", initial_state, (state_dtype(q),))
+    check_dtype("initial_state", initial_state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
     check_device("initial_state", initial_state, q)
 
 

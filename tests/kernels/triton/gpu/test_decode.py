@@ -30,7 +30,7 @@ from tests.support import relative_error
 
 pytestmark = needs_gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = [(FP32, FP32), (FP16, FP32), (BF16, FP32), (BF16, BF16), (FP32, BF16)]
+DTYPES = [(FP32, FP32), (FP16, FP32), (BF16, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP16), (FP32, FP16)]
 CASES = [("decode", x) for x in DECODED] + [("verify", x) for x in VERIFIED] + [("commit", x) for x in COMMITTED]
 TABLES = {"decode": DECODED, "verify": VERIFIED, "commit": COMMITTED}
 

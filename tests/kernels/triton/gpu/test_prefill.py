@@ -45,7 +45,9 @@ def run(batch: Batch) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160), (48, 300)])
-@pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32), (FP32, FP16)]
+)
 def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tuple[int, int], segments: bool):
     batch = make_batch(
         [2, 70, 0, 1000, 64, 1, 65], [3, 1, 2, 5, -1, -2, 10], fresh=[False, True, True, False, False, False, False],

@@ -22,11 +22,12 @@ SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(9, 8), 
 
 @interpreted
 @pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("state_dtype", [FP32, torch.float16])
 @pytest.mark.parametrize("dtype", [FP32, torch.float16])
-def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.dtype):
+def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.dtype, state_dtype: torch.dtype):
     batch = make_batch(
         [2, 70, 0, 130], [3, 1, 2, 5], fresh=[False, True, True, False], snapshots=SNAPSHOTS, D=24, E=20, dtype=dtype,
-        padding=5,
+        state_dtype=state_dtype, padding=5,
     )  # fmt: skip
     assert_right(batch, *interpreter.call(prefilled, batch, segments))
 
