@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
+INTERPRETED: bool = knobs.runtime.interpret  # settled when the kernels are imported, as it is for them
 MIN_SEGMENT = 256  # no sequence is split into segments of fewer rows
 HOPPER_WIDTHS = (64, 80, 96, 128, 144, 160, 192, 256)
 PIECES = 4  # of a segment, at most: a power of two
@@ -79,6 +81,10 @@ def refusal(D: int, dtype: torch.dtype) -> Exception | None:
     """Why the kernels do not take such a call: a program has all D rows of some columns of a state in registers."""
     if dtype.itemsize > 4:
         return TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
+    if dtype == torch.bfloat16 and INTERPRETED:
+        return TypeError(
+            "q has dtype bfloat16; Triton's interpreter, which multiplies it wrong, takes float16 and float32"
+        )
     if D > 256:
         return ValueError(f"D is {D}; backend 'triton' takes up to 256, 'tiled' any")
     return None
