@@ -30,22 +30,25 @@ class Calls:
         self.q, self.k = self.q[:, :Hk], self.k[:, :Hk]
         self.pool, self.rate = torch.randn(7, H, D, E, dtype=dtype), rate
         self.cuts, self.slots = cumulative(LENGTHS), torch.tensor(SLOTS)
+        self.out: Tensor | None = None
 
-    def decode(self, pool: Tensor) -> Tensor:
-        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5, False)
+    def decode(self, pool: Tensor) -> Tensor | None:
+        q, k, v = self.q[:4], self.k[:4], self.v[:4]
+        return self.backend.decode(q, k, v, self.rate, pool, self.slots, 0.5, False, self.out)
 
-    def prefill(self, pool: Tensor) -> Tensor:
+    def prefill(self, pool: Tensor) -> Tensor | None:
         at, to = torch.tensor([[2, 5], [64, 1], [1, 0], [0, 9]]), torch.tensor([[1, -1], [3, 5], [6, -1], [6, -1]])
         return self.backend.prefill(
-            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to, False
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to, False, self.out
         )
 
-    def verify(self, pool: Tensor) -> Tensor:
-        return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5)
+    def verify(self, pool: Tensor, parents: Tensor | None = None) -> Tensor | None:
+        return self.backend.verify(
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5, self.out
+        )
 
-    def verify_tree(self, pool: Tensor) -> Tensor:
-        parents = torch.cat([PARENTS, PARENTS.new_zeros(3)])
-        return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5)
+    def verify_tree(self, pool: Tensor) -> Tensor | None:
+        return self.verify(pool, torch.cat([PARENTS, PARENTS.new_zeros(3)]))
 
     def commit(self, pool: Tensor) -> Tensor:
         accepted = torch.tensor([*ACCEPTED, True, True, True])
@@ -155,4 +158,19 @@ def test_a_chain_is_a_tree_to_the_bit(backend: Backend):
     calls = Calls(backend, torch.float32, decay.alibi(H))
     parents = torch.tensor([i - 1 for n in [*LENGTHS, 3] for i in range(n)])
     args = (calls.q, calls.k, calls.v, calls.rate, calls.pool, calls.cuts, calls.slots)
-    assert torch.equal(backend.verify(*args, None, 1.0), backend.verify(*args, parents, 1.0))
+    assert torch.equal(backend.verify(*args, None, 1.0, None), backend.verify(*args, parents, 1.0, None))
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "commit"])
+def test_into_out_without_padding(name: str, backend: Backend):
+    calls = Calls(backend, torch.float32, decay.alibi(H))
+    expected, want_pool = calls.run(name)
+    calls.out = torch.full_like(expected, torch.nan)
+    returned, pool = calls.run(name)
+    assert returned is None
+    padding = [2] if name == "decode" else [75, *range(T, T + 3)]  # of no slot, and past the last sequence
+    used = [t for t in range(len(expected)) if t not in padding]
+    assert torch.equal(calls.out[used], expected[used])
+    assert calls.out[padding].isnan().all()
+    assert torch.equal(pool, want_pool)

@@ -78,7 +78,7 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
         "snapshot_slots": torch.tensor([[1], [-1], [4]]),
     }
     tree = {"parents": torch.tensor([-1, 0, 0, 1, -1, -1, 0])}
-    return {
+    calls: dict[str, tuple[Callable[..., Tensor | None], tuple, dict]] = {
         "decode": (
             lightning_attention_decode,
             (q[:3], k[:3], v[:3], log_decay, pool),
@@ -92,6 +92,10 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
         "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5}),
         "commit": (lightning_attention_commit, (k, v, log_decay, pool), {**packed, "accepted": accepted}),
     }
+    for name in ("decode", "prefill", "verify"):
+        run, args, options = calls[name]
+        calls[f"{name}_out"] = run, args, {**options, "out": torch.full(args[2].shape, 7.0)}
+    return calls
 
 
 OPERATORS = {
@@ -100,13 +104,15 @@ OPERATORS = {
     "verify": "cu_seqlens slots parents scale",
     "commit": "cu_seqlens accepted slots parents",
 }
+OPERATORS |= {f"{name}_out": OPERATORS[name] for name in ("decode", "prefill", "verify")}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_serving(name: str):
     _, args, options = serving_calls()[name]
     rest = (options.get(option) for option in OPERATORS[name].split())
-    torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled"))
+    out = (options["out"],) if "out" in options else ()
+    torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled", *out))
 
 
 def _equal(got: Solution, expected: Solution):
@@ -136,12 +142,14 @@ def test_compiles_whole_forward_and_backward(case: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", OPERATORS)
 def test_serving_compiles_whole(name: str):
     run, args, options = serving_calls()[name]
-    _, same, _ = serving_calls()[name]
-    expected = run(*same, **options)
+    _, same, alike = serving_calls()[name]
+    expected = run(*same, **alike)
     out = torch.compile(run, fullgraph=True, backend="aot_eager")(*args, **options)
     assert (out is None and expected is None) or torch.equal(out, expected)
     assert torch.equal(args[-1], same[-1])  # the pool, written through the compiled graph
-    if name != "verify":
+    if "out" in options:
+        assert torch.equal(options["out"], expected)
+    if not name.startswith("verify"):
         assert not torch.equal(args[-1], serving_calls()[name][1][-1])
 
 
@@ -238,11 +246,14 @@ def test_autocast_does_not_reach_the_backward():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_autocast_serving(name: str):
     run, args, options = serving_calls()[name]
-    _, same, _ = serving_calls()[name]
+    _, same, alike = serving_calls()[name]
+    for given in (options, alike):
+        if "out" in given:
+            given["out"] = given["out"].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(*args, **options)
     tokens = len(args) - 2
-    expected = run(*(x.bfloat16() for x in same[:tokens]), *same[tokens:], **options)
+    expected = run(*(x.bfloat16() for x in same[:tokens]), *same[tokens:], **alike)
     assert (out is None and expected is None) or torch.equal(out, expected)
     assert out is None or out.dtype == torch.bfloat16
     assert torch.equal(args[-1], same[-1])

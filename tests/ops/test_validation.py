@@ -47,6 +47,7 @@ def serving(tokens: int, **extra: object) -> dict[str, object]:
         "log_decay": torch.zeros(H),
         "state": torch.zeros(S, H, D, E),
         "slots": torch.tensor([2, -1, 0]),
+        "out": torch.zeros(tokens, H, E),
         **extra,
     }
 
@@ -71,7 +72,7 @@ def verify() -> dict[str, object]:
 
 def commit() -> dict[str, object]:
     arguments = serving(T, cu_seqlens=torch.tensor([0, 2, 2, 5]), accepted=torch.zeros(T, dtype=torch.bool))
-    del arguments["q"]
+    del arguments["q"], arguments["out"]
     return arguments
 
 
@@ -293,6 +294,18 @@ def test_no_gradients(of: Callable, name: str):
     _fails(of, ValueError, message, **{name: of()[name].requires_grad_()})
     with torch.no_grad():
         OPERATIONS[of](**of() | {name: of()[name].requires_grad_()})
+
+
+@each([decode, prefill, verify])
+def test_out(of: Callable):
+    out = of()["out"]
+    n = len(out)
+    _fails(of, ValueError, f"out has shape [{n}, 6]; it must be the shape of v = [{n}, 2, 3]", out=out.flatten(1))
+    _fails(of, TypeError, "out has dtype bfloat16; it must be float32", out=out.bfloat16())
+    message = "out has strides [12, 6, 2]; it must be contiguous"
+    _fails(of, ValueError, message, out=torch.zeros(n, 2, 6)[..., ::2])
+    message = "out requires grad; this operation has no derivative, call it under torch.no_grad()"
+    _fails(of, ValueError, message, out=out.requires_grad_())
 
 
 def test_fresh():

@@ -69,18 +69,22 @@ class Backend:
     #: Σ_t λ^(t+1) k_tᵀ v_t, the gradient of the state that it starts from where k is q and v is the outputs' gradient
     states: Callable[[Tensor, Tensor, Optional, Optional, bool, bool], Tensor]
 
-    #: (q [N, Hk, D], k, v, log_decay, state, slots, scale, batch_invariant)
-    #: -> output [N, H, E]; the pool is written to
-    decode: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Optional, float, bool], Tensor]
+    #: (q [N, Hk, D], k, v, log_decay, state, slots, scale, batch_invariant, out)
+    #: -> output [N, H, E], zero at padding, or None where ``out`` is given: there all but padding is written; the pool
+    #: is written to
+    decode: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Optional, float, bool, Optional], Optional]
 
     #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
-    #: batch_invariant) -> output [T, H, E]; the pool is written to
+    #: batch_invariant, out) -> output [T, H, E] or None, as of decode; the pool is written to
     prefill: Callable[
-        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional, bool], Tensor
-    ]
+        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional, bool,
+         Optional],
+        Optional,
+    ]  # fmt: skip
 
-    #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale) -> output [T, H, E]
-    verify: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float], Tensor]
+    #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale, out) -> output [T, H, E] or None, as of
+    #: decode
+    verify: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional], Optional]
 
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
 
 
 def lightning_attention_decode(
@@ -16,6 +16,7 @@ def lightning_attention_decode(
     slots: Tensor | None = None,
     scale: float = 1.0,
     batch_invariant: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One step of the recurrence for N sequences: S ← λ S + kᵀ v in place, o = scale · q S.
 
@@ -31,13 +32,15 @@ def lightning_attention_decode(
         state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; rows of ``slots``
             are updated in place. A 16-bit row is rounded once, after the step; the output comes from the state before
             rounding.
-        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: its output
-            is zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i for
-            sequence i, and S = N.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: no
+            state is touched, and its output is as ``out`` says. A slot given twice is an error, found only on the CPU.
+            None: row i for sequence i, and S = N.
         scale: factor on the output.
         batch_invariant: make the bits of a sequence's output and state independent of how many other sequences there
             are. They are not those of ``lightning_attention``, which rounds operands that this does not:
             docs/numerics.md.
+        out: [N, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
+            padding are left alone, and ``out`` is returned. None: a new tensor, whose rows of padding are zero.
 
     Returns:
         [N, H, E] in q's dtype.
@@ -54,16 +57,24 @@ def lightning_attention_decode(
         validation.check_pool(state, q, v, slots, q.shape[0])
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)
-    return decode(q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, backend)
+    inputs = q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, backend
+    if out is None:
+        return decode(*inputs)
+    validation.check_out(out, v)
+    decode_out(*inputs, out)
+    return out
 
 
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool, backend: str,
+    batch_invariant: bool, backend: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_slot_values(slots, state.shape[0])
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).decode(q, k, v, log_decay, state, slots, scale, batch_invariant)
+    return backends.get(backend).decode(  # type: ignore[return-value]  # None where out is given
+        q, k, v, log_decay, state, slots, scale, batch_invariant, out
+    )
 
 
 decode = Operation(_decode, like_v, writes=["state"])
+decode_out = Operation(_decode, nothing, writes=["state", "out"], into_out=True)

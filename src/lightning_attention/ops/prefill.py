@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
 
 
 def lightning_attention_prefill(
@@ -21,6 +21,7 @@ def lightning_attention_prefill(
     snapshot_at: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     batch_invariant: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``lightning_attention`` over N packed sequences that start from, and leave, their states in a pool.
 
@@ -38,9 +39,9 @@ def lightning_attention_prefill(
             rounded once, at the end of the call. On a GPU each [D, E] must be contiguous, or the transpose of a
             contiguous [E, D].
         cu_seqlens: [N+1] int32 or int64, 0 = c_0 ≤ … ≤ c_N ≤ T: sequence i is tokens c_i to c_{i+1}, one token or
-            many or none. Tokens past c_N are padding: never read, their output is zero.
-        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
-            zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
+            many or none. Tokens past c_N are padding: never read.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: all of it is padding, no
+            state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
         fresh: [N] bool, True for a sequence that starts from zero, whatever its slot holds; None: none does.
         scale: factor on the output.
         snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
@@ -52,6 +53,8 @@ def lightning_attention_prefill(
             state at the next multiple cannot be had to the bit from one elsewhere. The pool must be float32 (float64
             for float64 inputs). A snapshot has the bits that a call would leave which ended there. Single tokens are
             read as prompts are, not as decode does. docs/numerics.md has more, and the price.
+        out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
+            padding are left alone, and ``out`` is returned. None: a new tensor, whose rows of padding are zero.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -67,23 +70,29 @@ def lightning_attention_prefill(
         validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     backend = backends.choose(None, q.device)
-    return prefill(
+    inputs = (
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,
         backend,
     )  # fmt: skip
+    if out is None:
+        return prefill(*inputs)
+    validation.check_out(out, v)
+    prefill_out(*inputs, out)
+    return out
 
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
-    batch_invariant: bool, backend: str,
+    batch_invariant: bool, backend: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).prefill(
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
+    return backends.get(backend).prefill(  # type: ignore[return-value]  # None where out is given
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant, out
     )
 
 
 prefill = Operation(_prefill, like_v, writes=["state"])
+prefill_out = Operation(_prefill, nothing, writes=["state", "out"], into_out=True)

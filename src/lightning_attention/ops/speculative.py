@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
 
 
 def lightning_attention_verify(
@@ -18,6 +18,7 @@ def lightning_attention_verify(
     slots: Tensor | None = None,
     parents: Tensor | None = None,
     scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Outputs of draft tokens, each following its ancestors and the state of its sequence; no state is touched.
 
@@ -33,11 +34,13 @@ def lightning_attention_verify(
             None for no decay.
         state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; read only.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
-        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
-            zero. None: row i, S = N.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
         parents: [T] int32 or int64, each draft's parent as its place among the drafts of its sequence, an earlier
             one, or -1 for the state. None: every draft follows the one before it.
         scale: factor on the output.
+        out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
+            padding (those of a sequence without slot, and past c_N) are left alone, and ``out`` is returned. None: a
+            new tensor, whose rows of padding are zero.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -52,21 +55,29 @@ def lightning_attention_verify(
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
     backend = backends.choose(None, q.device)
-    return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, backend)
+    inputs = q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, backend
+    if out is None:
+        return verify(*inputs)
+    validation.check_out(out, v)
+    verify_out(*inputs, out)
+    return out
 
 
 def _verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float, backend: str,
+    parents: Tensor | None, scale: float, backend: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
     validation.check_log_decay_values(log_decay)
-    return backends.get(backend).verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
+    return backends.get(backend).verify(  # type: ignore[return-value]  # None where out is given
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, out
+    )
 
 
 verify = Operation(_verify, like_v)
+verify_out = Operation(_verify, nothing, writes=["out"], into_out=True)
 
 
 def lightning_attention_commit(
@@ -128,4 +139,4 @@ def _commit(
     backends.get(backend).commit(k, v, log_decay, state, cu_seqlens, accepted, slots)
 
 
-commit = Operation(_commit, lambda *inputs: None, writes=["state"])  # noqa: ARG005
+commit = Operation(_commit, nothing, writes=["state"])

@@ -215,6 +215,17 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
     check_index("slots", slots, (num_sequences,), "[N]", q)
 
 
+def check_out(out: Tensor, v: Tensor) -> None:
+    """Where the outputs go."""
+    check_tensor("out", out)
+    check_shape("out", out, v.shape, "the shape of v")
+    check_dtype("out", out, (v.dtype,))
+    check_device("out", out, v)
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {list(out.stride())}; it must be contiguous")
+    check_no_grad(out=out)
+
+
 def check_index(
     name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor, dtypes: tuple[torch.dtype, ...] = INDICES
 ) -> None:

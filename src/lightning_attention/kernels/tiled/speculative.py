@@ -10,8 +10,8 @@ from lightning_attention.kernels.tiled.states import states
 
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    parents: Tensor | None, scale: float, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """Walk every draft up to its root at once, one ancestor a step.
 
     Not as ``attention`` computes a chain, by a masked product: a NaN in one draft would reach the good ones before it.
@@ -41,8 +41,8 @@ def verify(
     # q S of each sequence by an outer loop would read the lengths; [T, H, D, E] at once would not be linear in memory.
     from_state = [(qs[:, h, None] @ _rows(start, sequence, h)).squeeze(1) for h in range(k.shape[1])]
     results += (rate * depth[:, None]).exp()[..., None] * torch.stack(from_state, 1)
-    out = torch.where(inside[:, None, None], scale * results, 0).to(v.dtype)
-    return pool.mask_padding_tokens(out, slots, cu_seqlens)
+    found = torch.where(inside[:, None, None], scale * results, 0)
+    return pool.deliver(found, v, slots, cu_seqlens, out)
 
 
 def _rows(start: Tensor, sequence: Tensor, head: int) -> Tensor:

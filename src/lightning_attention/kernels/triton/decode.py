@@ -71,19 +71,19 @@ def over_states(
 @recorded
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool,
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (N, H, E), (_, Hk, D) = v.shape, k.shape
     widest = columns(D, E, q.dtype)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
-        return out
+        return made
     strides = state.stride()
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), H, scale,
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
+        dispatch.dense(slots), dispatch.dense(log_decay), H, scale, int(made is not None),
     )  # fmt: skip
     # Columns decide in which order a program sums over D.
     TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     over_states(decode_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest)
-    return out
+    return made

@@ -31,8 +31,8 @@ SEGMENTS_IN_FLIGHT = 32
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
-    snapshot_slots: Tensor | None, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
+    snapshot_slots: Tensor | None, batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (T, H, E), D, N = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
     strides = state.stride()
     columns_first = strides[2:] != (E, 1)
@@ -41,11 +41,13 @@ def prefill(
             f"state has strides {list(strides)}; backend 'triton' wants each [D, E] contiguous, or each [E, D], the "
             f"last two [{E}, 1] or [1, {D}], to prefill"
         )
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    batch = q[None], k[None], v[None], out[None]
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
+    target = out if made is None else made
+    assert target is not None
+    batch = q[None], k[None], v[None], target[None]
     log_decay, slots, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(slots), cu_seqlens.contiguous()
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
-    chosen = tiling(*batch[:3], batch_invariant=True)  # a sequence may be cut anywhere into calls
+    chosen = tiling(*batch[:3], batch_invariant=True, out=target)  # a sequence may be cut anywhere into calls
     tiles = chosen.tiles
     of_pool = chosen._replace(tiles=tiles._replace(columns_first=columns_first))
     programs = H * -(-E // tiles.TE)
@@ -74,12 +76,13 @@ def prefill(
         )  # fmt: skip
     if short >= 0:
         args = (
-            q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, slots, log_decay,
+            q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], target, state, *strides, slots, log_decay,
             cu_seqlens, fresh, H, short, scale,
         )  # fmt: skip
         over_states(short_kernel, (N, H, D, E, tiles.group), args, state, strides, columns(D, E, q.dtype))
-    clear_padding(cu_seqlens, T, out, slots=slots)
-    return out
+    if made is not None:
+        clear_padding(cu_seqlens, T, made, slots=slots)
+    return made
 
 
 def _snapshots(

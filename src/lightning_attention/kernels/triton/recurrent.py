@@ -162,12 +162,13 @@ def read_token(state, q, k, v, out, token, head, column, whole, rest, scale, H, 
 @dispatch.unspecialized(triton.jit)
 def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
                   v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
-                  row_stride: "i64", column_stride: "i64", slots, log_decay, H, scale,
+                  row_stride: "i64", column_stride: "i64", slots, log_decay, H, scale, clears,
                   TILE: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
     if slot < 0:
-        zero_row(out, n.to(tl.int64), head, column, H, TILE)
+        if clears != 0:
+            zero_row(out, n.to(tl.int64), head, column, H, TILE)
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
@@ -185,17 +186,19 @@ def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
 def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
                   v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
                   row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, N, T, H, scale,
-                  TILE: tl.constexpr):  # fmt: skip
+                  clears, TILE: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
     slot = slot_of(slots, n)
-    # Tokens past the last sequence are padding, and every sequence's programs clear their share of them.
-    for t in range(tl.load(cu_seqlens + N).to(tl.int64) + n, T, N):
-        zero_row(out, t, head, column, H, TILE)
-    if slot < 0:
-        for t in range(first, last):
+    if clears != 0:
+        # Tokens past the last sequence are padding, and every sequence's programs clear their share of them.
+        for t in range(tl.load(cu_seqlens + N).to(tl.int64) + n, T, N):
             zero_row(out, t, head, column, H, TILE)
+        if slot < 0:
+            for t in range(first, last):
+                zero_row(out, t, head, column, H, TILE)
+    if slot < 0:
         return
     if first == last:
         return

@@ -221,14 +221,17 @@ class Tiling(NamedTuple):
     outputs: tuple[TensorView, TensorView]
 
 
-def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = False, learned: bool = False) -> Tiling:
-    """For q, k and v, or k and v alone, and others that programs copy.
+def tiling(
+    *tensors: Tensor, batch_invariant: bool = False, backward: bool = False, learned: bool = False,
+    out: Tensor | None = None,
+) -> Tiling:  # fmt: skip
+    """For q, k and v, or k and v alone, and others that programs copy; ``out``: where outputs go, if not to a new one.
 
     Raises:
         TypeError: dtype is float64.
         ValueError: D is over 256.
     """
-    bases = 0
+    bases = 0 if out is None else out.data_ptr()
     signature: list[tuple[int, ...]] = []
     for x in tensors:
         bases |= x.data_ptr()

@@ -19,9 +19,11 @@ from tests.kernels.triton.support.serving import (
     VERIFIED,
     apply,
     arguments,
+    assert_all_but_padding,
     assert_right,
     bits,
     case,
+    into_out,
     make_call,
     moved,
     with_operations,
@@ -42,6 +44,19 @@ def test_against_float64(operation: str, name: str, dtype: torch.dtype, state_dt
     with poisoned():
         out, state = with_operations(operation, call)
     assert_right(operation, call, out, state)
+
+
+@pytest.mark.parametrize("operation", ["decode", "verify"])
+def test_into_out_without_padding(operation: str):
+    """At the third call of a shape, too, which is made from a recording."""
+    call = moved(
+        make_call([1] * 3, [4, -1, 1], D=64, E=64, H=4, dtype=BF16, padding=2 * (operation == "verify")), DEVICE
+    )
+    expected, _ = with_operations(operation, call)
+    for _ in range(4):
+        returned, out, _ = into_out(operation, call)
+        assert returned is None
+        assert_all_but_padding(call, out, expected)
 
 
 @pytest.mark.parametrize("width", [(64, 64), (128, 128), (80, 112), (256, 256), (16, 256), (256, 8)])

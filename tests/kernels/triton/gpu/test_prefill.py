@@ -25,12 +25,12 @@ SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(700, 8)
 TOLERANCE = {BF16: 4e-3, FP16: 6e-4, FP32: 4e-6}
 
 
-def apply(arguments: tuple[Any, ...]) -> Tensor:
+def apply(arguments: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
     """The public function, on what ``Batch.arguments`` returns."""
     q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, at, to = arguments
     return lightning_attention_prefill(
         q, k, v, log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
-        snapshot_slots=to,
+        snapshot_slots=to, out=out,
     )  # fmt: skip
 
 
@@ -74,6 +74,22 @@ def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(
     assert_right(batch, *got, TOLERANCE[dtype])
     assert relative_error(got[0], out) <= (1e-6 if dtype == FP32 else 2e-3)  # of single tokens sums over D differ
     assert torch.equal(bits(got[1]), bits(state))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_into_out_without_padding(dtype: torch.dtype, offset: int):
+    """Whatever address it begins at, and at the third call of a shape, which is made from a recording."""
+    batch = moved(make_batch([2, 700, 0, 1, 40], [3, -1, 2, 5, 1], D=64, E=64, dtype=dtype, padding=5), DEVICE)
+    expected, _ = run(batch)
+    for _ in range(4):
+        out = batch.v.new_full((batch.v.numel() + offset,), torch.nan)[offset:].view(batch.v.shape)
+        arguments = batch.arguments(batch.pool.clone())
+        assert apply(arguments, out) is out
+        used = [t for t in range(len(out)) if t not in range(2, 702) and t < 743]
+        assert relative_error(out[used], expected[used]) <= (1e-5 if dtype == FP32 else 4e-3)
+        rest = sorted(set(range(len(out))) - set(used))
+        assert out[rest].isnan().all()
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -7,7 +7,16 @@ from torch import Tensor
 from lightning_attention.kernels.triton.decode import decode
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
-from tests.kernels.triton.support.serving import DECODED, assert_right, case, make_call, with_kernels
+from tests.kernels.triton.support.serving import (
+    DECODED,
+    assert_all_but_padding,
+    assert_right,
+    bits,
+    case,
+    into_out,
+    make_call,
+    with_kernels,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -17,6 +26,16 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_against_float64(interpreter: Interpreter, name: str):
     call = case(DECODED, name)
     assert_right("decode", call, *interpreter.call(with_kernels, "decode", call))
+
+
+@interpreted
+def test_into_out_without_padding(interpreter: Interpreter):
+    call = case(DECODED, "padding, and the last row")
+    expected, pool = interpreter.call(with_kernels, "decode", call)
+    returned, out, state = interpreter.call(into_out, "decode", call)
+    assert returned is None
+    assert_all_but_padding(call, out, expected)
+    assert torch.equal(bits(state), bits(pool))
 
 
 @interpreted

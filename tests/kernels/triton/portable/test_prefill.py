@@ -12,7 +12,7 @@ from tests.kernels.triton.support.cutting import chunk_of, cutting
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
 from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
-from tests.kernels.triton.support.serving import bits
+from tests.kernels.triton.support.serving import assert_all_but_padding, bits
 from tests.support import Problem, make_problem, relative_error
 from tests.support.chunks import read_in_chunks
 
@@ -43,6 +43,16 @@ def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(interpreter: In
     assert_right(batch, *transposed)
     assert torch.equal(transposed[0], out)
     assert torch.equal(bits(transposed[1]), bits(state))
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [False, True])
+def test_into_out_without_padding(interpreter: Interpreter, segments: bool):
+    batch = make_batch([2, 70, 0, 1, 40, 1], [3, -1, 2, 5, 1, -2], padding=5)
+    expected, pool = interpreter.call(prefilled, batch, segments)
+    out, state = interpreter.call(prefilled, batch, segments, False, False, True)
+    assert_all_but_padding(batch, out, expected)
+    assert torch.equal(bits(state), bits(pool))
 
 
 def test_other_strides_of_a_pool_are_refused():

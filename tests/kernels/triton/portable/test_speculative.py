@@ -15,9 +15,11 @@ from tests.kernels.triton.support.serving import (
     COMMITTED,
     VERIFIED,
     Call,
+    assert_all_but_padding,
     assert_right,
     bits,
     case,
+    into_out,
     make_call,
     with_kernels,
 )
@@ -35,6 +37,16 @@ def test_verify_against_float64(interpreter: Interpreter, name: str):
     if name == "trees":  # the tree is looked at: as chains the answer is another
         chains, _ = interpreter.call(with_kernels, "verify", replace(call, parents=None))
         assert relative_error(chains, out) > 0.1
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["chains", "a tree level by level", "nothing but padding"])
+def test_verify_into_out_without_padding(interpreter: Interpreter, name: str):
+    call = case(VERIFIED, name)
+    expected, _ = interpreter.call(with_kernels, "verify", call)
+    returned, out, _ = interpreter.call(into_out, "verify", call)
+    assert returned is None
+    assert_all_but_padding(call, out, expected)
 
 
 @interpreted

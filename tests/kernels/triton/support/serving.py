@@ -130,6 +130,25 @@ def with_kernels(operation: str, call: Call, without_slots: bool = False) -> tup
     return getattr(module, operation)(*arguments(operation, call, state, without_slots)), state
 
 
+def into_out(operation: str, call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What is returned, what is in ``out``, which was full of NaN, and the pool."""
+    from lightning_attention.kernels.triton import decode, speculative
+
+    module = decode if operation == "decode" else speculative
+    state, out = call.state(), torch.full_like(call.v, NAN, memory_format=torch.contiguous_format)
+    return getattr(module, operation)(*arguments(operation, call, state), out), out, state
+
+
+def assert_all_but_padding(call: Any, out: Tensor, expected: Tensor) -> None:
+    """``out`` has the bits of ``expected``, and NaN at padding."""
+    owner = [slot for slot, length in zip(call.slots, call.lengths, strict=True) for _ in range(length)]
+    used = [t for t in range(len(out)) if t < len(owner) and owner[t] >= 0]
+    rest = sorted(set(range(len(out))) - set(used))
+    assert rest
+    assert torch.equal(out[used], expected[used])
+    assert out[rest].isnan().all()
+
+
 def with_operations(operation: str, call: Call) -> tuple[Tensor | None, Tensor]:
     """Outputs and pool, by the public functions."""
     state = call.state()
