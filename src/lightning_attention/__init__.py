@@ -2,6 +2,7 @@
 
 from lightning_attention import decay
 from lightning_attention.kernels.backend import INVARIANT_CHUNK
+from lightning_attention.ops import trees
 from lightning_attention.ops.attention import LightningOutput, lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.prefill import lightning_attention_prefill
@@ -18,4 +19,5 @@ __all__ = [
     "lightning_attention_decode",
     "lightning_attention_prefill",
     "lightning_attention_verify",
+    "trees",
 ]

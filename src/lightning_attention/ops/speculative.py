@@ -36,7 +36,8 @@ def lightning_attention_verify(
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
         parents: [T] int32 or int64, each draft's parent as its place among the drafts of its sequence, an earlier
-            one, or -1 for the state. None: every draft follows the one before it.
+            one, or -1 for the state. None: every draft follows the one before it. ``lightning_attention.trees`` makes
+            them from masks and from links.
         scale: factor on the output.
         out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
             padding (those of a sequence without slot, and past c_N) are left alone, and ``out`` is returned. None: a
