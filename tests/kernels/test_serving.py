@@ -44,7 +44,7 @@ class Calls:
 
     def verify(self, pool: Tensor, parents: Tensor | None = None) -> Tensor | None:
         return self.backend.verify(
-            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5, self.out
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5, None, None, self.out
         )
 
     def verify_tree(self, pool: Tensor) -> Tensor | None:
@@ -159,6 +159,44 @@ def test_a_chain_is_a_tree_to_the_bit(backend: Backend):
     parents = torch.tensor([i - 1 for n in [*LENGTHS, 3] for i in range(n)])
     args = (calls.q, calls.k, calls.v, calls.rate, calls.pool, calls.cuts, calls.slots)
     assert torch.equal(backend.verify(*args, None, 1.0, None), backend.verify(*args, parents, 1.0, None))
+
+
+@BACKENDS
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("parents", [None, torch.cat([PARENTS, PARENTS.new_zeros(3)])], ids=["chain", "tree"])
+def test_the_state_after_each_draft(parents: Tensor | None, own: bool, backend: Backend):
+    """In a pool of their own, or in the pool itself: there the first draft's takes the place of the sequence's."""
+    calls = Calls(backend, torch.float64, decay.alibi(H))
+    calls.pool = torch.randn(90, H, D, E, dtype=torch.float64)
+    reference = ReferencePool(calls.pool, calls.rate, 0.5)
+    want = reference.verify(
+        calls.q[:T], calls.k[:T], calls.v[:T], LENGTHS, SLOTS, None if parents is None else parents[:T].tolist()
+    )
+    P = 60  # the second sequence has 70: ten of them are not kept
+    rows = torch.full((4, P), -1)
+    rows[0, :5] = torch.tensor([4, 80, -1, 81, 82])
+    rows[1] = torch.arange(10, 70)
+    rows[2, 0], rows[3, :5] = 83, torch.tensor([84, 85, 86, 87, 88])  # padding; and two drafts that are not there
+    pool, kept = calls.pool.clone(), torch.full_like(calls.pool, torch.nan)
+    kept = pool if own else kept
+    before = kept.clone()
+    out = backend.verify(
+        calls.q, calls.k, calls.v, calls.rate, pool, calls.cuts, calls.slots, parents, 0.5, kept, rows, None
+    )
+    assert relative_error(out[:T], want) <= 1e-12
+    expected = {}
+    for n, start in enumerate(calls.cuts[:-1].tolist()):
+        for i in range(min(P, LENGTHS[n])):
+            after = reference.after_drafts[start + i]
+            if after is not None and rows[n, i] >= 0:
+                expected[int(rows[n, i])] = after
+    assert len(expected) == 4 + 60 + 3
+    for row in range(90):
+        if row in expected:
+            assert relative_error(kept[row], expected[row]) <= 1e-12
+        else:
+            assert torch.equal(kept[row].nan_to_num(), before[row].nan_to_num())
+    assert own or torch.equal(pool, calls.pool)
 
 
 @BACKENDS

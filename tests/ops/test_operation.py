@@ -78,6 +78,7 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
         "snapshot_slots": torch.tensor([[1], [-1], [4]]),
     }
     tree = {"parents": torch.tensor([-1, 0, 0, 1, -1, -1, 0])}
+    after = {"snapshots": torch.zeros(4, H, D, E), "snapshot_slots": torch.tensor([[0, -1], [3, -1], [1, 2]])}
     calls: dict[str, tuple[Callable[..., Tensor | None], tuple, dict]] = {
         "decode": (
             lightning_attention_decode,
@@ -89,7 +90,7 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
             (q, k, v, log_decay, pool),
             {**packed, **snapshots, "scale": 0.5, "batch_invariant": True},
         ),
-        "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5}),
+        "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5, **after}),
         "commit": (lightning_attention_commit, (k, v, log_decay, pool), {**packed, "accepted": accepted}),
     }
     for name in ("decode", "prefill", "verify"):
@@ -101,7 +102,7 @@ def serving_calls() -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict
 OPERATORS = {
     "decode": "slots scale batch_invariant",
     "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant",
-    "verify": "cu_seqlens slots parents scale",
+    "verify": "cu_seqlens slots parents scale snapshots snapshot_slots",
     "commit": "cu_seqlens accepted slots parents",
 }
 OPERATORS |= {f"{name}_out": OPERATORS[name] for name in ("decode", "prefill", "verify")}
@@ -147,8 +148,9 @@ def test_serving_compiles_whole(name: str):
     out = torch.compile(run, fullgraph=True, backend="aot_eager")(*args, **options)
     assert (out is None and expected is None) or torch.equal(out, expected)
     assert torch.equal(args[-1], same[-1])  # the pool, written through the compiled graph
-    if "out" in options:
-        assert torch.equal(options["out"], expected)
+    for name_of_written in {"out", "snapshots"} & set(options):
+        assert torch.equal(options[name_of_written], alike[name_of_written])
+        assert options[name_of_written].any()
     if not name.startswith("verify"):
         assert not torch.equal(args[-1], serving_calls()[name][1][-1])
 

@@ -67,7 +67,13 @@ def prefill() -> dict[str, object]:
 
 
 def verify() -> dict[str, object]:
-    return serving(T, cu_seqlens=torch.tensor([0, 2, 2, 5]), parents=torch.tensor([-1, 0, -1, -1, 1, 99]))
+    return serving(
+        T,
+        cu_seqlens=torch.tensor([0, 2, 2, 5]),
+        parents=torch.tensor([-1, 0, -1, -1, 1, 99]),
+        snapshots=torch.zeros(4, H, D, E),
+        snapshot_slots=torch.tensor([[0, -1], [77, 0], [1, 2]]),
+    )
 
 
 def commit() -> dict[str, object]:
@@ -294,6 +300,23 @@ def test_no_gradients(of: Callable, name: str):
     _fails(of, ValueError, message, **{name: of()[name].requires_grad_()})
     with torch.no_grad():
         OPERATIONS[of](**of() | {name: of()[name].requires_grad_()})
+
+
+def test_states_after_drafts():
+    message = "snapshots came without snapshot_slots; states after drafts want both"
+    _fails(verify, ValueError, message, snapshot_slots=None)
+    message = "snapshot_slots came without snapshots; states after drafts want both"
+    _fails(verify, ValueError, message, snapshots=None)
+    message = "snapshots has shape [4, 2, 3, 4]; it must be [R, H, D, E] = [R, 2, 4, 3]"
+    _fails(verify, ValueError, message, snapshots=torch.zeros(4, H, E, D))
+    message = "snapshots has dtype float64; it must be float32 or bfloat16 or float16"
+    _fails(verify, TypeError, message, snapshots=torch.zeros(4, H, D, E).double())
+    message = "snapshot_slots has shape [2, 2]; it must be [N, P] = [3, 2]"
+    _fails(verify, ValueError, message, snapshot_slots=torch.zeros(2, 2).long())
+    message = "snapshot_slots holds 4; snapshots has 4 rows (negative slots are padding)"
+    _fails(verify, ValueError, message, snapshot_slots=torch.tensor([[0, 4], [9, 9], [1, 2]]))
+    message = "snapshot_slots is [0, 1, 0, 2]; a slot must not be given twice in one call"
+    _fails(verify, ValueError, message, snapshot_slots=torch.tensor([[0, 1], [9, 9], [0, 2]]))
 
 
 @each([decode, prefill, verify])

@@ -82,9 +82,13 @@ class Backend:
         Optional,
     ]  # fmt: skip
 
-    #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale, out) -> output [T, H, E] or None, as of
-    #: decode
-    verify: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional], Optional]
+    #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, out)
+    #: -> output [T, H, E] or None, as of decode; the state after each draft is written to ``snapshots``, which may be
+    #: the pool, where it is given
+    verify: Callable[
+        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional, Optional],
+        Optional,
+    ]
 
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]

@@ -49,6 +49,20 @@ def write(state: Tensor, slots: Tensor | None, rows: Tensor) -> None:
     state.index_copy_(0, target, values)
 
 
+def write_after_drafts(
+    snapshots: Tensor, snapshot_slots: Tensor, slots: Tensor | None, cu_seqlens: Tensor, after: Tensor
+) -> None:
+    """Write the states after drafts, [T, H, D, E], to rows of ``snapshots``, those in ``snapshot_slots`` [N, P]."""
+    if after.shape[0] == 0:
+        return
+    draft = torch.arange(snapshot_slots.shape[1], device=after.device)
+    wanted = draft < cu_seqlens.diff()[:, None]
+    if slots is not None:
+        wanted &= (slots >= 0)[:, None]
+    token = (cu_seqlens[:-1, None].long() + draft).clamp(max=after.shape[0] - 1)
+    write(snapshots, torch.where(wanted, snapshot_slots, -1).flatten(), after[token.flatten()])
+
+
 def deliver(
     found: Tensor, like: Tensor, slots: Tensor | None, cu_seqlens: Tensor | None, out: Tensor | None
 ) -> Tensor | None:

@@ -18,9 +18,11 @@ def lightning_attention_verify(
     slots: Tensor | None = None,
     parents: Tensor | None = None,
     scale: float = 1.0,
+    snapshots: Tensor | None = None,
+    snapshot_slots: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Outputs of draft tokens, each following its ancestors and the state of its sequence; no state is touched.
+    """Outputs of draft tokens, each following its ancestors and the state of its sequence, which is not touched.
 
     A draft at depth d (1 for a child of the state), with ancestors-or-self a at depths d_a, gives
     ``o = scale · q (λ^d S + Σ_a λ^(d − d_a) k_aᵀ v_a)``. Not differentiable.
@@ -39,6 +41,11 @@ def lightning_attention_verify(
             one, or -1 for the state. None: every draft follows the one before it. ``lightning_attention.trees`` makes
             them from masks and from links.
         scale: factor on the output.
+        snapshots: [R, H, D, E], of a dtype that ``state`` may have: the state after each draft is written there,
+            rounded once. Whoever keeps them copies the last accepted one in place of ``lightning_attention_commit``.
+            It may be ``state`` itself, and the rows named may be the sequence's own: its state is read before.
+        snapshot_slots: [N, P] int32 or int64, with ``snapshots``: the row of them for draft 0 to P − 1 of each
+            sequence, all distinct; negative: none. Those of drafts that are not there are not looked at.
         out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
             padding (those of a sequence without slot, and past c_N) are left alone, and ``out`` is returned. None: a
             new tensor, whose rows of padding are zero.
@@ -55,8 +62,9 @@ def lightning_attention_verify(
     validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
+    validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
     backend = backends.choose(None, q.device)
-    inputs = q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, backend
+    inputs = q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, snapshots, snapshot_slots, backend
     if out is None:
         return verify(*inputs)
     validation.check_out(out, v)
@@ -66,19 +74,21 @@ def lightning_attention_verify(
 
 def _verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float, backend: str, out: Tensor | None = None,
+    parents: Tensor | None, scale: float, snapshots: Tensor | None, snapshot_slots: Tensor | None, backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
+    validation.check_draft_snapshot_values(snapshot_slots, snapshots, cu_seqlens)
     validation.check_log_decay_values(log_decay)
     return backends.get(backend).verify(  # type: ignore[return-value]  # None where out is given
-        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, out
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, out
     )
 
 
-verify = Operation(_verify, like_v)
-verify_out = Operation(_verify, nothing, writes=["out"], into_out=True)
+verify = Operation(_verify, like_v, writes=["snapshots"])
+verify_out = Operation(_verify, nothing, writes=["snapshots", "out"], into_out=True)
 
 
 def lightning_attention_commit(

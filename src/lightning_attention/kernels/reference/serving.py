@@ -38,7 +38,8 @@ def prefill(
 
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float, out: Tensor | None = None,
+    parents: Tensor | None, scale: float, snapshots: Tensor | None = None, snapshot_slots: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     q, k = pool.repeated(q, v), pool.repeated(k, v)
     start, sequence = pool.read(state, slots, torch.float64), pool.sequence_of(cu_seqlens, k.shape[0])
@@ -51,6 +52,8 @@ def verify(
         above = after.index_select(0, (first + parent)[t : t + 1].clamp(0, k.shape[0] - 1))
         root = torch.where(parent[t] < 0, before[t], above[0])
         after[t] = decay * root + k[t].double()[..., None] * v[t].double()[..., None, :]
+    if snapshots is not None and snapshot_slots is not None:
+        pool.write_after_drafts(snapshots, snapshot_slots, slots, cu_seqlens, after)
     found = scale * (q.double()[..., None, :] @ after).squeeze(-2)
     inside = torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1]
     return pool.deliver(torch.where(inside[:, None, None], found, 0), v, slots, cu_seqlens, out)

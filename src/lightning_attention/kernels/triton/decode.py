@@ -53,15 +53,17 @@ def _constants(D: int, E: int, group: int, columns: int, aligned: bool, columns_
 
 def over_states(
     kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
-    widest: int = 0,
+    widest: int = 0, written: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
     ``sizes``: sequences, H, D, E and heads of v to a head of q and k; ``strides``: the state's, which takes 0.4 µs to
-    ask again.
+    ask again; ``written``: another pool, which the kernel writes.
     """
     N, H, D, E, group = sizes
     lie = layout(state, strides)
+    if written is not None and layout(written, written.stride()) != lie:
+        lie = False, False
     dispatch.run(
         kernel, (N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, *lie), 4, state.get_device(),
         lambda: [_constants(D, E, group, columns, *lie) for columns in (16, 32, 64) if columns <= widest],

@@ -186,7 +186,8 @@ def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
 def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
                   v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
                   row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, N, T, H, scale,
-                  clears, TILE: tl.constexpr):  # fmt: skip
+                  clears, snapshots, to_slot_stride: "i64", to_head_stride: "i64", to_row_stride: "i64",
+                  to_column_stride: "i64", snapshot_slots, P, TILE: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
@@ -226,6 +227,14 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
                     up = tl.minimum(tl.load(parents + first + up).to(tl.int64), up - 1)
                 S += start * weight
         S = read_token(S, queries, keys, values, out, t, head, column, whole, rest, scale, H, TILE)
+        if snapshots is not None:
+            # It may be the pool itself: what the sequence starts from was read before.
+            if t - first < P:
+                to = tl.load(snapshot_slots + n.to(tl.int64) * P + t - first).to(tl.int64)
+                if to >= 0:
+                    target = States(snapshots, to_slot_stride, to_head_stride, to_row_stride, to_column_stride)
+                    whither, exists = state_tile(target, to, head, column, TILE)
+                    tl.store(whither, S, mask=exists)
 
 
 @dispatch.unspecialized(triton.jit)

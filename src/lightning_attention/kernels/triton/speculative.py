@@ -16,7 +16,8 @@ from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_k
 @recorded
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
-    slots: Tensor | None, parents: Tensor | None, scale: float, out: Tensor | None = None,
+    slots: Tensor | None, parents: Tensor | None, scale: float, snapshots: Tensor | None = None,
+    snapshot_slots: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
@@ -24,12 +25,16 @@ def verify(
     if T == 0:
         return made
     strides = state.stride()
+    of_snapshots: tuple[int, ...] = (0, 0, 0, 0)
+    P = 0
+    if snapshots is not None and snapshot_slots is not None:
+        of_snapshots, P = snapshots.stride(), snapshot_slots.shape[1]
     args = (
         q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
         dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), N, T, H,
-        scale, int(made is not None),
+        scale, int(made is not None), snapshots, *of_snapshots, dispatch.dense(snapshot_slots), P,
     )  # fmt: skip
-    over_states(verify_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE)
+    over_states(verify_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=snapshots)
     return made
 
 

@@ -88,6 +88,25 @@ def test_commit_and_verify_have_the_bits_of_decoding(dtype: torch.dtype):
     assert torch.equal(bits(committed), bits(state))
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_state_after_each_draft_has_the_bits_of_decoding(dtype: torch.dtype, own: bool):
+    """In another pool, and in the pool itself, where the first draft's takes the place of the sequence's."""
+    call = moved(make_call([3, 3], [6, 2], D=128, E=128, H=8, dtype=dtype), DEVICE)
+    drafts, slots = call.state(), call.indices(call.slots)
+    snapshots = drafts if own else torch.full_like(drafts, torch.nan)
+    rows = call.indices([6, 0, 1, 2, 3, 4]).view(2, 3)
+    lightning_attention_verify(
+        call.q, call.k, call.v, call.log_decay, drafts, cu_seqlens=call.indices([0, 3, 6]), slots=slots,
+        snapshots=snapshots, snapshot_slots=rows,
+    )  # fmt: skip
+    state = call.state()
+    for t in range(3):
+        q, k, v = (x[[t, 3 + t]] for x in (call.q, call.k, call.v))
+        lightning_attention_decode(q, k, v, call.log_decay, state, slots=slots)
+        assert torch.equal(bits(snapshots[rows[:, t].long()]), bits(state[slots.long()]))
+
+
 @pytest.mark.parametrize("operation", ["decode", "commit"])
 def test_a_bfloat16_state_is_rounded_once(operation: str):
     """At the end of a call, of one token or of six, and after the output."""
