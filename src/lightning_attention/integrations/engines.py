@@ -30,46 +30,49 @@ def log_decay_of(slopes: Tensor) -> Tensor:
     return found
 
 
-def put_in_place(ours: Functions, modules: list[ModuleType]) -> None:
-    """Put functions in the place of those of the same names in ``modules``, and wherever these were imported to.
+def put_in_place(*ours: tuple[ModuleType, Functions]) -> None:
+    """Put functions in the place of those of the same names in a module, and wherever these were imported to.
 
     All or, where one is refused, none.
 
     Raises:
         ValueError: a function is not there, or takes other parameters than ours.
     """
-    wanted = [(module, name) for module in modules for name in ours if vars(module).get(name) is not ours[name]]
-    for module, name in wanted:
-        original = vars(module).get(name)
-        if not callable(original):
-            raise ValueError(f"{module.__name__} has no {name}; this version of the engine is not known")
-        if _parameters(original) != _parameters(ours[name]):
-            raise ValueError(
-                f"{module.__name__}.{name} takes {signature(original)}; what is known takes {signature(ours[name])}"
-            )
-    for module, name in wanted:
-        original = vars(module)[name]
+    wanted = []
+    for module, functions in ours:
+        for name, function in functions.items():
+            original = vars(module).get(name)
+            if original is function:
+                continue
+            if not callable(original):
+                raise ValueError(f"{module.__name__} has no {name}; this version of the engine is not known")
+            if _parameters(original) != _parameters(function):
+                raise ValueError(
+                    f"{module.__name__}.{name} takes {signature(original)}; what is known takes {signature(function)}"
+                )
+            wanted.append((module, name, original, function))
+    for module, name, original, function in wanted:
         for holder in [module, *_holding(module, name, original)]:
             _originals[holder.__name__, name] = original
-            setattr(holder, name, ours[name])
+            setattr(holder, name, function)
 
 
-def put_back(ours: Functions, modules: list[ModuleType]) -> None:
+def put_back(*ours: tuple[ModuleType, Functions]) -> None:
     """Undo ``put_in_place``, also where ours were imported to since. What is not changed stays as it is.
 
     Raises:
         ValueError: another function has since been put in the place of ours.
     """
-    for module in modules:
-        for name, function in ours.items():
-            original = _originals.get((module.__name__, name))
-            if original is not None and vars(module).get(name) is not function:
-                raise ValueError(f"{module.__name__}.{name} has been replaced since; put that back first")
-    for module in modules:
-        for name, function in ours.items():
-            original = _originals.get((module.__name__, name))
-            for holder in [] if original is None else [*_holding(module, name, function), module]:
-                setattr(holder, name, _originals.pop((holder.__name__, name), original))
+    changed = [
+        (m, name, f) for m, functions in ours for name, f in functions.items() if (m.__name__, name) in _originals
+    ]
+    for module, name, function in changed:
+        if vars(module).get(name) is not function:
+            raise ValueError(f"{module.__name__}.{name} has been replaced since; put that back first")
+    for module, name, function in changed:
+        original = _originals.get((module.__name__, name))
+        for holder in [] if original is None else [*_holding(module, name, function), module]:
+            setattr(holder, name, _originals.pop((holder.__name__, name), original))
 
 
 def _holding(module: ModuleType, name: str, function: object) -> list[ModuleType]:

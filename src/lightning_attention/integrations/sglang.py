@@ -119,7 +119,7 @@ def apply_lightning_attention() -> None:
     found = tuple(field.name for field in fields(module.SegLaMeta))
     if found != _META:
         raise ValueError(f"{_MODULE}.SegLaMeta has the fields {', '.join(found)}; what is known has {', '.join(_META)}")
-    put_in_place(_OURS, [module])
+    put_in_place((module, _OURS))
 
 
 def remove_lightning_attention() -> None:
@@ -129,4 +129,4 @@ def remove_lightning_attention() -> None:
         ValueError: another function has since been put in the place of this one.
     """
     if _MODULE in sys.modules:
-        put_back(_OURS, [sys.modules[_MODULE]])
+        put_back((sys.modules[_MODULE], _OURS))

@@ -83,7 +83,7 @@ def on_a_cpu() -> Iterator[None]:
 
 @contextmanager
 def scalar_masks() -> Iterator[None]:
-    """Kernels of others may load and store by one mask for all, which the compiler takes and the interpreter refuses."""
+    """Kernels of others load and store by one mask for all, which the compiler takes and the interpreter refuses."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def broadcast(method: Callable[..., Any], place: int) -> Callable[..., Any]:
