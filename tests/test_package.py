@@ -29,6 +29,7 @@ def test_public_names():
         "lightning_attention_fold",
         "lightning_attention_prefill",
         "lightning_attention_verify",
+        "trees",
     ]
     for name in lightning_attention.__all__:
         assert getattr(lightning_attention, name).__doc__, name

@@ -40,7 +40,7 @@ RINGS, R = "rings", 16  # an implementation, and the tokens that its rings hold
 class Scale:
     """H heads of D, E = D. ``decode`` has values of N. ``packings``: name, lengths, and whether they start from zero.
 
-    ``drafts``: N, and how many each sequence has.
+    Single tokens come first, as engines put them. ``drafts``: N, and how many each sequence has.
     """
 
     H: int
@@ -57,14 +57,14 @@ SCALES = {
         64, 128, torch.bfloat16, (1, 8, 64, 256),
         (("8 equal prompts", (2048,) * 8, True),
          ("8 prompts, one long", (9000, 3001, 1700, 1100, 700, 500, 300, 83), True),
-         ("2 chunks, 200 tokens", (4096,) * 2 + (1,) * 200, False)),
+         ("2 chunks, 200 tokens", (1,) * 200 + (4096,) * 2, False)),
         drafts=(64, 4), seconds=0.2,
     ),
     "cpu": Scale(
         4, 64, torch.float32, (1, 8),
         (("8 equal prompts", (128,) * 8, True),
          ("8 prompts, one long", (562, 189, 106, 69, 44, 31, 18, 5), True),
-         ("2 chunks, 20 tokens", (256,) * 2 + (1,) * 20, False)),
+         ("2 chunks, 20 tokens", (1,) * 20 + (256,) * 2, False)),
         drafts=(8, 4), seconds=0.1,
     ),
 }  # fmt: skip

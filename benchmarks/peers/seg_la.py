@@ -13,32 +13,38 @@ from benchmarks.peers._sglang import sglang
 from lightning_attention.bench.peers import Peer
 
 
-def _forward(b: Batch) -> Any:
-    """The kernel as a function of the pool and of what it takes beside."""
-    seg_la = sglang("seg_la.py")
-    meta = seg_la.SegLaMeta(
+def _forward(of: Any, b: Batch) -> Any:
+    """``seg_la_fwd`` of a module as a function of the pool and of what it takes beside."""
+    meta = of.SegLaMeta(
         batch_size=b.N, max_q_length=None, q_offsets=b.cu_seqlens, s_offsets=b.slots, q_lengths=b.cu_seqlens.diff(),
         s_scales=torch.full_like(b.slots, int(not b.fresh)),
     )  # fmt: skip
     slopes = -b.log_decay
-    return lambda pool, **more: seg_la.seg_la_fwd(b.q, b.k, b.v, pool, slopes, meta, softmax_scale=1.0, **more)
+    return lambda pool, **more: of.seg_la_fwd(b.q, b.k, b.v, pool, slopes, meta, softmax_scale=1.0, **more)
 
 
-def _run(b: Batch) -> Bound:
-    return pooled(b, _forward(b))
+def run(of: Any, b: Batch) -> Bound:
+    """Decode or prefill, by the ``seg_la_fwd`` of a module."""
+    return pooled(b, _forward(of, b))
 
 
-def _speculate(b: Batch) -> Bound:
-    forward, slots = _forward(b), b.slots.long()
+def speculate(of: Any, b: Batch) -> Bound:
+    """Drafts, equally many for each sequence, and the copy of the last one's state."""
+    forward, slots = _forward(of, b), b.slots.long()
     rows = torch.arange(b.N, dtype=torch.int32, device=b.q.device)
     after = b.pool.new_empty(b.N, b.q.shape[0] // b.N, *b.pool.shape[1:])
 
-    def run(pool: Tensor) -> Tensor:
+    def call(pool: Tensor) -> Tensor:
         out: Tensor = forward(pool, caches=after, cache_indices=rows)
         pool.index_copy_(0, slots, after[:, -1])
         return out
 
-    return pooled(b, run)
+    return pooled(b, call)
 
 
-PEERS = (Peer("seg_la", "seg_la", "sglang", {DECODE: _run, PREFILL: _run, SPECULATE: _speculate}),)
+PEERS = (
+    Peer("seg_la", "seg_la", "sglang", {
+        DECODE: lambda b: run(sglang("seg_la.py"), b), PREFILL: lambda b: run(sglang("seg_la.py"), b),
+        SPECULATE: lambda b: speculate(sglang("seg_la.py"), b),
+    }),
+)  # fmt: skip

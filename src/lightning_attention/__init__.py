@@ -2,6 +2,7 @@
 
 from lightning_attention import decay
 from lightning_attention.kernels.backend import INVARIANT_CHUNK
+from lightning_attention.ops import trees
 from lightning_attention.ops.attention import LightningOutput, lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.fold import lightning_attention_fold
@@ -22,4 +23,5 @@ __all__ = [
     "lightning_attention_fold",
     "lightning_attention_prefill",
     "lightning_attention_verify",
+    "trees",
 ]

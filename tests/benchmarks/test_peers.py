@@ -31,7 +31,7 @@ def _module(monkeypatch, name: str, **members: object) -> None:
 
 def test_a_peer_is_a_file():
     found = find.peers()
-    assert list(found) == ["fla", "lightning_attn", "sdpa", "seg_la", "vllm"]
+    assert list(found) == ["engines", "fla", "lightning_attn", "sdpa", "seg_la", "vllm", "vllm_layer"]
     assert all(isinstance(p, Peer) for group in found.values() for p in group)
 
 

@@ -30,22 +30,25 @@ class Calls:
         self.q, self.k = self.q[:, :Hk], self.k[:, :Hk]
         self.pool, self.rate = torch.randn(7, H, D, E, dtype=dtype), rate
         self.cuts, self.slots = cumulative(LENGTHS), torch.tensor(SLOTS)
+        self.out: Tensor | None = None
 
-    def decode(self, pool: Tensor) -> Tensor:
-        return self.backend.decode(self.q[:4], self.k[:4], self.v[:4], self.rate, pool, self.slots, 0.5, False)
+    def decode(self, pool: Tensor) -> Tensor | None:
+        q, k, v = self.q[:4], self.k[:4], self.v[:4]
+        return self.backend.decode(q, k, v, self.rate, pool, self.slots, 0.5, False, self.out)
 
-    def prefill(self, pool: Tensor) -> Tensor:
+    def prefill(self, pool: Tensor) -> Tensor | None:
         at, to = torch.tensor([[2, 5], [64, 1], [1, 0], [0, 9]]), torch.tensor([[1, -1], [3, 5], [6, -1], [6, -1]])
         return self.backend.prefill(
-            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to, False
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5, at, to, False, self.out
         )
 
-    def verify(self, pool: Tensor) -> Tensor:
-        return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, None, 0.5)
+    def verify(self, pool: Tensor, parents: Tensor | None = None) -> Tensor | None:
+        return self.backend.verify(
+            self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5, None, None, self.out
+        )
 
-    def verify_tree(self, pool: Tensor) -> Tensor:
-        parents = torch.cat([PARENTS, PARENTS.new_zeros(3)])
-        return self.backend.verify(self.q, self.k, self.v, self.rate, pool, self.cuts, self.slots, parents, 0.5)
+    def verify_tree(self, pool: Tensor) -> Tensor | None:
+        return self.verify(pool, torch.cat([PARENTS, PARENTS.new_zeros(3)]))
 
     def commit(self, pool: Tensor) -> Tensor:
         accepted = torch.tensor([*ACCEPTED, True, True, True])
@@ -155,4 +158,57 @@ def test_a_chain_is_a_tree_to_the_bit(backend: Backend):
     calls = Calls(backend, torch.float32, decay.alibi(H))
     parents = torch.tensor([i - 1 for n in [*LENGTHS, 3] for i in range(n)])
     args = (calls.q, calls.k, calls.v, calls.rate, calls.pool, calls.cuts, calls.slots)
-    assert torch.equal(backend.verify(*args, None, 1.0), backend.verify(*args, parents, 1.0))
+    assert torch.equal(backend.verify(*args, None, 1.0, None), backend.verify(*args, parents, 1.0, None))
+
+
+@BACKENDS
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("parents", [None, torch.cat([PARENTS, PARENTS.new_zeros(3)])], ids=["chain", "tree"])
+def test_the_state_after_each_draft(parents: Tensor | None, own: bool, backend: Backend):
+    """In a pool of their own, or in the pool itself: there the first draft's takes the place of the sequence's."""
+    calls = Calls(backend, torch.float64, decay.alibi(H))
+    calls.pool = torch.randn(90, H, D, E, dtype=torch.float64)
+    reference = ReferencePool(calls.pool, calls.rate, 0.5)
+    want = reference.verify(
+        calls.q[:T], calls.k[:T], calls.v[:T], LENGTHS, SLOTS, None if parents is None else parents[:T].tolist()
+    )
+    P = 60  # the second sequence has 70: ten of them are not kept
+    rows = torch.full((4, P), -1)
+    rows[0, :5] = torch.tensor([4, 80, -1, 81, 82])
+    rows[1] = torch.arange(10, 70)
+    rows[2, 0], rows[3, :5] = 83, torch.tensor([84, 85, 86, 87, 88])  # padding; and two drafts that are not there
+    pool, kept = calls.pool.clone(), torch.full_like(calls.pool, torch.nan)
+    kept = pool if own else kept
+    before = kept.clone()
+    out = backend.verify(
+        calls.q, calls.k, calls.v, calls.rate, pool, calls.cuts, calls.slots, parents, 0.5, kept, rows, None
+    )
+    assert relative_error(out[:T], want) <= 1e-12
+    expected = {}
+    for n, start in enumerate(calls.cuts[:-1].tolist()):
+        for i in range(min(P, LENGTHS[n])):
+            after = reference.after_drafts[start + i]
+            if after is not None and rows[n, i] >= 0:
+                expected[int(rows[n, i])] = after
+    assert len(expected) == 4 + 60 + 3
+    for row in range(90):
+        if row in expected:
+            assert relative_error(kept[row], expected[row]) <= 1e-12
+        else:
+            assert torch.equal(kept[row].nan_to_num(), before[row].nan_to_num())
+    assert own or torch.equal(pool, calls.pool)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "commit"])
+def test_into_out_without_padding(name: str, backend: Backend):
+    calls = Calls(backend, torch.float32, decay.alibi(H))
+    expected, want_pool = calls.run(name)
+    calls.out = torch.full_like(expected, torch.nan)
+    returned, pool = calls.run(name)
+    assert returned is None
+    padding = [2] if name == "decode" else [75, *range(T, T + 3)]  # of no slot, and past the last sequence
+    used = [t for t in range(len(expected)) if t not in padding]
+    assert torch.equal(calls.out[used], expected[used])
+    assert calls.out[padding].isnan().all()
+    assert torch.equal(pool, want_pool)

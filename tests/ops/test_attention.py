@@ -119,6 +119,23 @@ def test_prefill_in_pieces_then_decode_is_one_prefill(piece: int):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_initial_state_counts_as_the_numbers_it_holds(dtype: torch.dtype, backend: str):
+    problem = make_problem(T=70)
+    given = problem.initial_state.to(dtype).requires_grad_()
+    expected = solve_with(replace(problem, initial_state=given.detach().float()), backend)
+    out, final = lightning_attention(
+        problem.q, problem.k, problem.v, problem.log_decay, scale=problem.scale, initial_state=given,
+        output_final_state=True, backend=backend,
+    )  # fmt: skip
+    torch.autograd.backward((out, final), (problem.dout, problem.dfinal))
+    assert torch.equal(out, expected.output)
+    assert torch.equal(final, expected.final_state)
+    assert final.dtype == torch.float32
+    assert torch.equal(given.grad, expected.initial_state.to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_flow_through_the_state(backend: str):
     """Two pieces joined by their state, differentiated as one graph, have the gradients of the whole."""
     problem = make_problem(T=150, lengths=None)

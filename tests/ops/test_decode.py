@@ -27,7 +27,7 @@ def tokens(N: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SLOTS)
 def test_slots(case: str, state_dtype: torch.dtype, index_dtype: torch.dtype):
     slots = SLOTS[case]

@@ -89,7 +89,10 @@ def serving_calls(rings: bool = False) -> dict[str, tuple[Callable[..., Tensor |
         packed["recent"] = RecentTokens(keys, values, torch.tensor([3, 0, 7, 2, 5], dtype=torch.int32))
         fold["fold"] = (_fold, (pool, log_decay), {"slots": slots, "recent": packed["recent"]})
     recent = {"recent": packed["recent"]}
-    return fold | {
+    after = {} if rings else {"snapshots": torch.zeros(4, H, D, E)}  # they do not go together
+    if after:
+        after["snapshot_slots"] = torch.tensor([[0, -1], [3, -1], [1, 2]])
+    calls: dict[str, tuple[Callable[..., Tensor | None], tuple, dict]] = fold | {
         "decode": (
             lightning_attention_decode,
             (q[:3], k[:3], v[:3], log_decay, pool),
@@ -100,19 +103,24 @@ def serving_calls(rings: bool = False) -> dict[str, tuple[Callable[..., Tensor |
             (q, k, v, log_decay, pool),
             {**packed, **snapshots, "scale": 0.5, "batch_invariant": True},
         ),
-        "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5}),
+        "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5, **after}),
         "commit": (lightning_attention_commit, (k, v, log_decay, pool), {**packed, "accepted": accepted}),
     }
+    for name in ("decode", "prefill", "verify"):
+        run, args, options = calls[name]
+        calls[f"{name}_out"] = run, args, {**options, "out": torch.full(args[2].shape, 7.0)}
+    return calls
 
 
 RECENT = " recent_k recent_v recent_count"
 OPERATORS = {
     "decode": "slots scale batch_invariant" + RECENT,
     "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant" + RECENT,
-    "verify": "cu_seqlens slots parents scale" + RECENT,
+    "verify": "cu_seqlens slots parents scale snapshots snapshot_slots" + RECENT,
     "commit": "cu_seqlens accepted slots parents" + RECENT,
     "fold": "slots" + RECENT,
 }
+OPERATORS |= {f"{name}_out": OPERATORS[name] for name in ("decode", "prefill", "verify")}
 CALLS = [(name, rings) for name in OPERATORS for rings in (False, True) if rings or name != "fold"]
 
 
@@ -127,7 +135,8 @@ def test_opcheck_serving(name: str, rings: bool):
     if rings:
         options |= {"recent_k": recent.k, "recent_v": recent.v, "recent_count": recent.count}
     rest = (options.get(option) for option in OPERATORS[name].split())
-    torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled"))
+    out = (options["out"],) if "out" in options else ()
+    torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled", *out))
 
 
 def _equal(got: Solution, expected: Solution):
@@ -170,7 +179,10 @@ def test_serving_compiles_whole(name: str, rings: bool):
     got, untouched = _written(args, options), _written(*serving_calls(rings)[name][1:])
     for a, b in zip(got, _written(same, same_options), strict=True):
         assert torch.equal(a, b)  # written through the compiled graph
-    if name != "verify":
+    for name_of_written in {"out", "snapshots"} & set(options):
+        assert torch.equal(options[name_of_written], same_options[name_of_written])
+        assert options[name_of_written].any()
+    if not name.startswith("verify"):
         assert not torch.equal(got[-1], untouched[-1])
         assert not torch.equal(got[0], untouched[0])
 
@@ -269,6 +281,9 @@ def test_autocast_does_not_reach_the_backward():
 def test_autocast_serving(name: str, rings: bool):
     run, args, options = serving_calls(rings)[name]
     _, same, same_options = serving_calls(rings)[name]
+    for given in (options, same_options):
+        if "out" in given:
+            given["out"] = given["out"].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(*args, **options)
     tokens = next(i for i, x in enumerate(args) if x.ndim != 3)

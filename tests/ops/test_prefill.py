@@ -40,7 +40,7 @@ def batches(draw: st.DrawFn) -> dict[str, object]:
         "at": at,
         "targets": targets,
         "padding": draw(st.sampled_from([0, 1, 70])),
-        "state_dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "state_dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
         "seed": draw(st.integers(0, 2**16)),
     }

@@ -254,8 +254,8 @@ def test_errors_of_fold():
     recent, pool = _ring_of(), torch.zeros(3, 2, 4, 6)
     with pytest.raises(ValueError, match=r"state has shape \[3, 2, 4\]; it must be \[S, H, D, E\]"):
         lightning_attention_fold(pool[..., 0], recent, None)
-    with pytest.raises(TypeError, match="state has dtype float16"):
-        lightning_attention_fold(pool.half(), recent, None)
+    with pytest.raises(TypeError, match="state has dtype int32"):
+        lightning_attention_fold(pool.int(), recent, None)
     with pytest.raises(ValueError, match=r"log_decay has shape \[3\]"):
         lightning_attention_fold(pool, recent, decay.alibi(3))
     with pytest.raises(ValueError, match="must be at most 0"):
@@ -268,3 +268,11 @@ def test_errors_of_fold():
         lightning_attention_fold(pool, recent, None, slots=torch.zeros(1))
     with pytest.raises(ValueError, match="state requires grad"):
         lightning_attention_fold(pool.requires_grad_(), recent, None)
+
+
+def test_snapshots_of_drafts_do_not_go_with_rings():
+    recent, pool = _ring_of(), torch.zeros(3, 2, 4, 6)
+    q, v, cuts = torch.zeros(1, 2, 4), torch.zeros(1, 2, 6), torch.tensor([0, 1, 1, 1])
+    after = {"snapshots": torch.zeros(1, 2, 4, 6), "snapshot_slots": torch.tensor([[0], [-1], [-1]])}
+    with pytest.raises(ValueError, match="snapshots and recent are both given"):
+        lightning_attention_verify(q, q, v, None, pool, cu_seqlens=cuts, recent=recent, **after)

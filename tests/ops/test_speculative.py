@@ -56,7 +56,7 @@ def test_trees(tree: str, index_dtype: torch.dtype):
         assert relative_error(out, chain) > 0.1
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_chains_are_decoding(state_dtype: torch.dtype):
     pool, log_decay, (q, k, v) = torch.randn(S, H, D, E).to(state_dtype), decay.alibi(H), tokens(12)
     before = pool.clone()
@@ -102,7 +102,7 @@ def batches(draw: st.DrawFn) -> dict[str, object]:
         "parents": [p for own in parents for p in own] if tree else None,
         "accepted": accepted,
         "padding": draw(st.sampled_from([0, 1, 70])),
-        "state_dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "state_dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -135,7 +135,7 @@ def test_any_batch(batch: dict):
             assert torch.equal(pool[slot], before[slot]), slot
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accepted", ["none", "some", "all"])
 def test_commit(accepted: str, state_dtype: torch.dtype):
     pool, log_decay, (_, k, v) = torch.randn(S, H, D, E).to(state_dtype), decay.alibi(H), tokens(9)

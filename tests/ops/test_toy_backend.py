@@ -55,10 +55,11 @@ def attention_backward(
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool,
+    batch_invariant: bool, out: Tensor | None,
 ) -> Tensor:  # fmt: skip
     CALLS.append("decode")
     assert slots is None
+    assert out is None
     factor = 1.0 if log_decay is None else log_decay.exp()[:, None, None]
     state.copy_(factor * state + k[..., None] * v[..., None, :])
     return scale * torch.einsum("nhd,nhde->nhe", q, state)

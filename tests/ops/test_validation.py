@@ -47,6 +47,7 @@ def serving(tokens: int, **extra: object) -> dict[str, object]:
         "log_decay": torch.zeros(H),
         "state": torch.zeros(S, H, D, E),
         "slots": torch.tensor([2, -1, 0]),
+        "out": torch.zeros(tokens, H, E),
         **extra,
     }
 
@@ -66,12 +67,18 @@ def prefill() -> dict[str, object]:
 
 
 def verify() -> dict[str, object]:
-    return serving(T, cu_seqlens=torch.tensor([0, 2, 2, 5]), parents=torch.tensor([-1, 0, -1, -1, 1, 99]))
+    return serving(
+        T,
+        cu_seqlens=torch.tensor([0, 2, 2, 5]),
+        parents=torch.tensor([-1, 0, -1, -1, 1, 99]),
+        snapshots=torch.zeros(4, H, D, E),
+        snapshot_slots=torch.tensor([[0, -1], [77, 0], [1, 2]]),
+    )
 
 
 def commit() -> dict[str, object]:
     arguments = serving(T, cu_seqlens=torch.tensor([0, 2, 2, 5]), accepted=torch.zeros(T, dtype=torch.bool))
-    del arguments["q"]
+    del arguments["q"], arguments["out"]
     return arguments
 
 
@@ -224,10 +231,11 @@ def test_initial_state(of: Callable):
     _fails(of, ValueError, message, initial_state=torch.zeros(9, H, D, E))
     message = f"initial_state has shape [{n}, 2, 3, 4]; it must be [N, H, D, E] = [{n}, 2, 4, 3]"
     _fails(of, ValueError, message, initial_state=state.mT)
-    message = "initial_state has dtype bfloat16; it must be float32"
-    _fails(of, TypeError, message, initial_state=state.bfloat16())
+    wanted = "it must be float32 or bfloat16 or float16"
+    _fails(of, TypeError, f"initial_state has dtype float64; {wanted}", initial_state=state.double())
     double = {name: of()[name].double() for name in ("q", "k", "v")}
-    _fails(of, TypeError, "initial_state has dtype float32; it must be float64", **double)
+    wanted += " or float64"
+    _fails(of, TypeError, f"initial_state has dtype int32; {wanted}", **double, initial_state=state.int())
 
 
 def test_a_batch_of_packed_sequences():
@@ -267,9 +275,9 @@ def test_state(of: Callable):
     wanted = "it must be [S, H, D, E] = [S, 2, 4, 3]"
     _fails(of, ValueError, f"state has shape [4, 2, 3, 4]; {wanted}", state=torch.zeros(S, H, E, D))
     _fails(of, ValueError, f"state has shape [2, 4, 3]; {wanted}", state=torch.zeros(H, D, E))
-    for dtype in (torch.float16, torch.float64):
+    for dtype in (torch.int16, torch.float64):
         name = str(dtype).removeprefix("torch.")
-        message = f"state has dtype {name}; it must be float32 or bfloat16"
+        message = f"state has dtype {name}; it must be float32 or bfloat16 or float16"
         _fails(of, TypeError, message, state=torch.zeros(S, H, D, E, dtype=dtype))
 
 
@@ -292,6 +300,35 @@ def test_no_gradients(of: Callable, name: str):
     _fails(of, ValueError, message, **{name: of()[name].requires_grad_()})
     with torch.no_grad():
         OPERATIONS[of](**of() | {name: of()[name].requires_grad_()})
+
+
+def test_states_after_drafts():
+    message = "snapshots came without snapshot_slots; states after drafts want both"
+    _fails(verify, ValueError, message, snapshot_slots=None)
+    message = "snapshot_slots came without snapshots; states after drafts want both"
+    _fails(verify, ValueError, message, snapshots=None)
+    message = "snapshots has shape [4, 2, 3, 4]; it must be [R, H, D, E] = [R, 2, 4, 3]"
+    _fails(verify, ValueError, message, snapshots=torch.zeros(4, H, E, D))
+    message = "snapshots has dtype float64; it must be float32 or bfloat16 or float16"
+    _fails(verify, TypeError, message, snapshots=torch.zeros(4, H, D, E).double())
+    message = "snapshot_slots has shape [2, 2]; it must be [N, P] = [3, 2]"
+    _fails(verify, ValueError, message, snapshot_slots=torch.zeros(2, 2).long())
+    message = "snapshot_slots holds 4; snapshots has 4 rows (negative slots are padding)"
+    _fails(verify, ValueError, message, snapshot_slots=torch.tensor([[0, 4], [9, 9], [1, 2]]))
+    message = "snapshot_slots is [0, 1, 0, 2]; a slot must not be given twice in one call"
+    _fails(verify, ValueError, message, snapshot_slots=torch.tensor([[0, 1], [9, 9], [0, 2]]))
+
+
+@each([decode, prefill, verify])
+def test_out(of: Callable):
+    out = of()["out"]
+    n = len(out)
+    _fails(of, ValueError, f"out has shape [{n}, 6]; it must be the shape of v = [{n}, 2, 3]", out=out.flatten(1))
+    _fails(of, TypeError, "out has dtype bfloat16; it must be float32", out=out.bfloat16())
+    message = "out has strides [12, 6, 2]; it must be contiguous"
+    _fails(of, ValueError, message, out=torch.zeros(n, 2, 6)[..., ::2])
+    message = "out requires grad; this operation has no derivative, call it under torch.no_grad()"
+    _fails(of, ValueError, message, out=out.requires_grad_())
 
 
 def test_fresh():
@@ -365,7 +402,7 @@ def test_a_decay_above_one_is_refused_where_looking_is_free(value: float, requir
 
 def test_states_in_float64_are_for_float64_inputs():
     q, pool = torch.ones(1, 2, 3), torch.zeros(1, 2, 3, 3, dtype=torch.float64)
-    with pytest.raises(TypeError, match="state has dtype float64; it must be float32 or bfloat16"):
+    with pytest.raises(TypeError, match="state has dtype float64; it must be float32 or bfloat16 or float16"):
         lightning_attention_decode(q, q, q, None, pool)
 
 

@@ -14,6 +14,7 @@ class ReferencePool:
         rate = torch.zeros(pool.shape[1]) if log_decay is None else log_decay
         self.decay = rate.double().exp()[:, None, None]
         self.scale = scale
+        self.after_drafts: list[Tensor | None] = []  # of the last verify: the state after each, None at padding
 
     def _after(self, state: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k = k.repeat_interleave(len(v) // len(k), 0)
@@ -70,6 +71,7 @@ class ReferencePool:
     ) -> Tensor:
         """Without ``parents`` every draft follows the one before it."""
         out, t = torch.zeros(v.shape, dtype=torch.float64), 0
+        self.after_drafts = []
         for length, slot in zip(lengths, slots, strict=True):
             drafts: list[Tensor] = []
             for i in range(length):
@@ -78,6 +80,7 @@ class ReferencePool:
                     drafts.append(self._after(self.states[slot] if parent < 0 else drafts[parent], k[t], v[t]))
                     out[t] = self._output(q[t], drafts[i])
                 t += 1
+            self.after_drafts += drafts or [None] * length
         return out
 
     def commit(

@@ -69,26 +69,34 @@ class Backend:
     #: Σ_t λ^(t+1) k_tᵀ v_t, the gradient of the state that it starts from where k is q and v is the outputs' gradient
     states: Callable[[Tensor, Tensor, Optional, Optional, bool, bool], Tensor]
 
-    #: (q [N, Hk, D], k, v, log_decay, state, slots, scale, batch_invariant)
-    #: -> output [N, H, E]; the pool is written to
-    decode: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Optional, float, bool], Tensor]
+    #: (q [N, Hk, D], k, v, log_decay, state, slots, scale, batch_invariant, out)
+    #: -> output [N, H, E], zero at padding, or None where ``out`` is given: there all but padding is written; the pool
+    #: is written to
+    decode: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Optional, float, bool, Optional], Optional]
 
     #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
-    #: batch_invariant) -> output [T, H, E]; the pool is written to
+    #: batch_invariant, out) -> output [T, H, E] or None, as of decode; the pool is written to
     prefill: Callable[
-        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional, bool], Tensor
-    ]
+        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional, bool,
+         Optional],
+        Optional,
+    ]  # fmt: skip
 
-    #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale) -> output [T, H, E]
-    verify: Callable[[Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float], Tensor]
+    #: (q [T, Hk, D], k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, out)
+    #: -> output [T, H, E] or None, as of decode; the state after each draft is written to ``snapshots``, which may be
+    #: the pool, where it is given
+    verify: Callable[
+        [Tensor, Tensor, Tensor, Optional, Tensor, Tensor, Optional, Optional, float, Optional, Optional, Optional],
+        Optional,
+    ]
 
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]
 
     #: The three over a pool with rings: their arguments, then k [S, H, R, D], v [S, H, R, E] and count [S] of
     #: ``RecentTokens``. kernels/recent.py says what these hold, and which heads of a state a step folds them into.
-    decode_recent: Callable[..., Tensor]
-    verify_recent: Callable[..., Tensor]
+    decode_recent: Callable[..., Optional]
+    verify_recent: Callable[..., Optional]
     commit_recent: Callable[..., None]
 
     #: (state, log_decay, slots, fresh [N] or None, k, v, count): what the rings hold goes into the states, but where

@@ -49,14 +49,39 @@ def write(state: Tensor, slots: Tensor | None, rows: Tensor) -> None:
     state.index_copy_(0, target, values)
 
 
-def mask_padding(out: Tensor, slots: Tensor | None) -> Tensor:
-    """Zero the outputs [N, …] of padding."""
-    return out if slots is None else torch.where((slots < 0)[:, None, None], 0, out)
+def write_after_drafts(
+    snapshots: Tensor, snapshot_slots: Tensor, slots: Tensor | None, cu_seqlens: Tensor, after: Tensor
+) -> None:
+    """Write the states after drafts, [T, H, D, E], to rows of ``snapshots``, those in ``snapshot_slots`` [N, P]."""
+    if after.shape[0] == 0:
+        return
+    draft = torch.arange(snapshot_slots.shape[1], device=after.device)
+    wanted = draft < cu_seqlens.diff()[:, None]
+    if slots is not None:
+        wanted &= (slots >= 0)[:, None]
+    token = (cu_seqlens[:-1, None].long() + draft).clamp(max=after.shape[0] - 1)
+    write(snapshots, torch.where(wanted, snapshot_slots, -1).flatten(), after[token.flatten()])
 
 
-def mask_padding_tokens(out: Tensor, slots: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-    """Zero the outputs [T, …] of the tokens of padding sequences."""
-    return out if slots is None else mask_padding(out, slots[sequence_of(cu_seqlens, out.shape[0])])
+def deliver(
+    found: Tensor, like: Tensor, slots: Tensor | None, cu_seqlens: Tensor | None, out: Tensor | None
+) -> Tensor | None:
+    """Outputs in the dtype of ``like``, zero at padding; or None, and in ``out`` all but padding is written.
+
+    found: [T, …], zero past the last sequence; without ``cu_seqlens`` each token is a sequence.
+    """
+    used = None if slots is None else slots >= 0
+    if cu_seqlens is not None and used is not None:
+        used = used[sequence_of(cu_seqlens, found.shape[0])]
+    if cu_seqlens is not None and out is not None:
+        inside = torch.arange(found.shape[0], device=found.device) < cu_seqlens[-1]
+        used = inside if used is None else used & inside
+    if used is not None:
+        found = torch.where(used[:, None, None], found, 0 if out is None else out)
+    if out is None:
+        return found.to(like.dtype)
+    out.copy_(found)
+    return None
 
 
 def sequence_of(cu_seqlens: Tensor, T: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_attention.kernels import pool
 from lightning_attention.kernels.decays import carried, rate_of
 
-Run = Callable[..., Tensor]
+Run = Callable[..., Tensor | None]
 
 
 class Rings(NamedTuple):
@@ -96,25 +96,26 @@ class OverRings:
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None,
-        scale: float, batch_invariant: bool, *ring: Tensor,
-    ) -> Tensor:  # fmt: skip
-        rings, rate = Rings(*ring), self._rate(log_decay, v, v.shape[1])
+        scale: float, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        rings, rate = Rings(ring_k, ring_v, count), self._rate(log_decay, v, v.shape[1])
         states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
         whole = _whole(states, own, rate, batch_invariant)
-        out = self._decode(q, k, v, log_decay, whole, _places(slots), scale, batch_invariant)
+        made = self._decode(q, k, v, log_decay, whole, _places(slots), scale, batch_invariant, out)
         all_of_them = torch.ones_like(own.counts, dtype=torch.bool)
         states, own = _append(states, whole, own, pool.repeated(k, v), v, all_of_them)
         pool.write(state, slots, states)
         _write(rings, slots, own)
-        return out
+        return made
 
     def verify(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
-        slots: Tensor | None, parents: Tensor | None, scale: float, *ring: Tensor,
-    ) -> Tensor:  # fmt: skip
+        slots: Tensor | None, parents: Tensor | None, scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         rate = self._rate(log_decay, v, v.shape[1])
-        whole = _whole(pool.read(state, slots, rate.dtype), _read(Rings(*ring), slots), rate)
-        return self._verify(q, k, v, log_decay, whole, cu_seqlens, _places(slots), parents, scale)
+        whole = _whole(pool.read(state, slots, rate.dtype), _read(Rings(ring_k, ring_v, count), slots), rate)
+        return self._verify(q, k, v, log_decay, whole, cu_seqlens, _places(slots), parents, scale, None, None, out)
 
     def commit(
         self, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,

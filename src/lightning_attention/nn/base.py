@@ -23,9 +23,10 @@ class FixedDecayAttention(nn.Module):
 
     :meth:`forward` reads whole sequences, from nothing or from a state, and is differentiable. :meth:`step`,
     :meth:`prefill`, :meth:`verify` and :meth:`commit` are the serving operations: they work in place on ``state``,
-    [S, H, D, E] float32 or bfloat16 (float64 in a float64 layer), a pool of which each sequence owns one row, and have
-    no gradients. Arguments other than ``x`` and ``positions`` are the operation's own: it says what they mean, what is
-    optional, and what it raises. Where the pool has rings of recent tokens, all of them are given these as ``recent``.
+    [S, H, D, E] float32, bfloat16 or float16 (float64 in a float64 layer), a pool of which each sequence owns one row,
+    and have no gradients. Arguments other than ``x`` and ``positions`` are the operation's own: it says what they mean,
+    what is optional, and what it raises. Where the pool has rings of recent tokens, all of them are given these as
+    ``recent``.
 
     ``positions`` are absolute: the number of the sequence's tokens before this one. A layer whose queries and keys
     depend on them raises a ValueError where it cannot count them itself and they are not given; another ignores them.

@@ -55,8 +55,8 @@ def lightning_attention(
             most 0, which is checked on the CPU, where reading it costs nothing; −inf: no memory. None for no decay.
             May require grad. ``lightning_attention.decay`` has the schedules of published models.
         scale: factor on the output; the papers use 1.
-        initial_state: [N, H, D, E] float32 (float64 for float64 inputs), the state before the first token of each
-            sequence; None for zero. May require grad.
+        initial_state: [N, H, D, E] float32, bfloat16 or float16 (or float64 for float64 inputs), the state before the
+            first token of each sequence; None for zero. May require grad.
         output_final_state: whether to return the state after the last token of each sequence.
         cu_seqlens: [N+1] int32 or int64 on q's device, 0 = c_0 ≤ c_1 ≤ … ≤ c_N ≤ T: then B is 1, and sequence i is
             tokens c_i to c_{i+1} (possibly none). Tokens past c_N are padding: never read, their output is zero.
@@ -96,6 +96,8 @@ def lightning_attention(
             raise ValueError(f"q has shape {list(q.shape)}; with cu_seqlens the batch B must be 1")
         num_sequences = cu_seqlens.shape[0] - 1
     validation.check_initial_state(initial_state, q, v, num_sequences)
+    if initial_state is not None:
+        initial_state = initial_state.to(validation.state_dtype(q))
     chosen = backends.choose(backend, q.device)
     if group is not None:
         transforms.refuse_group()

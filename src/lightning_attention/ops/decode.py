@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
 from lightning_attention.ops.recent import RecentTokens, tensors
 
 
@@ -18,6 +18,7 @@ def lightning_attention_decode(
     scale: float = 1.0,
     batch_invariant: bool = False,
     recent: RecentTokens | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One step of the recurrence for N sequences: S ← λ S + kᵀ v in place, o = scale · q S.
 
@@ -32,17 +33,20 @@ def lightning_attention_decode(
         v: [N, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; rows of ``slots`` are updated
-            in place. A bfloat16 row is rounded once, after the step; the output comes from the state before rounding.
-        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: its output
-            is zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i for
-            sequence i, and S = N.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; rows of ``slots``
+            are updated in place. A 16-bit row is rounded once, after the step; the output comes from the state before
+            rounding.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: no
+            state is touched, and its output is as ``out`` says. A slot given twice is an error, found only on the CPU.
+            None: row i for sequence i, and S = N.
         scale: factor on the output.
         batch_invariant: make the bits of a sequence's output and state independent of how many other sequences there
             are. They are not those of ``lightning_attention``, which rounds operands that this does not:
             docs/numerics.md.
         recent: the pool's rings of recent tokens, to which the step appends: it reads the state, and writes 1/R of it.
             None: the state is written.
+        out: [N, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
+            padding are left alone, and ``out`` is returned. None: a new tensor, whose rows of padding are zero.
 
     Returns:
         [N, H, E] in q's dtype.
@@ -60,21 +64,29 @@ def lightning_attention_decode(
     validation.check_recent(recent, state, q)
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)
-    return decode(q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, *tensors(recent), backend)
+    inputs = q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, *tensors(recent), backend
+    if out is None:
+        return decode(*inputs)
+    validation.check_out(out, v)
+    decode_out(*inputs, out)
+    return out
 
 
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
     batch_invariant: bool, recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None, backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_slot_values(slots, state.shape[0])
     validation.check_log_decay_values(log_decay)
     run = backends.get(backend)
-    if recent_count is None:
-        return run.decode(q, k, v, log_decay, state, slots, scale, batch_invariant)
-    return run.decode_recent(
-        q, k, v, log_decay, state, slots, scale, batch_invariant, recent_k, recent_v, recent_count
+    if recent_count is None:  # what either returns is None where out is given
+        return run.decode(q, k, v, log_decay, state, slots, scale, batch_invariant, out)  # type: ignore[return-value]
+    return run.decode_recent(  # type: ignore[return-value]
+        q, k, v, log_decay, state, slots, scale, batch_invariant, recent_k, recent_v, recent_count, out
     )  # fmt: skip
 
 
-decode = Operation(_decode, like_v, writes=["state", "recent_k", "recent_v", "recent_count"])
+_WRITTEN = ["state", "recent_k", "recent_v", "recent_count"]
+decode = Operation(_decode, like_v, writes=_WRITTEN)
+decode_out = Operation(_decode, nothing, writes=[*_WRITTEN, "out"], into_out=True)

@@ -19,12 +19,22 @@ def absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _schema(run: Run, writes: Sequence[str]) -> str:
-    """The operator's schema, from the annotations; a result that may be None is a tensor there."""
+def _schema(run: Run, writes: Sequence[str], into_out: bool) -> str:
+    """The operator's schema, from the annotations; a result that may be None is a tensor there.
+
+    ``into_out``: of the operator that writes its result to ``out``, which is optional in ``run``, and returns nothing.
+    """
 
     def prototype() -> None: ...
 
     signature = inspect.signature(run)
+    parameters = dict(signature.parameters)
+    out = parameters.pop("out", None)
+    if out is not None:
+        required = [out.replace(annotation=Tensor, default=out.empty)] if into_out else []
+        signature = signature.replace(parameters=[*parameters.values(), *required])
+    if into_out:
+        signature = signature.replace(return_annotation=None)
     results = signature.return_annotation
     if get_origin(results) is tuple:
         signature = signature.replace(return_annotation=tuple[(Tensor,) * len(get_args(results))])  # type: ignore[misc]
@@ -54,13 +64,13 @@ class Operation:
     """``torch.ops.lightning_attention.NAME``, declared by the function ``_NAME`` that computes it.
 
     Called, it goes to the function directly where nothing watches, past 30 µs of dispatcher; what was not asked for is
-    then None.
+    then None. ``into_out``: NAME_out, which is given ``out``, the function's last argument, and returns nothing.
     """
 
-    def __init__(self, run: Run, fake: Run, writes: Sequence[str] = ()) -> None:
-        self.name = run.__name__.removeprefix("_")
+    def __init__(self, run: Run, fake: Run, writes: Sequence[str] = (), *, into_out: bool = False) -> None:
+        self.name = run.__name__.removeprefix("_") + "_out" * into_out
         self._first = next(iter(inspect.signature(run).parameters))
-        _library.define(self.name + _schema(run, writes))
+        _library.define(self.name + _schema(run, writes, into_out))
         self.operator = getattr(torch.ops.lightning_attention, self.name).default
 
         def run_without_autocast(*inputs: Any) -> Any:
@@ -140,6 +150,10 @@ class Differentiable(Operation):
                 if x is not None and x.requires_grad:
                     return self.function.apply(run, inputs[count:], *inputs[:count])
         return run(*inputs)
+
+
+def nothing(*inputs: Any) -> None:
+    """The fake of an operation that returns nothing."""
 
 
 def like_v(*inputs: Any) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
 from lightning_attention.ops.recent import RecentTokens, tensors
 
 
@@ -23,6 +23,7 @@ def lightning_attention_prefill(
     snapshot_slots: Tensor | None = None,
     batch_invariant: bool = False,
     recent: RecentTokens | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``lightning_attention`` over N packed sequences that start from, and leave, their states in a pool.
 
@@ -36,12 +37,13 @@ def lightning_attention_prefill(
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; a bfloat16 row is rounded
-            once, at the end of the call. On a GPU each [D, E] must be contiguous.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; a 16-bit row is
+            rounded once, at the end of the call. On a GPU each [D, E] must be contiguous, or the transpose of a
+            contiguous [E, D].
         cu_seqlens: [N+1] int32 or int64, 0 = c_0 ≤ … ≤ c_N ≤ T: sequence i is tokens c_i to c_{i+1}, one token or
-            many or none. Tokens past c_N are padding: never read, their output is zero.
-        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
-            zero and no state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
+            many or none. Tokens past c_N are padding: never read.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: all of it is padding, no
+            state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
         fresh: [N] bool, True for a sequence that starts from zero, whatever its slot holds; None: none does.
         scale: factor on the output.
         snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
@@ -55,6 +57,8 @@ def lightning_attention_prefill(
             read as prompts are, not as decode does. docs/numerics.md has more, and the price.
         recent: the pool's rings of recent tokens. Those of all slots in the call are emptied: into the states, where a
             sequence is not ``fresh``. What the call reads goes to the states. None: none.
+        out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
+            padding are left alone, and ``out`` is returned. None: a new tensor, whose rows of padding are zero.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -71,16 +75,22 @@ def lightning_attention_prefill(
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     validation.check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
-    return prefill(
+    inputs = (
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,
         *tensors(recent), backend,
     )  # fmt: skip
+    if out is None:
+        return prefill(*inputs)
+    validation.check_out(out, v)
+    prefill_out(*inputs, out)
+    return out
 
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
     batch_invariant: bool, recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None, backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
@@ -94,9 +104,11 @@ def _prefill(
             if fresh is not None:
                 empty = torch.cat([fresh, torch.zeros_like(snapshot_slots, dtype=torch.bool).flatten()])
         run.fold(state, log_decay, rows, empty, recent_k, recent_v, recent_count)
-    return run.prefill(
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
+    return run.prefill(  # type: ignore[return-value]  # None where out is given
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant, out
     )
 
 
-prefill = Operation(_prefill, like_v, writes=["state", "recent_k", "recent_v", "recent_count"])
+_WRITTEN = ["state", "recent_k", "recent_v", "recent_count"]
+prefill = Operation(_prefill, like_v, writes=_WRITTEN)
+prefill_out = Operation(_prefill, nothing, writes=[*_WRITTEN, "out"], into_out=True)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
+from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
 from lightning_attention.ops.recent import RecentTokens, tensors
 
 
@@ -20,8 +20,11 @@ def lightning_attention_verify(
     parents: Tensor | None = None,
     scale: float = 1.0,
     recent: RecentTokens | None = None,
+    snapshots: Tensor | None = None,
+    snapshot_slots: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Outputs of draft tokens, each following its ancestors and the state of its sequence; no state is touched.
+    """Outputs of draft tokens, each following its ancestors and the state of its sequence, which is not touched.
 
     A draft at depth d (1 for a child of the state), with ancestors-or-self a at depths d_a, gives
     ``o = scale · q (λ^d S + Σ_a λ^(d − d_a) k_aᵀ v_a)``. Not differentiable.
@@ -33,14 +36,23 @@ def lightning_attention_verify(
         v: [T, H, E], of q's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; read only.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; read only.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}, possibly none.
-        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding, its outputs are
-            zero. None: row i, S = N.
+        slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
         parents: [T] int32 or int64, each draft's parent as its place among the drafts of its sequence, an earlier
-            one, or -1 for the state. None: every draft follows the one before it.
+            one, or -1 for the state. None: every draft follows the one before it. ``lightning_attention.trees`` makes
+            them from masks and from links.
         scale: factor on the output.
-        recent: the pool's rings of recent tokens, read only; the drafts follow what they hold. None: none.
+        recent: the pool's rings of recent tokens, read only; the drafts follow what they hold. Not together with
+            ``snapshots``. None: none.
+        snapshots: [R, H, D, E], of a dtype that ``state`` may have: the state after each draft is written there,
+            rounded once. Whoever keeps them copies the last accepted one in place of ``lightning_attention_commit``.
+            It may be ``state`` itself, and the rows named may be the sequence's own: its state is read before.
+        snapshot_slots: [N, P] int32 or int64, with ``snapshots``: the row of them for draft 0 to P − 1 of each
+            sequence, all distinct; negative: none. Those of drafts that are not there are not looked at.
+        out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
+            padding (those of a sequence without slot, and past c_N) are left alone, and ``out`` is returned. None: a
+            new tensor, whose rows of padding are zero.
 
     Returns:
         [T, H, E] in q's dtype.
@@ -54,29 +66,47 @@ def lightning_attention_verify(
     validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
+    validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
     validation.check_recent(recent, state, q)
+    if recent is not None and snapshots is not None:
+        raise ValueError(
+            "snapshots and recent are both given; fold the rings first, or commit what is accepted to them"
+        )
     backend = backends.choose(None, q.device)
-    return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, *tensors(recent), backend)
+    inputs = (
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, snapshots, snapshot_slots, *tensors(recent),
+        backend,
+    )  # fmt: skip
+    if out is None:
+        return verify(*inputs)
+    validation.check_out(out, v)
+    verify_out(*inputs, out)
+    return out
 
 
 def _verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float, recent_k: Tensor | None, recent_v: Tensor | None,
-    recent_count: Tensor | None, backend: str,
+    parents: Tensor | None, scale: float, snapshots: Tensor | None, snapshot_slots: Tensor | None,
+    recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None, backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0])
     validation.check_parents_values(parents, cu_seqlens)
+    validation.check_draft_snapshot_values(snapshot_slots, snapshots, cu_seqlens)
     validation.check_log_decay_values(log_decay)
     run = backends.get(backend)
     if recent_count is None:
-        return run.verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale)
-    return run.verify_recent(
-        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, recent_k, recent_v, recent_count
+        return run.verify(  # type: ignore[return-value]  # None where out is given, as below
+            q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, out
+        )
+    return run.verify_recent(  # type: ignore[return-value]
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, recent_k, recent_v, recent_count, out
     )  # fmt: skip
 
 
-verify = Operation(_verify, like_v)
+verify = Operation(_verify, like_v, writes=["snapshots"])
+verify_out = Operation(_verify, nothing, writes=["snapshots", "out"], into_out=True)
 
 
 def lightning_attention_commit(
@@ -100,8 +130,8 @@ def lightning_attention_commit(
         v: [T, H, E], of k's dtype.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
-        state: [S, H, D, E] float32 or bfloat16 or, for float64 inputs, float64, the pool; a bfloat16 row is rounded
-            once, at the end of the call.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; a 16-bit row is
+            rounded once, at the end of the call.
         cu_seqlens: [N+1] int32 or int64: sequence i has the drafts c_i to c_{i+1}.
         accepted: [T] bool, for each sequence the drafts on one path from its state: of a chain the first so many.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: padding. None: row i, S = N.
@@ -147,5 +177,4 @@ def _commit(
     run.commit_recent(k, v, log_decay, state, cu_seqlens, accepted, slots, recent_k, recent_v, recent_count)
 
 
-_written = ["state", "recent_k", "recent_v", "recent_count"]
-commit = Operation(_commit, lambda *inputs: None, writes=_written)  # noqa: ARG005
+commit = Operation(_commit, nothing, writes=["state", "recent_k", "recent_v", "recent_count"])

@@ -12,7 +12,7 @@ from lightning_attention.ops.recent import LONGEST, RecentTokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
-_STATES = (torch.float32, torch.bfloat16)
+_STATES = (torch.float32, torch.bfloat16, torch.float16)
 _STATES_OF_FLOAT64 = (*_STATES, torch.float64)
 
 
@@ -174,7 +174,7 @@ def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_
     check_tensor("initial_state", initial_state)
     wanted = (num_sequences, v.shape[-2], q.shape[-1], v.shape[-1])
     check_shape("initial_state", initial_state, wanted, "[N, H, D, E]")
-    check_dtype("initial_state", initial_state, (state_dtype(q),))
+    check_dtype("initial_state", initial_state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
     check_device("initial_state", initial_state, q)
 
 
@@ -199,14 +199,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
 
 def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int) -> None:
     """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own."""
-    check_tensor("state", state)
-    if state.ndim != 4 or state.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
-        wanted = f"[S, H, D, E] = [S, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
-        raise ValueError(f"state has shape {list(state.shape)}; it must be {wanted}")
-    check_dtype("state", state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
-    check_device("state", state, q)
-    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
-        raise ValueError(f"state has strides {list(state.stride())}; its numbers must each have a place of their own")
+    _check_states("state", state, "S", q, v)
     if slots is None:
         if state.shape[0] != num_sequences:
             raise ValueError(
@@ -259,6 +252,28 @@ def _check_rings_of(state: Tensor, recent: RecentTokens, dtypes: tuple[torch.dty
         raise ValueError(f"recent.count has strides {list(count.stride())}; it must be contiguous")
 
 
+def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor) -> None:
+    check_tensor(name, states)
+    if states.ndim != 4 or states.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
+        wanted = f"[{rows}, H, D, E] = [{rows}, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
+        raise ValueError(f"{name} has shape {list(states.shape)}; it must be {wanted}")
+    check_dtype(name, states, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
+    check_device(name, states, q)
+    if any(stride == 0 and size > 1 for stride, size in zip(states.stride(), states.shape, strict=True)):
+        raise ValueError(f"{name} has strides {list(states.stride())}; its numbers must each have a place of their own")
+
+
+def check_out(out: Tensor, v: Tensor) -> None:
+    """Where the outputs go."""
+    check_tensor("out", out)
+    check_shape("out", out, v.shape, "the shape of v")
+    check_dtype("out", out, (v.dtype,))
+    check_device("out", out, v)
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {list(out.stride())}; it must be contiguous")
+    check_no_grad(out=out)
+
+
 def check_index(
     name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor, dtypes: tuple[torch.dtype, ...] = INDICES
 ) -> None:
@@ -296,6 +311,23 @@ def check_snapshots(snapshot_at: Tensor | None, snapshot_slots: Tensor | None, n
     check_index("snapshot_slots", snapshot_slots, wanted, "[N, P]", q)
 
 
+def check_draft_snapshots(
+    snapshots: Tensor | None, snapshot_slots: Tensor | None, num_sequences: int, q: Tensor, v: Tensor
+) -> None:
+    """A pool [R, H, D, E] for the states after drafts, and which row of it is whose."""
+    if snapshots is None and snapshot_slots is None:
+        return
+    if snapshot_slots is None:
+        raise ValueError("snapshots came without snapshot_slots; states after drafts want both")
+    if snapshots is None:
+        raise ValueError("snapshot_slots came without snapshots; states after drafts want both")
+    _check_states("snapshots", snapshots, "R", q, v)
+    check_no_grad(snapshots=snapshots)
+    check_tensor("snapshot_slots", snapshot_slots)
+    wanted = (num_sequences, snapshot_slots.shape[-1] if snapshot_slots.ndim else 0)
+    check_index("snapshot_slots", snapshot_slots, wanted, "[N, P]", q)
+
+
 def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tensor | None = None) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
     owned = None if slots is None else _distinct("slots", slots, num_slots)
@@ -307,7 +339,15 @@ def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tens
         raise ValueError(f"snapshot_slots holds {min(shared)}, the row of a sequence of the call; it must be another")
 
 
-def _distinct(name: str, slots: Tensor, num_slots: int) -> set[int]:
+def check_draft_snapshot_values(snapshot_slots: Tensor | None, snapshots: Tensor | None, cu_seqlens: Tensor) -> None:
+    """The numbers themselves, of drafts that are there, only where reading them costs no synchronisation."""
+    if snapshot_slots is None or snapshots is None or snapshot_slots.device.type != "cpu":
+        return
+    there = torch.arange(snapshot_slots.shape[1], device="cpu") < cu_seqlens.diff()[:, None]
+    _distinct("snapshot_slots", snapshot_slots[there], snapshots.shape[0], "snapshots")
+
+
+def _distinct(name: str, slots: Tensor, num_slots: int, pool: str = "state") -> set[int]:
     """The slots that are not padding; none where they are not on the CPU."""
     if slots.device.type != "cpu":
         return set()
@@ -315,7 +355,7 @@ def _distinct(name: str, slots: Tensor, num_slots: int) -> set[int]:
     owned = [slot for slot in given if slot >= 0]
     distinct = set(owned)
     if distinct and max(distinct) >= num_slots:
-        raise ValueError(f"{name} holds {max(distinct)}; state has {num_slots} rows (negative slots are padding)")
+        raise ValueError(f"{name} holds {max(distinct)}; {pool} has {num_slots} rows (negative slots are padding)")
     if len(distinct) != len(owned):
         raise ValueError(f"{name} is {_shown(given)}; a slot must not be given twice in one call")
     return distinct

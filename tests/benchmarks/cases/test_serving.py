@@ -1,5 +1,6 @@
 import sys
-from types import ModuleType
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -9,7 +10,7 @@ from benchmarks.cases import serving
 from benchmarks.cases.serving import HOST, RINGS, SUITE, Problem, Scale
 from benchmarks.harness import find
 from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE
-from benchmarks.peers import _sglang
+from benchmarks.peers import _sglang, engines, vllm_layer
 from lightning_attention import decay, lightning_attention
 from lightning_attention.bench.peers import OURS
 
@@ -153,6 +154,24 @@ def test_the_peers_signatures_give_the_same_functions(report, run):
     assert found[DECODE, "bfloat16"] == [OURS, "seg_la", "vllm", RINGS] * 2  # fla's states leave in float32
     assert found[PREFILL, "float32"] == [OURS, "seg_la", "forward", "dense"] * 2
     assert found[SPECULATE, "float32"] == [OURS, "seg_la", RINGS, "decodes"]
+
+
+def test_ours_by_the_engines_signatures(report, run, monkeypatch):
+    """And, with ours in the place of vLLM's own, that these are called as vLLM calls them."""
+    theirs = SimpleNamespace(minimax=engines._VLLM, bailing=SimpleNamespace())
+    monkeypatch.setattr(vllm_layer, "vllm", lambda: theirs)
+    tokens_first = replace(SCALE, packings=(("equal", (5,) * 8, True), ("mixed", (1, 1, 40, 23), False)))
+    serving.measure(run(tokens_first, peers("engines", "vllm_layer")))
+    assert not [r for r in report.find(SUITE) if "error" in r]
+    for what in (DECODE, PREFILL, SPECULATE):
+        found = {r["implementation"] for r in report.find(SUITE, what=what)}
+        assert {"as_sglang", "as_vllm", "vllm_layer"} <= found
+    for r in report.find(SUITE):
+        if r["implementation"] in ("as_sglang", "as_vllm"):
+            assert r["output_error"] < 1e-6
+            assert r["state_error"] < (1e-6 if r["state"] == "float32" else 3e-3)
+        if r["implementation"] == "vllm_layer":
+            assert ("output_error" in r) == (r["what"] != PREFILL)
 
 
 def test_a_missing_peer_is_reported_and_the_others_are_measured(report, run, monkeypatch):

@@ -9,21 +9,21 @@ from lightning_attention.kernels.reference.attention import recurrence
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool,  # noqa: ARG001
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, out: Tensor | None = None,  # noqa: ARG001
+) -> Tensor | None:  # fmt: skip
     start = pool.read(state, slots, torch.float64)
-    out, final = recurrence(q[:, None], k[:, None], v[:, None], log_decay, start, None, scale)
+    found, final = recurrence(q[:, None], k[:, None], v[:, None], log_decay, start, None, scale)
     pool.write(state, slots, final)
-    return pool.mask_padding(out[:, 0], slots).to(v.dtype)
+    return pool.deliver(found[:, 0], v, slots, None, out)
 
 
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
-    batch_invariant: bool,  # noqa: ARG001
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, out: Tensor | None = None,  # noqa: ARG001
+) -> Tensor | None:  # fmt: skip
     start, sequence = pool.read(state, slots, torch.float64, fresh), pool.sequence_of(cu_seqlens, k.shape[0])
-    out, final = recurrence(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale)
+    found, final = recurrence(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale)
     pool.write(state, slots, final)
     if snapshot_at is not None and snapshot_slots is not None:
         place = torch.arange(k.shape[0], device=k.device) - cu_seqlens[sequence]
@@ -33,13 +33,14 @@ def prefill(
                 wanted &= slots >= 0
             snapshot = _after(place < at[sequence], k, v, log_decay, start, cu_seqlens)
             pool.write(state, torch.where(wanted, to, -1), snapshot)
-    return pool.mask_padding_tokens(out[0], slots, cu_seqlens).to(v.dtype)
+    return pool.deliver(found[0], v, slots, cu_seqlens, out)
 
 
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    parents: Tensor | None, scale: float, snapshots: Tensor | None = None, snapshot_slots: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     q, k = pool.repeated(q, v), pool.repeated(k, v)
     start, sequence = pool.read(state, slots, torch.float64), pool.sequence_of(cu_seqlens, k.shape[0])
     first = cu_seqlens[sequence]
@@ -51,10 +52,11 @@ def verify(
         above = after.index_select(0, (first + parent)[t : t + 1].clamp(0, k.shape[0] - 1))
         root = torch.where(parent[t] < 0, before[t], above[0])
         after[t] = decay * root + k[t].double()[..., None] * v[t].double()[..., None, :]
-    out = scale * (q.double()[..., None, :] @ after).squeeze(-2)
+    if snapshots is not None and snapshot_slots is not None:
+        pool.write_after_drafts(snapshots, snapshot_slots, slots, cu_seqlens, after)
+    found = scale * (q.double()[..., None, :] @ after).squeeze(-2)
     inside = torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1]
-    out = torch.where(inside[:, None, None], out, 0)
-    return pool.mask_padding_tokens(out, slots, cu_seqlens).to(v.dtype)
+    return pool.deliver(torch.where(inside[:, None, None], found, 0), v, slots, cu_seqlens, out)
 
 
 def commit(

@@ -8,17 +8,17 @@ from lightning_attention.kernels.decays import carried, rate_of
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool,
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     q, k = pool.repeated(q, v), pool.repeated(k, v)
     dtype = pool.accumulator(v)
     rows = pool.read(state, slots, dtype)
     new = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
     rows = carried(rate_of(log_decay, k.shape[1], dtype, k.device), 1, rows, new)
     q = q.to(dtype)
-    out = scale * (_summed(q[..., None] * rows) if batch_invariant else (q[..., None, :] @ rows).squeeze(-2))
+    found = scale * (_summed(q[..., None] * rows) if batch_invariant else (q[..., None, :] @ rows).squeeze(-2))
     pool.write(state, slots, rows)
-    return pool.mask_padding(out, slots).to(v.dtype)
+    return pool.deliver(found, v, slots, None, out)
 
 
 def _summed(x: Tensor) -> Tensor:

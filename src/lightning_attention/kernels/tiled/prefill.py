@@ -12,17 +12,17 @@ from lightning_attention.kernels.tiled.states import states
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
-    batch_invariant: bool,
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     start = pool.read(state, slots, pool.accumulator(v), fresh)
-    out, final = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, True, batch_invariant)
+    found, final = attention(q[None], k[None], v[None], log_decay, start, cu_seqlens, scale, True, batch_invariant)
     assert final is not None
     pool.write(state, slots, final)
     if snapshot_at is not None and snapshot_slots is not None:
         wanted = snapshot_slots if slots is None else torch.where(slots[:, None] < 0, -1, snapshot_slots)
         take = _snapshots_as_of_calls if batch_invariant else _snapshots
         take(k, v, log_decay, state, start, cu_seqlens, snapshot_at, wanted)
-    return pool.mask_padding_tokens(out[0], slots, cu_seqlens)
+    return pool.deliver(found[0], v, slots, cu_seqlens, out)
 
 
 def _snapshots(

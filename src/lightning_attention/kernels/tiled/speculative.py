@@ -10,8 +10,9 @@ from lightning_attention.kernels.tiled.states import states
 
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    parents: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    parents: Tensor | None, scale: float, snapshots: Tensor | None = None, snapshot_slots: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """Walk every draft up to its root at once, one ancestor a step.
 
     Not as ``attention`` computes a chain, by a masked product: a NaN in one draft would reach the good ones before it.
@@ -29,20 +30,29 @@ def verify(
     rate = rate_of(log_decay, k.shape[1], dtype, k.device)
     depth = torch.zeros_like(token)
     at = torch.where(inside, token, -1)
+    after = None if snapshots is None else torch.zeros(k.shape[0], *start.shape[1:], dtype=dtype, device=v.device)
     # On the CPU the longest sequence bounds the walk; elsewhere its length is not read.
     steps = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" else k.shape[0]
     for step in range(steps):
         here = at >= 0
         near = at.clamp(min=0)
-        weight = (qs * ks[near]).sum(-1) * (rate * step).exp()
+        left = (rate * step).exp()
+        weight = (qs * ks[near]).sum(-1) * left
         results += torch.where(here[:, None, None], weight[..., None] * vs[near], 0)
+        if after is not None:
+            added = (ks[near] * left[:, None])[..., None] * vs[near][..., None, :]
+            after += torch.where(here[:, None, None, None], added, 0)
         depth += here
         at = torch.where(here, up[near], -1)
     # q S of each sequence by an outer loop would read the lengths; [T, H, D, E] at once would not be linear in memory.
     from_state = [(qs[:, h, None] @ _rows(start, sequence, h)).squeeze(1) for h in range(k.shape[1])]
-    results += (rate * depth[:, None]).exp()[..., None] * torch.stack(from_state, 1)
-    out = torch.where(inside[:, None, None], scale * results, 0).to(v.dtype)
-    return pool.mask_padding_tokens(out, slots, cu_seqlens)
+    left = (rate * depth[:, None]).exp()[..., None]
+    results += left * torch.stack(from_state, 1)
+    if after is not None and snapshots is not None and snapshot_slots is not None:
+        after += left[..., None] * start.index_select(0, sequence)
+        pool.write_after_drafts(snapshots, snapshot_slots, slots, cu_seqlens, after)
+    found = torch.where(inside[:, None, None], scale * results, 0)
+    return pool.deliver(found, v, slots, cu_seqlens, out)
 
 
 def _rows(start: Tensor, sequence: Tensor, head: int) -> Tensor:

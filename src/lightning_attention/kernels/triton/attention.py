@@ -23,8 +23,8 @@ def sweep_forward(
 
     They start from ``initial`` and, of split sequences, from ``boundary_states``.
     ``initial`` and ``final`` are states of sequences, sequence i's in row ``slots[i]`` where there are slots, and of
-    the same strides, each of them contiguous; where ``fresh[i]`` a sequence starts from zero. At most
-    ``segments_in_flight`` are swept at once, by programs that go on to others.
+    the same strides, each of them contiguous, or its transpose where the tiles say so; where ``fresh[i]`` a sequence
+    starts from zero. At most ``segments_in_flight`` are swept at once, by programs that go on to others.
     """
     tiles, _, (q_view, k_view, v_view), (_, out_view) = tiling
     sweep = sweep_for(tiles.sweep)

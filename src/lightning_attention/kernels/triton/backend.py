@@ -12,11 +12,14 @@ from lightning_attention.kernels.triton.projection import project
 from lightning_attention.kernels.triton.sequence_parallel import sequence_parallel, sequence_parallel_backward
 from lightning_attention.kernels.triton.speculative import commit, verify
 from lightning_attention.kernels.triton.states import states
+from lightning_attention.kernels.triton.tiling import INTERPRETED
 
 
 def missing(device: torch.device) -> str | None:
-    """Why the device cannot run the kernels."""
-    return None if device.type == "cuda" else "it needs a CUDA or ROCm device"
+    """Why the device cannot run the kernels; Triton's interpreter runs them on a CPU."""
+    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
+        return None
+    return "it needs a CUDA or ROCm device, or Triton's interpreter (TRITON_INTERPRET=1)"
 
 
 BACKEND = Backend(

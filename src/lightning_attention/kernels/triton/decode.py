@@ -37,20 +37,24 @@ def narrower(widest: int, N: int, H: int, state_dtype: torch.dtype) -> int:
     return min(widest, 16 if N * H < 256 and state_dtype == torch.float32 else 32)
 
 
-def aligned(state: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether every row of every state can be read 16 bytes at a time."""
+def layout(state: Tensor, strides: tuple[int, ...]) -> tuple[bool, bool]:
+    """Whether every row of every state can be read 16 bytes at a time, or every column; and whether it is columns."""
     slot, head, row, column = strides
-    return column == 1 and not ((slot | head | row) * state.itemsize | state.data_ptr()) & 15
+    columns_first = row == 1 != column
+    other = column if columns_first else row
+    is_aligned = 1 in (row, column) and not ((slot | head | other) * state.itemsize | state.data_ptr()) & 15
+    return is_aligned, columns_first
 
 
 @cache
-def _constants(D: int, E: int, group: int, columns: int, aligned: bool) -> tuple[StateTile]:
-    return (StateTile(D, E, tiling.padded(D), columns, aligned, group),)
+def _constants(D: int, E: int, group: int, columns: int, aligned: bool, columns_first: bool) -> tuple[StateTile]:
+    return (StateTile(D, E, tiling.padded(D), columns, aligned, columns_first, group),)
 
 
 def over_states(
     kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
-    widest: int = 0, *, ring: tuple[Any, ...] = (), programs: int = 0, registers: int = 0,
+    widest: int = 0, *, written: Tensor | None = None, ring: tuple[Any, ...] = (), programs: int = 0,
+    registers: int = 0,
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
@@ -58,14 +62,16 @@ def over_states(
     ``registers``: see ``dispatch.run``.
 
     ``sizes``: sequences, H, D, E and heads of v to a head of q and k; ``strides``: the state's, which takes 0.4 µs to
-    ask again.
+    ask again; ``written``: another pool, which the kernel writes.
     """
     N, H, D, E, group = sizes
-    is_aligned = aligned(state, strides)
+    lie = layout(state, strides)
+    if written is not None and layout(written, written.stride()) != lie:
+        lie = False, False
     dispatch.run(
-        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, is_aligned) + ring, 4,
+        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, *lie) + ring, 4,
         state.get_device(),
-        lambda: [_constants(D, E, group, columns, is_aligned) + ring for columns in (16, 32, 64) if columns <= widest],
+        lambda: [_constants(D, E, group, columns, *lie) + ring for columns in (16, 32, 64) if columns <= widest],
         registers,
     )  # fmt: skip
 
@@ -73,19 +79,19 @@ def over_states(
 @recorded
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool,
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (N, H, E), (_, Hk, D) = v.shape, k.shape
     widest = columns(D, E, q.dtype)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
-        return out
+        return made
     strides = state.stride()
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), H, scale,
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
+        dispatch.dense(slots), dispatch.dense(log_decay), H, scale, int(made is not None),
     )  # fmt: skip
     # Columns decide in which order a program sums over D.
     TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     over_states(decode_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest)
-    return out
+    return made

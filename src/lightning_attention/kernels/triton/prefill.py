@@ -31,21 +31,25 @@ SEGMENTS_IN_FLIGHT = 32
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
-    snapshot_slots: Tensor | None, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
+    snapshot_slots: Tensor | None, batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (T, H, E), D, N = v.shape, k.shape[2], cu_seqlens.shape[0] - 1
     strides = state.stride()
-    if strides[2:] != (E, 1):
+    columns_first = strides[2:] != (E, 1)
+    if columns_first and strides[2:] != (1, D):
         raise ValueError(
-            f"state has strides {list(strides)}; backend 'triton' wants each [D, E] contiguous, the last two "
-            f"[{E}, 1], to prefill"
+            f"state has strides {list(strides)}; backend 'triton' wants each [D, E] contiguous, or each [E, D], the "
+            f"last two [{E}, 1] or [1, {D}], to prefill"
         )
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    batch = q[None], k[None], v[None], out[None]
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
+    target = out if made is None else made
+    assert target is not None
+    batch = q[None], k[None], v[None], target[None]
     log_decay, slots, cu_seqlens = dispatch.dense(log_decay), dispatch.dense(slots), cu_seqlens.contiguous()
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
-    chosen = tiling(*batch[:3], batch_invariant=True)  # a sequence may be cut anywhere into calls
+    chosen = tiling(*batch[:3], batch_invariant=True, out=target)  # a sequence may be cut anywhere into calls
     tiles = chosen.tiles
+    of_pool = chosen._replace(tiles=tiles._replace(columns_first=columns_first))
     programs = H * -(-E // tiles.TE)
     short = -1 if batch_invariant and T > 0 else SHORT
     plan = plan_packed(cu_seqlens, max(T, 1), max(D, E), chosen, programs, batch_invariant, True, slots, short)
@@ -57,26 +61,28 @@ def prefill(
             segments_in_flight=SEGMENTS_IN_FLIGHT,
         )  # fmt: skip
         scan(
-            plan, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=state, slots=slots, fresh=fresh
+            plan, log_decay, cu_seqlens, N, T, (local, boundary_states), initial=state, slots=slots, fresh=fresh,
+            columns_first=columns_first,
         )  # fmt: skip
     # Before the pool is written to, because they may start from what is in it.
     if snapshot_at is not None and snapshot_slots is not None and snapshot_at.numel() > 0:
         _snapshots(
-            plan, chosen, *batch[1:3], log_decay, state, boundary_states, cu_seqlens, slots, fresh,
+            plan, of_pool, *batch[1:3], log_decay, state, boundary_states, cu_seqlens, slots, fresh,
             snapshot_at, snapshot_slots,
         )  # fmt: skip
     if T > 0:
         sweep_forward(
-            plan, chosen, *batch, log_decay, scale, state, state, boundary_states, slots, fresh, SEGMENTS_IN_FLIGHT
+            plan, of_pool, *batch, log_decay, scale, state, state, boundary_states, slots, fresh, SEGMENTS_IN_FLIGHT
         )  # fmt: skip
     if short >= 0:
         args = (
-            q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, slots, log_decay,
+            q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], target, state, *strides, slots, log_decay,
             cu_seqlens, fresh, H, short, scale,
         )  # fmt: skip
         over_states(short_kernel, (N, H, D, E, tiles.group), args, state, strides, columns(D, E, q.dtype))
-    clear_padding(cu_seqlens, T, out, slots=slots)
-    return out
+    if made is not None:
+        clear_padding(cu_seqlens, T, made, slots=slots)
+    return made
 
 
 def _snapshots(

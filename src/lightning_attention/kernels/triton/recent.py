@@ -54,17 +54,17 @@ def _check_programs(programs: int) -> None:
 @recorded
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
-) -> Tensor:  # fmt: skip
+    batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (N, H, E), (_, Hk, D) = v.shape, k.shape
     widest = columns(D, E, q.dtype)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
     if N == 0:
-        return out
+        return made
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), *ring, H, scale,
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
+        dispatch.dense(slots), dispatch.dense(log_decay), *ring, H, scale, int(made is not None),
     )  # fmt: skip
     TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     _check_programs(H * -(-E // TILE))
@@ -72,29 +72,31 @@ def decode(
         decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
         registers=_registers(state, TILE),
     )  # fmt: skip
-    return out
+    return made
 
 
 @recorded
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, parents: Tensor | None, scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor,
-) -> Tensor:  # fmt: skip
+    out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
-        return out
+        return made
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), *ring, N, T, H, scale,
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
+        dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), *ring, N, T,
+        H, scale, int(made is not None),
     )  # fmt: skip
     over_states(
         verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants,
         registers=_registers(state, TILE),
     )  # fmt: skip
-    return out
+    return made
 
 
 @recorded

@@ -163,6 +163,7 @@ def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
     unknown = object()
     parameters = list(signature(run).parameters.values())
     tensors = [i for i, x in enumerate(parameters) if x.annotation in (Tensor, Tensor | None)]
+    defaults = [x.default for x in parameters]
     options = [i for i in range(len(parameters)) if i not in tensors]
     on_its_device = dispatch.on_its_device(run)
 
@@ -171,6 +172,8 @@ def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
         device = args[0].get_device()
         if not _is_current(device):
             return on_its_device(*args)
+        if len(args) < len(defaults):
+            args += tuple(defaults[len(args) :])
         key: list[Any] = [args[i] for i in options]
         key += device, args[0].dtype is torch.float32 and torch.get_float32_matmul_precision()
         addresses = []

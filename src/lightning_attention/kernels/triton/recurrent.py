@@ -17,8 +17,8 @@ from lightning_attention.kernels.triton.work import starts_from_initial
 class StateTile(NamedTuple):
     """The part of a state [D, E] that a program has: all rows, padded to ``rows``, and so many ``columns``.
 
-    aligned: whether every row can be read 16 bytes at a time; group: heads of v to a head of q and k. Kernels get all
-    of this as one constant.
+    aligned: whether every row can be read 16 bytes at a time or, where the states lie in memory ``columns_first``, as
+    [E, D], every column; group: heads of v to a head of q and k. Kernels get all of this as one constant.
     """
 
     D: int
@@ -26,6 +26,7 @@ class StateTile(NamedTuple):
     rows: int
     columns: int
     aligned: bool
+    columns_first: bool
     group: int
 
 
@@ -70,11 +71,13 @@ def state_tile(states, slot, head, column, TILE: tl.constexpr):
     """Where a program's part of a state lies, and which of it exists."""
     row = tl.arange(0, TILE.rows)
     col = column + tl.arange(0, TILE.columns)
-    where = states.pointer + slot * states.slot_stride + head * states.head_stride + row[:, None] * states.row_stride
-    if TILE.aligned:
-        where = tl.multiple_of(where + col[None, :], [16, 16])
+    base = states.pointer + slot * states.slot_stride + head * states.head_stride
+    if TILE.aligned and TILE.columns_first:
+        where = tl.multiple_of(base + row[:, None] + col[None, :] * states.column_stride, [16, 16])
+    elif TILE.aligned:
+        where = tl.multiple_of(base + row[:, None] * states.row_stride + col[None, :], [16, 16])
     else:
-        where = where + col[None, :] * states.column_stride
+        where = base + row[:, None] * states.row_stride + col[None, :] * states.column_stride
     return where, (row < TILE.D)[:, None] & (col < TILE.E)[None, :]
 
 
@@ -159,12 +162,13 @@ def read_token(state, q, k, v, out, token, head, column, whole, rest, scale, H, 
 @dispatch.unspecialized(triton.jit)
 def decode_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
                   v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
-                  row_stride: "i64", column_stride: "i64", slots, log_decay, H, scale,
+                  row_stride: "i64", column_stride: "i64", slots, log_decay, H, scale, clears,
                   TILE: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
     if slot < 0:
-        zero_row(out, n.to(tl.int64), head, column, H, TILE)
+        if clears != 0:
+            zero_row(out, n.to(tl.int64), head, column, H, TILE)
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
@@ -188,10 +192,18 @@ def clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, colu
             zero_row(out, t, head, column, H, TILE)
 
 
+class Snapshots(NamedTuple):
+    """Where the states after drafts go: rows of a pool, those of ``slots`` [N, P]; nowhere where it is None."""
+
+    states: States
+    slots: tl.tensor
+    P: tl.tensor
+
+
 @triton.jit
-def read_drafts(start, queries, keys, values, out, parents, first, last, head, column, whole, rest, scale, H,
-                TILE: tl.constexpr):  # fmt: skip
-    """The outputs of drafts that follow a state."""
+def read_drafts(start, queries, keys, values, out, parents, n, first, last, head, column, whole, rest, scale, H,
+                snapshots, TILE: tl.constexpr):  # fmt: skip
+    """The outputs of drafts that follow a state, and snapshots of the states after them."""
     S = start
     for t in range(first, last):
         if parents is not None:
@@ -209,18 +221,27 @@ def read_drafts(start, queries, keys, values, out, parents, first, last, head, c
                     up = tl.minimum(tl.load(parents + first + up).to(tl.int64), up - 1)
                 S += start * weight
         S = read_token(S, queries, keys, values, out, t, head, column, whole, rest, scale, H, TILE)
+        if snapshots.slots is not None:
+            # They may go to the pool itself: what the sequence starts from was read before.
+            if t - first < snapshots.P:
+                to = tl.load(snapshots.slots + n.to(tl.int64) * snapshots.P + t - first).to(tl.int64)
+                if to >= 0:
+                    whither, exists = state_tile(snapshots.states, to, head, column, TILE)
+                    tl.store(whither, S, mask=exists)
 
 
 @dispatch.unspecialized(triton.jit)
 def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
                   v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
                   row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, N, T, H, scale,
-                  TILE: tl.constexpr):  # fmt: skip
+                  clears, snapshots, to_slot_stride: "i64", to_head_stride: "i64", to_row_stride: "i64",
+                  to_column_stride: "i64", snapshot_slots, P, TILE: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
     slot = slot_of(slots, n)
-    clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, column, H, TILE)
+    if clears != 0:
+        clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, column, H, TILE)
     if (slot < 0) | (first == last):
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
@@ -230,7 +251,11 @@ def verify_kernel(q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_str
     queries = Vectors(q, q_token_stride, q_head_stride)
     keys = Vectors(k, k_token_stride, k_head_stride)
     values = Vectors(v, v_token_stride, v_head_stride)
-    read_drafts(start, queries, keys, values, out, parents, first, last, head, column, whole, rest, scale, H, TILE)
+    to = Snapshots(
+        States(snapshots, to_slot_stride, to_head_stride, to_row_stride, to_column_stride), snapshot_slots, P
+    )
+    read_drafts(start, queries, keys, values, out, parents, n, first, last, head, column, whole, rest, scale, H, to,
+                TILE)  # fmt: skip
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton.language as tl
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import (
+    Snapshots,
     States,
     Vectors,
     clear_padding_drafts,
@@ -147,11 +148,12 @@ def decode_recent_kernel(
         v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
         row_stride: "i64", column_stride: "i64", slots, log_decay, ring_k, ring_k_slot_stride: "i64",
         ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale,
-        TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
+        clears, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
     if slot < 0:
-        zero_row(out, n.to(tl.int64), head, column, H, TILE)
+        if clears != 0:
+            zero_row(out, n.to(tl.int64), head, column, H, TILE)
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
@@ -219,12 +221,13 @@ def verify_recent_kernel(
         v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
         row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, ring_k,
         ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64",
-        ring_v_head_stride: "i64", counts, N, T, H, scale, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
+        ring_v_head_stride: "i64", counts, N, T, H, scale, clears, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
     slot = slot_of(slots, n)
-    clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, column, H, TILE)
+    if clears != 0:
+        clear_padding_drafts(out, cu_seqlens, n, N, T, first, last, slot, head, column, H, TILE)
     if (slot < 0) | (first == last):
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
@@ -243,7 +246,8 @@ def verify_recent_kernel(
     else:
         whole, rest = whole_and_rest(x)
         S = folded(S, ring, column, count, held, whole, rest, TILE, RING)
-        read_drafts(S, queries, keys, values, out, parents, first, last, head, column, whole, rest, scale, H, TILE)
+        read_drafts(S, queries, keys, values, out, parents, n, first, last, head, column, whole, rest, scale, H,
+                    Snapshots(states, None, 0), TILE)  # fmt: skip
 
 
 @dispatch.unspecialized(triton.jit)

@@ -126,18 +126,23 @@ def heads_read(rows, TILES: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def state_pointers(base, b, c, shape, TRANSPOSED: tl.constexpr):
-    """Where a program's part of a state [D, E] lies, columns c first, and which of it exists."""
+def state_pointers(base, b, c, shape, TRANSPOSED: tl.constexpr, COLUMNS_FIRST: tl.constexpr = False):
+    """Where a program's part of a state [D, E] lies, columns c first, and which of it exists.
+
+    COLUMNS_FIRST: it lies in memory as [E, D]; not with TRANSPOSED, which no pool is read by.
+    """
     b_width, c_width = widths(shape, TRANSPOSED)
     if TRANSPOSED:
         where = base + c[:, None] * shape.E + b[None, :]
+    elif COLUMNS_FIRST:
+        where = base + c[:, None] * shape.D + b[None, :]
     else:
         where = base + c[:, None] + b[None, :] * shape.E
     return where, (c < c_width)[:, None] & (b < b_width)[None, :]
 
 
 @triton.jit
-def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr):
+def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr, COLUMNS_FIRST: tl.constexpr):
     """What a program starts from.
 
     The sequence's state where the segment is the whole sequence and starts from one, what the scan left between its
@@ -152,7 +157,8 @@ def first_state(state, begin, b, c, shape, TRANSPOSED: tl.constexpr):
             state = tl.load(where, mask=exists & (not begin.is_whole_sequence), other=0.0)
     if begin.initial is not None:
         if begin.from_initial:
-            start, inside = state_pointers(begin.initial + begin.initial_offset, b, c, shape, TRANSPOSED)
+            start, inside = state_pointers(begin.initial + begin.initial_offset, b, c, shape, TRANSPOSED,
+                                           COLUMNS_FIRST)  # fmt: skip
             state = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     return state
 

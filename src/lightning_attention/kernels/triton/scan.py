@@ -22,17 +22,19 @@ def scan(
     plan: Plan, log_decay: Tensor | None, cu_seqlens: Tensor | None, N: int, T: int,
     before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] | None = None, initial: Tensor | None = None,
     dfinal: Tensor | None = None, final: Tensor | None = None, slots: Tensor | None = None,
-    fresh: Tensor | None = None,
+    fresh: Tensor | None = None, columns_first: bool = False,
 ) -> None:  # fmt: skip
     """From local states to boundary states, a pair of them as ``Plan.allocate_states`` has them.
 
     ``before``: those before segments, starting from ``initial``; ``after``: the gradients of those after segments,
     starting from ``dfinal``. ``final`` [N, H, D, E]: also what is left at the other end, of sequences that are split.
+    ``columns_first``: the states of ``initial`` lie in memory as [E, D].
     """
     local_before, states_before = before or (None, None)
     local_after, grads_after = after or (None, None)
     (some, _) = before or after  # type: ignore[misc]
     _, H, D, E = some.shape
+    columns = E if columns_first else 0
     block = min(1024, triton.next_power_of_2(D * E))
     strides = (0, 0) if initial is None else initial.stride()[:2]
     if plan.begins is not None:  # then the documents are one sequence
@@ -43,7 +45,7 @@ def scan(
         plan.segment_rows, plan.begins, plan.ends, plan.piece_rows, plan.last_piece_rows, T, H, D * E,
     )  # fmt: skip
     grid = (N if plan.split_sequences is None else plan.split_sequences.shape[0], H, -(-D * E // block))
-    dispatch.run(scan_kernel, grid, args, (PIECES, block), 4, some.get_device())
+    dispatch.run(scan_kernel, grid, args, (PIECES, block, columns), 4, some.get_device())
 
 
 @triton.jit
@@ -93,13 +95,14 @@ def own_rows(borders, segment, segment_rows, used, REVERSE: tl.constexpr):
 def scan_kernel(local_before, local_after, states_before, grads_after, initial, dfinal, final,
                 state_slot_stride: "i64", state_head_stride: "i64", slots, fresh, log_decay, cu_seqlens, first_boundary,
                 split_sequences, segments_per_sequence, segment_rows, begins, ends, piece_rows, last_piece_rows, T, H,
-                SIZE, PIECES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                SIZE, PIECES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """From what pieces leave by themselves to the states between segments.
 
     states_before[s] = λ^len(s−1) states_before[s−1] + local[s−1], and the mirror of it for the gradients. States are
     [states, H, SIZE], of pieces [states · pieces, H, SIZE], and the same memory where a segment is one piece. They
     differ by one factor a head, so they are scanned as flat numbers. Packed sequences of one segment are left alone:
     their states are where they were. Where there are documents, a state goes past a segment only if one does.
+    COLUMNS is E where the states of ``initial`` lie as [E, D], and else 0.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -127,7 +130,10 @@ def scan_kernel(local_before, local_after, states_before, grads_after, initial, 
         state = tl.zeros([BLOCK], tl.float32)
         if initial is not None:
             if starts_from_initial(fresh, sequence):
-                where = initial + state_offset(slots, sequence, state_slot_stride, head, state_head_stride) + col
+                place = col
+                if COLUMNS > 0:
+                    place = col % COLUMNS * (SIZE // COLUMNS) + col // COLUMNS
+                where = initial + state_offset(slots, sequence, state_slot_stride, head, state_head_stride) + place
                 state = tl.load(where, mask=inside).to(tl.float32)
         own = segment_rows
         if begins is not None:

@@ -16,20 +16,26 @@ from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_k
 @recorded
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
-    slots: Tensor | None, parents: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    slots: Tensor | None, parents: Tensor | None, scale: float, snapshots: Tensor | None = None,
+    snapshot_slots: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
-        return out
+        return made
     strides = state.stride()
+    of_snapshots: tuple[int, ...] = (0, 0, 0, 0)
+    P = 0
+    if snapshots is not None and snapshot_slots is not None:
+        of_snapshots, P = snapshots.stride(), snapshot_slots.shape[1]
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), N, T, H, scale,
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
+        dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), N, T, H,
+        scale, int(made is not None), snapshots, *of_snapshots, dispatch.dense(snapshot_slots), P,
     )  # fmt: skip
-    over_states(verify_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE)
-    return out
+    over_states(verify_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=snapshots)
+    return made
 
 
 @recorded

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
+INTERPRETED: bool = knobs.runtime.interpret  # settled when the kernels are imported, as it is for them
 MIN_SEGMENT = 256  # no sequence is split into segments of fewer rows
 HOPPER_WIDTHS = (64, 80, 96, 128, 144, 160, 192, 256)
 PIECES = 4  # of a segment, at most: a power of two
@@ -23,7 +25,8 @@ class Tiles(NamedTuple):
     even_*: whether these cover the columns without a rest. precision: of float32 products, as ``tl.dot`` has it; bf16x3
     and bf16x6 are those of two and of three bfloat16 parts. lazy: whether states are carried lazily
     (``numerics.advance``): where their bits matter, and need not be those of two calls one after the other. group:
-    heads of v to a head of q and k. Kernels get all of this as one constant.
+    heads of v to a head of q and k. columns_first: whether the states of a pool lie in memory as [E, D]. Kernels get
+    all of this as one constant.
     """
 
     sweep: str
@@ -42,6 +45,7 @@ class Tiles(NamedTuple):
     precision: str = "tf32"
     lazy: bool = False
     group: int = 1
+    columns_first: bool = False
 
 
 class Float32(NamedTuple):
@@ -77,6 +81,10 @@ def refusal(D: int, dtype: torch.dtype) -> Exception | None:
     """Why the kernels do not take such a call: a program has all D rows of some columns of a state in registers."""
     if dtype.itemsize > 4:
         return TypeError("q has dtype float64; backend 'triton' takes bfloat16, float16 and float32, 'tiled' all four")
+    if dtype == torch.bfloat16 and INTERPRETED:
+        return TypeError(
+            "q has dtype bfloat16; Triton's interpreter, which multiplies it wrong, takes float16 and float32"
+        )
     if D > 256:
         return ValueError(f"D is {D}; backend 'triton' takes up to 256, 'tiled' any")
     return None
@@ -213,14 +221,17 @@ class Tiling(NamedTuple):
     outputs: tuple[TensorView, TensorView]
 
 
-def tiling(*tensors: Tensor, batch_invariant: bool = False, backward: bool = False, learned: bool = False) -> Tiling:
-    """For q, k and v, or k and v alone, and others that programs copy.
+def tiling(
+    *tensors: Tensor, batch_invariant: bool = False, backward: bool = False, learned: bool = False,
+    out: Tensor | None = None,
+) -> Tiling:  # fmt: skip
+    """For q, k and v, or k and v alone, and others that programs copy; ``out``: where outputs go, if not to a new one.
 
     Raises:
         TypeError: dtype is float64.
         ValueError: D is over 256.
     """
-    bases = 0
+    bases = 0 if out is None else out.data_ptr()
     signature: list[tuple[int, ...]] = []
     for x in tensors:
         bases |= x.data_ptr()

@@ -19,9 +19,11 @@ from tests.kernels.triton.support.serving import (
     VERIFIED,
     apply,
     arguments,
+    assert_all_but_padding,
     assert_right,
     bits,
     case,
+    into_out,
     make_call,
     moved,
     with_operations,
@@ -30,7 +32,7 @@ from tests.support import relative_error
 
 pytestmark = needs_gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = [(FP32, FP32), (FP16, FP32), (BF16, FP32), (BF16, BF16), (FP32, BF16)]
+DTYPES = [(FP32, FP32), (FP16, FP32), (BF16, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP16), (FP32, FP16)]
 CASES = [("decode", x) for x in DECODED] + [("verify", x) for x in VERIFIED] + [("commit", x) for x in COMMITTED]
 TABLES = {"decode": DECODED, "verify": VERIFIED, "commit": COMMITTED}
 
@@ -42,6 +44,19 @@ def test_against_float64(operation: str, name: str, dtype: torch.dtype, state_dt
     with poisoned():
         out, state = with_operations(operation, call)
     assert_right(operation, call, out, state)
+
+
+@pytest.mark.parametrize("operation", ["decode", "verify"])
+def test_into_out_without_padding(operation: str):
+    """At the third call of a shape, too, which is made from a recording."""
+    call = moved(
+        make_call([1] * 3, [4, -1, 1], D=64, E=64, H=4, dtype=BF16, padding=2 * (operation == "verify")), DEVICE
+    )
+    expected, _ = with_operations(operation, call)
+    for _ in range(4):
+        returned, out, _ = into_out(operation, call)
+        assert returned is None
+        assert_all_but_padding(call, out, expected)
 
 
 @pytest.mark.parametrize("width", [(64, 64), (128, 128), (80, 112), (256, 256), (16, 256), (256, 8)])
@@ -71,6 +86,25 @@ def test_commit_and_verify_have_the_bits_of_decoding(dtype: torch.dtype):
         out = lightning_attention_decode(q, k, v, call.log_decay, state, slots=slots)
         assert relative_error(out, verified[[t, 6 + t]]) <= (1e-6 if dtype == FP32 else 2e-3)
     assert torch.equal(bits(committed), bits(state))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_state_after_each_draft_has_the_bits_of_decoding(dtype: torch.dtype, own: bool):
+    """In another pool, and in the pool itself, where the first draft's takes the place of the sequence's."""
+    call = moved(make_call([3, 3], [6, 2], D=128, E=128, H=8, dtype=dtype), DEVICE)
+    drafts, slots = call.state(), call.indices(call.slots)
+    snapshots = drafts if own else torch.full_like(drafts, torch.nan)
+    rows = call.indices([6, 0, 1, 2, 3, 4]).view(2, 3)
+    lightning_attention_verify(
+        call.q, call.k, call.v, call.log_decay, drafts, cu_seqlens=call.indices([0, 3, 6]), slots=slots,
+        snapshots=snapshots, snapshot_slots=rows,
+    )  # fmt: skip
+    state = call.state()
+    for t in range(3):
+        q, k, v = (x[[t, 3 + t]] for x in (call.q, call.k, call.v))
+        lightning_attention_decode(q, k, v, call.log_decay, state, slots=slots)
+        assert torch.equal(bits(snapshots[rows[:, t].long()]), bits(state[slots.long()]))
 
 
 @pytest.mark.parametrize("operation", ["decode", "commit"])

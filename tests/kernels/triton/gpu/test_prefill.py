@@ -25,12 +25,12 @@ SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(700, 8)
 TOLERANCE = {BF16: 4e-3, FP16: 6e-4, FP32: 4e-6}
 
 
-def apply(arguments: tuple[Any, ...]) -> Tensor:
+def apply(arguments: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
     """The public function, on what ``Batch.arguments`` returns."""
     q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, at, to = arguments
     return lightning_attention_prefill(
         q, k, v, log_decay, state, cu_seqlens=cu_seqlens, slots=slots, fresh=fresh, scale=scale, snapshot_at=at,
-        snapshot_slots=to,
+        snapshot_slots=to, out=out,
     )  # fmt: skip
 
 
@@ -45,7 +45,9 @@ def run(batch: Batch) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 48), (256, 160), (48, 300)])
-@pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32), (FP32, FP16)]
+)
 def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tuple[int, int], segments: bool):
     batch = make_batch(
         [2, 70, 0, 1000, 64, 1, 65], [3, 1, 2, 5, -1, -2, 10], fresh=[False, True, True, False, False, False, False],
@@ -55,6 +57,39 @@ def test_against_float64(dtype: torch.dtype, state_dtype: torch.dtype, width: tu
     with poisoned():
         got = prefilled(moved(batch, DEVICE), segments)
     assert_right(batch, *got, max(TOLERANCE[dtype], 3e-3 * (state_dtype == BF16)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("width", [(128, 128), (80, 48), (256, 160)])
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(
+    segments: bool, width: tuple[int, int], dtype: torch.dtype
+):
+    batch = make_batch(
+        [1, 70, 0, 1000], [3, 1, 2, 5], snapshots=SNAPSHOTS, D=width[0], E=width[1], dtype=dtype, padding=9
+    )
+    with poisoned():
+        out, state = prefilled(moved(batch, DEVICE), segments)
+        got = prefilled(moved(batch, DEVICE), segments, columns_first=True)
+    assert_right(batch, *got, TOLERANCE[dtype])
+    assert relative_error(got[0], out) <= (1e-6 if dtype == FP32 else 2e-3)  # of single tokens sums over D differ
+    assert torch.equal(bits(got[1]), bits(state))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_into_out_without_padding(dtype: torch.dtype, offset: int):
+    """Whatever address it begins at, and at the third call of a shape, which is made from a recording."""
+    batch = moved(make_batch([2, 700, 0, 1, 40], [3, -1, 2, 5, 1], D=64, E=64, dtype=dtype, padding=5), DEVICE)
+    expected, _ = run(batch)
+    for _ in range(4):
+        out = batch.v.new_full((batch.v.numel() + offset,), torch.nan)[offset:].view(batch.v.shape)
+        arguments = batch.arguments(batch.pool.clone())
+        assert apply(arguments, out) is out
+        used = [t for t in range(len(out)) if t not in range(2, 702) and t < 743]
+        assert relative_error(out[used], expected[used]) <= (1e-5 if dtype == FP32 else 4e-3)
+        rest = sorted(set(range(len(out))) - set(used))
+        assert out[rest].isnan().all()
 
 
 @pytest.mark.parametrize("segments", [False, True])

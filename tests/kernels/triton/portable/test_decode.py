@@ -7,7 +7,16 @@ from torch import Tensor
 from lightning_attention.kernels.triton.decode import decode
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
-from tests.kernels.triton.support.serving import DECODED, assert_right, case, make_call, with_kernels
+from tests.kernels.triton.support.serving import (
+    DECODED,
+    assert_all_but_padding,
+    assert_right,
+    bits,
+    case,
+    into_out,
+    make_call,
+    with_kernels,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -17,6 +26,16 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_against_float64(interpreter: Interpreter, name: str):
     call = case(DECODED, name)
     assert_right("decode", call, *interpreter.call(with_kernels, "decode", call))
+
+
+@interpreted
+def test_into_out_without_padding(interpreter: Interpreter):
+    call = case(DECODED, "padding, and the last row")
+    expected, pool = interpreter.call(with_kernels, "decode", call)
+    returned, out, state = interpreter.call(into_out, "decode", call)
+    assert returned is None
+    assert_all_but_padding(call, out, expected)
+    assert torch.equal(bits(state), bits(pool))
 
 
 @interpreted
@@ -47,6 +66,20 @@ def _with_strided_slots_and_decay(call) -> tuple[Tensor, Tensor]:
     assert not slots.is_contiguous()
     assert not log_decay.is_contiguous()
     return decode(call.q, call.k, call.v, log_decay, state, slots, 1.0, False), state
+
+
+def test_states_are_copied_16_bytes_at_a_time_whichever_way_they_lie():
+    q, k, v = torch.empty(8, 4, 3 * 128, dtype=BF16, device="meta").split(128, 2)
+    log_decay, slots = torch.empty(4, device="meta"), torch.empty(8, dtype=torch.int32, device="meta")
+    pool = torch.empty(9, 4, 128, 128, device="meta")
+
+    def compiled(state: Tensor) -> str:
+        (launch,) = launched_by(lambda: decode(q, k, v, log_decay, state, slots, 1.0, False), CHIPS["sm_90"])
+        return launch.compiled.asm["ptx"]
+
+    rows, columns = compiled(pool), compiled(pool.mT)
+    for instruction in ("ld.global.v4", "st.global.v4"):
+        assert columns.count(instruction) == rows.count(instruction) > 0
 
 
 def test_what_it_does_not_take():

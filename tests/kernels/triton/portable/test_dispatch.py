@@ -85,7 +85,7 @@ def test_constants_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "Launch", lambda *_: lambda *_: None)
     monkeypatch.setattr(dispatch, "_launches", {})
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    kernel, tile = Kernel(), StateTile(16, 16, 16, 16, True, 1)
+    kernel, tile = Kernel(), StateTile(16, 16, 16, 16, True, False, 1)
     for constants in (tile, tile, tile._replace(aligned=False), tile._replace(columns=32), tile):
         dispatch.run(kernel, (1, 1, 1), _decode(), (constants,), 4, -1)
     assert compiled == [tile, tile._replace(aligned=False), tile._replace(columns=32)]

@@ -12,9 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_attention import lightning_attention
 from tests.kernels.triton.support.cutting import chunk_of
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
-from tests.support import Problem, Solution, cumulative, make_problem, problems, relative_error, solve_exactly
+from tests.support import (
+    Problem,
+    Solution,
+    cumulative,
+    make_problem,
+    problems,
+    relative_error,
+    solve_exactly,
+    solve_with,
+)
 
 pytestmark = interpreted
 NAN = float("nan")
@@ -37,6 +47,31 @@ def padded_with(value: float, problem: Problem) -> Problem:
 
 
 PACKED = {"lengths": [0, 130, 0, 70, 1, 65, 0], "padding": 40}
+
+
+def _called(problem: Problem) -> Solution:
+    return solve_with(problem, "triton")
+
+
+def _refused(dtype: torch.dtype) -> str:
+    q = torch.zeros(1, 2, 1, 16, dtype=dtype)
+    with pytest.raises(TypeError) as caught:
+        lightning_attention(q, q, q, backend="triton")
+    return str(caught.value)
+
+
+def test_the_public_function_has_the_backend_where_it_is_interpreted(interpreter: Interpreter):
+    problem = make_problem(T=70, D=20, E=17)
+    assert misses(interpreter.call(_called, problem), problem) == {}
+    with pytest.raises(ValueError, match=r"q is on cpu; it needs a CUDA or ROCm device, or Triton's interpreter"):
+        _called(problem)  # here it is not
+
+
+def test_what_the_interpreter_computes_wrong_is_refused(interpreter: Interpreter):
+    message = interpreter.call(_refused, torch.bfloat16)
+    assert message == "q has dtype bfloat16; Triton's interpreter, which multiplies it wrong, takes float16 and float32"
+
+
 SOLVED = {
     "dense": {"B": 2, "T": 150, "D": 24, "E": 16},
     "half precision, odd widths": {"B": 2, "T": 150, "D": 48, "E": 20, "dtype": torch.float16, "scale": 0.125},

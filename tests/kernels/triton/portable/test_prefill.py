@@ -12,7 +12,7 @@ from tests.kernels.triton.support.cutting import chunk_of, cutting
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
 from tests.kernels.triton.support.prefilling import Batch, assert_right, batches, make_batch, prefilled
-from tests.kernels.triton.support.serving import bits
+from tests.kernels.triton.support.serving import assert_all_but_padding, bits
 from tests.support import Problem, make_problem, relative_error
 from tests.support.chunks import read_in_chunks
 
@@ -22,13 +22,48 @@ SNAPSHOTS = [[(0, 4), (1, -1)], [(64, 6), (70, 7)], [(0, 0), (1, -1)], [(9, 8), 
 
 @interpreted
 @pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("state_dtype", [FP32, torch.float16])
 @pytest.mark.parametrize("dtype", [FP32, torch.float16])
-def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.dtype):
+def test_against_float64(interpreter: Interpreter, segments: bool, dtype: torch.dtype, state_dtype: torch.dtype):
     batch = make_batch(
         [2, 70, 0, 130], [3, 1, 2, 5], fresh=[False, True, True, False], snapshots=SNAPSHOTS, D=24, E=20, dtype=dtype,
-        padding=5,
+        state_dtype=state_dtype, padding=5,
     )  # fmt: skip
     assert_right(batch, *interpreter.call(prefilled, batch, segments))
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(interpreter: Interpreter, segments: bool):
+    batch = make_batch(
+        [1, 70, 0, 130], [3, 1, 2, 5], fresh=[False, False, True, False], snapshots=SNAPSHOTS, D=24, E=20
+    )
+    out, state = interpreter.call(prefilled, batch, segments)
+    transposed = interpreter.call(prefilled, batch, segments, False, True)
+    assert_right(batch, *transposed)
+    assert torch.equal(transposed[0], out)
+    assert torch.equal(bits(transposed[1]), bits(state))
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [False, True])
+def test_into_out_without_padding(interpreter: Interpreter, segments: bool):
+    batch = make_batch([2, 70, 0, 1, 40, 1], [3, -1, 2, 5, 1, -2], padding=5)
+    expected, pool = interpreter.call(prefilled, batch, segments)
+    out, state = interpreter.call(prefilled, batch, segments, False, False, True)
+    assert_all_but_padding(batch, out, expected)
+    assert torch.equal(bits(state), bits(pool))
+
+
+def test_other_strides_of_a_pool_are_refused():
+    q, cuts = torch.zeros(2, 1, 16), torch.tensor([0, 2])
+    pool = torch.zeros(1, 1, 16, 32)[..., ::2]
+    message = (
+        r"state has strides \[512, 512, 32, 2\]; backend 'triton' wants each \[D, E\] contiguous, or each \[E, D\], "
+        r"the last two \[16, 1\] or \[1, 16\], to prefill"
+    )
+    with pytest.raises(ValueError, match=message):
+        prefill(q, q, q, None, pool, cuts, None, None, 1.0, None, None, False)
 
 
 @interpreted
@@ -145,7 +180,16 @@ NAMES = {
 }  # fmt: skip
 
 
-def launched(chip: str, D: int, state_dtype: torch.dtype, *, T: int = 4096, N: int = 3, rows: int = 9) -> list[Launch]:
+def launched(
+    chip: str,
+    D: int,
+    state_dtype: torch.dtype,
+    *,
+    T: int = 4096,
+    N: int = 3,
+    rows: int = 9,
+    columns_first: bool = False,
+) -> list[Launch]:
     H, P = 4, 2
 
     def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -153,6 +197,7 @@ def launched(chip: str, D: int, state_dtype: torch.dtype, *, T: int = 4096, N: i
 
     q, k, v = tensor(T, H, 3 * D).split(D, 2)
     state, log_decay = tensor(rows, H, D, D, dtype=state_dtype), tensor(H, dtype=FP32)
+    state = state.mT if columns_first else state
     cu_seqlens, slots, at, to = (tensor(*n, dtype=torch.int32) for n in ((N + 1,), (N,), (N, P), (N, P)))
     fresh = tensor(N, dtype=torch.bool)
     launches = launched_by(
@@ -171,6 +216,16 @@ def test_compiles_and_fits(chip: str):
         assert launch.shared <= CHIPS[chip].shared, launch
     if chip == "sm_90":
         assert all(x.stack == 0 for x in launched(chip, 128, BF16) if x.name != "forward_kernel")
+
+
+@pytest.mark.parametrize("D", [64, 80, 128, 256])
+def test_columns_first_costs_no_registers(D: int):
+    """On Hopper no program needs more shared memory or spills more than with rows first."""
+    rows, columns = (launched("sm_90", D, FP32, columns_first=first) for first in (False, True))
+    for one, other in zip(rows, columns, strict=True):
+        assert other.name == one.name
+        assert other.shared <= one.shared, other
+        assert other.stack <= one.stack, other
 
 
 def test_another_batch_or_pool_compiles_nothing():

@@ -15,13 +15,16 @@ from tests.kernels.triton.support.serving import (
     COMMITTED,
     VERIFIED,
     Call,
+    arguments,
+    assert_all_but_padding,
     assert_right,
     bits,
     case,
+    into_out,
     make_call,
     with_kernels,
 )
-from tests.support import relative_error
+from tests.support import ReferencePool, relative_error
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -35,6 +38,59 @@ def test_verify_against_float64(interpreter: Interpreter, name: str):
     if name == "trees":  # the tree is looked at: as chains the answer is another
         chains, _ = interpreter.call(with_kernels, "verify", replace(call, parents=None))
         assert relative_error(chains, out) > 0.1
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["chains", "a tree level by level", "nothing but padding"])
+def test_verify_into_out_without_padding(interpreter: Interpreter, name: str):
+    call = case(VERIFIED, name)
+    expected, _ = interpreter.call(with_kernels, "verify", call)
+    returned, out, _ = interpreter.call(into_out, "verify", call)
+    assert returned is None
+    assert_all_but_padding(call, out, expected)
+
+
+def _with_snapshots(call: Call, rows: Tensor, snapshots: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, the pool, and the states after drafts, which are in the pool where ``snapshots`` is None."""
+    state = call.state()
+    given = arguments("verify", call, state)
+    kept = state if snapshots is None else snapshots
+    out = verify(*given, kept, rows)
+    return out, state, kept
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["chains", "trees", "no decay, columns first"])
+@pytest.mark.parametrize("where", ["the pool", "another", "columns first", "float16"])
+def test_the_state_after_each_draft(interpreter: Interpreter, where: str, name: str):
+    call = case(VERIFIED, name)
+    P, used = max(call.lengths), [slot for slot in call.slots if slot >= 0]
+    snapshots = None
+    if where != "the pool":
+        snapshots = torch.full((20, *call.pool.shape[1:]), torch.nan)
+        snapshots = snapshots.mT.contiguous().mT if where == "columns first" else snapshots
+        snapshots = snapshots.half() if where == "float16" else snapshots
+        rows = torch.arange(len(call.lengths) * P, dtype=torch.int32).view(-1, P) % 20
+    else:  # a row for each sequence's first draft, and the last for one of another
+        rows = torch.full((len(call.lengths), P), -1)
+        rows[:, 0] = torch.tensor(call.slots)
+        rows[0, 1] = next(row for row in range(len(call.pool)) if row not in used)
+    out, state, kept = interpreter.call(_with_snapshots, call, rows, snapshots)
+    reference = ReferencePool(call.pool, call.log_decay, call.scale)
+    want = reference.verify(call.q, call.k, call.v, call.lengths, call.slots, call.parents)
+    assert relative_error(out[: sum(call.lengths)], want[: sum(call.lengths)]) <= 1e-5
+    found, t = 0, 0
+    for n, length in enumerate(call.lengths):
+        for i in range(length):
+            after, row = reference.after_drafts[t], int(rows[n, i])
+            t += 1
+            if after is not None and row >= 0:
+                assert relative_error(kept[row], after) <= (6e-4 if where == "float16" else 2e-6)
+                found += 1
+    assert found
+    if snapshots is not None:
+        assert int(kept.flatten(1).isnan().all(1).sum()) == 20 - found
+        assert torch.equal(bits(state), bits(call.pool))
 
 
 @interpreted

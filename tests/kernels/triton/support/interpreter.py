@@ -8,13 +8,15 @@ import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version, parse
@@ -60,6 +62,43 @@ class Interpreter:
         """What a function at the top of a module returns there; it is pickled, as its arguments are."""
         # Pickled here: left to multiprocessing, every tensor would be a file in shared memory.
         return pickle.loads(self._pool.submit(_answer, pickle.dumps((function, arguments))).result())
+
+
+@contextmanager
+def on_a_cpu() -> Iterator[None]:
+    """The public functions go to the kernels: there, in the process that interprets them, a CPU's own backend is ours.
+
+    They choose by device alone.
+    """
+    from lightning_attention.kernels.triton.backend import BACKEND
+    from lightning_attention.ops import backends
+
+    try:
+        with patch.dict(backends.BACKENDS):
+            backends.register(replace(BACKEND, name="tiled"))
+            yield
+    finally:
+        backends.get.cache_clear()
+
+
+@contextmanager
+def scalar_masks() -> Iterator[None]:
+    """Kernels of others load and store by one mask for all, which the compiler takes and the interpreter refuses."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def broadcast(method: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def called(builder: Any, ptrs: Any, *rest: Any) -> Any:
+            given = list(rest)
+            mask = given[place]
+            given[place] = TensorHandle(np.broadcast_to(mask.data.astype(bool), ptrs.data.shape).copy(), mask.dtype)
+            return method(builder, ptrs, *given)
+
+        return called
+
+    load = broadcast(InterpreterBuilder.create_masked_load, 0)
+    store = broadcast(InterpreterBuilder.create_masked_store, 1)
+    with patch.multiple(InterpreterBuilder, create_masked_load=load, create_masked_store=store):
+        yield
 
 
 def _start() -> None:

@@ -104,13 +104,22 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
     )  # fmt: skip
 
 
-def prefilled(batch: Batch, segments: bool = False, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
-    """Outputs and pool; ``segments`` cuts sequences as ``cutting`` says."""
+def prefilled(
+    batch: Batch, segments: bool = False, batch_invariant: bool = False, columns_first: bool = False, into: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Outputs and pool.
+
+    ``segments`` cuts sequences as ``cutting`` says; ``columns_first``: states lie as [E, D]; ``into``: ``out`` is
+    given, full of NaN.
+    """
     from lightning_attention.kernels.triton.prefill import prefill
 
-    state = batch.pool.clone()
+    state = batch.pool.mT.contiguous().mT if columns_first else batch.pool.clone()
+    out = torch.full_like(batch.v, NAN, memory_format=torch.contiguous_format) if into else None
     with cutting(segments):
-        return prefill(*batch.arguments(state), batch_invariant), state
+        returned = prefill(*batch.arguments(state), batch_invariant, out)
+    assert (returned is None) == into
+    return (out if returned is None else returned), state
 
 
 def assert_right(batch: Batch, out: Tensor, state: Tensor, tolerance: float | None = None) -> None:

@@ -130,6 +130,26 @@ def with_kernels(operation: str, call: Call, without_slots: bool = False) -> tup
     return getattr(module, operation)(*arguments(operation, call, state, without_slots)), state
 
 
+def into_out(operation: str, call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What is returned, what is in ``out``, which was full of NaN, and the pool."""
+    from lightning_attention.kernels.triton import decode, speculative
+
+    module = decode if operation == "decode" else speculative
+    state, out = call.state(), torch.full_like(call.v, NAN, memory_format=torch.contiguous_format)
+    absent = (None, None) if operation == "verify" else ()  # states after drafts
+    return getattr(module, operation)(*arguments(operation, call, state), *absent, out), out, state
+
+
+def assert_all_but_padding(call: Any, out: Tensor, expected: Tensor) -> None:
+    """``out`` has the bits of ``expected``, and NaN at padding."""
+    owner = [slot for slot, length in zip(call.slots, call.lengths, strict=True) for _ in range(length)]
+    used = [t for t in range(len(out)) if t < len(owner) and owner[t] >= 0]
+    rest = sorted(set(range(len(out))) - set(used))
+    assert rest
+    assert torch.equal(out[used], expected[used])
+    assert out[rest].isnan().all()
+
+
 def with_operations(operation: str, call: Call) -> tuple[Tensor | None, Tensor]:
     """Outputs and pool, by the public functions."""
     state = call.state()
@@ -201,6 +221,7 @@ DECODED: dict[str, dict[str, Any]] = {
     "fewer heads of q and k": {"slots": [4, -1, 1], "H": 6, "Hk": 2, "D": 20},
     "many columns": {"slots": [4, -1, 1], "D": 20, "E": 300},
     "half precision": {"slots": [4, -1, 1], "D": 80, "E": 48, "dtype": torch.float16},
+    "a float16 pool": {"slots": [6, -1, 1], "D": 20, "E": 36, "state_dtype": torch.float16},
     "a layer of a larger pool": {"slots": [6, 1], "layout": "layer", "D": 20, "E": 36},
     "columns first": {"slots": [6, 1], "layout": "columns first", "D": 20, "E": 36},
     "unaligned": {"slots": [6, 1], "layout": "unaligned"},
@@ -224,6 +245,7 @@ VERIFIED: dict[str, dict[str, Any]] = {
     "half precision, forgotten at once": {
         "lengths": [7], "slots": [3], "parents": TREES["several roots"], "dtype": torch.float16, "kind": "strong",
     },
+    "a float16 pool": {"lengths": [2, 3], "slots": [3, 5], "state_dtype": torch.float16},
     "no decay, columns first": {"lengths": [2, 3], "slots": [3, 5], "kind": "none", "layout": "columns first"},
     "nothing but padding": {"lengths": [0, 0], "slots": [3, -1], "padding": 5},
 }  # fmt: skip
@@ -236,6 +258,7 @@ COMMITTED: dict[str, dict[str, Any]] = {
     },
     "a path of a tree": {"lengths": [7], "slots": [6], "accepted": [0, 1, 0, 0, 0, 1, 0], "dtype": torch.float16},
     "fewer heads of k": {"lengths": [3, 2], "slots": [0, 5], "accepted": [1, 1, 0, 1, 1], "H": 4, "Hk": 2},
+    "a float16 pool": {"lengths": [3, 2], "slots": [0, 5], "accepted": [1, 1, 0, 1, 0], "state_dtype": torch.float16},
     "none": {"lengths": [3, 2], "slots": [0, 5], "accepted": [0] * 5},
     "a layer of a larger pool": {
         "lengths": [1, 40], "slots": [2, 4], "accepted": [1] + [0] * 39 + [1], "layout": "layer", "kind": "none",

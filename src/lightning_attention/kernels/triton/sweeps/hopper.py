@@ -174,12 +174,13 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
 
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, MAIN, gl.SliceLayout(0, state_layout))
-    state = first_state(gl.zeros([TILE, MAIN], gl.float32, state_layout), begin, b_col, col, shape, TRANSPOSED)
+    state = first_state(gl.zeros([TILE, MAIN], gl.float32, state_layout), begin, b_col, col, shape, TRANSPOSED,
+                        TILES.columns_first)  # fmt: skip
     if REST > 0:
         rest_col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, rest_layout))
         b_rest_col = MAIN + gl.arange(0, REST, gl.SliceLayout(0, rest_layout))
         nought = gl.zeros([TILE, REST], gl.float32, rest_layout)
-        state_rest = first_state(nought, begin, b_rest_col, rest_col, shape, TRANSPOSED)
+        state_rest = first_state(nought, begin, b_rest_col, rest_col, shape, TRANSPOSED, TILES.columns_first)
     else:
         state_rest = state
     unit, weight_scale = carried_units(rate, scale, HALF, REVERSE)
@@ -399,7 +400,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
     if end.final is not None:
         if end.is_stored:
             store_state(end.final + end.final_offset, state, state_rest, gl.exp2(unit), rows.column, shape, WIDTH, TILE,
-                        TRANSPOSED)  # fmt: skip
+                        TRANSPOSED, TILES.columns_first)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)

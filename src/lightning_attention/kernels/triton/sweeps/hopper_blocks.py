@@ -108,19 +108,20 @@ def main_part(width):
 
 @gluon.jit
 def store_state(base, state, state_rest, factor, column, shape, WIDTH: gl.constexpr, TILE: gl.constexpr,
-                TRANSPOSED: gl.constexpr):  # fmt: skip
+                TRANSPOSED: gl.constexpr, COLUMNS_FIRST: gl.constexpr):  # fmt: skip
     """Write a program's part of a state, of one or two parts, times a factor."""
     MAIN: gl.constexpr = main_part(WIDTH)
     WARPS: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MAIN, 16])
     col = column + gl.arange(0, TILE, gl.SliceLayout(1, layout))
-    where, exists = state_pointers(base, gl.arange(0, MAIN, gl.SliceLayout(0, layout)), col, shape, TRANSPOSED)
+    b_col = gl.arange(0, MAIN, gl.SliceLayout(0, layout))
+    where, exists = state_pointers(base, b_col, col, shape, TRANSPOSED, COLUMNS_FIRST)
     gl.store(where, (state * factor).to(base.dtype.element_ty), mask=exists)
     if WIDTH > MAIN:
         rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH - MAIN, 16])
         b_col = MAIN + gl.arange(0, WIDTH - MAIN, gl.SliceLayout(0, rest_layout))
         col = column + gl.arange(0, TILE, gl.SliceLayout(1, rest_layout))
-        where, exists = state_pointers(base, b_col, col, shape, TRANSPOSED)
+        where, exists = state_pointers(base, b_col, col, shape, TRANSPOSED, COLUMNS_FIRST)
         gl.store(where, (state_rest * factor).to(base.dtype.element_ty), mask=exists)
 
 

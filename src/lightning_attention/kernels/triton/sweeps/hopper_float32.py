@@ -220,7 +220,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
     col = rows.column + gl.arange(0, TILE, gl.SliceLayout(1, state_layout))
     b_col = gl.arange(0, WIDTH, gl.SliceLayout(0, state_layout))
     nothing = gl.zeros([TILE, WIDTH], gl.float32, state_layout)
-    state = first_state(nothing, begin, b_col, col, shape, TRANSPOSED)
+    state = first_state(nothing, begin, b_col, col, shape, TRANSPOSED, TILES.columns_first)
     _, weight_scale = carried_units(rate, scale, False, REVERSE)
     elapsed = 0
     if OUTPUT:
@@ -334,7 +334,7 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         if end.is_stored:
             factor = gl.exp2(rate * elapsed)
             store_state(end.final + end.final_offset, state, state, factor, rows.column, shape, WIDTH, TILE,
-                        TRANSPOSED)  # fmt: skip
+                        TRANSPOSED, TILES.columns_first)  # fmt: skip
 
 
 @dispatch.unspecialized(gluon.jit)

@@ -88,7 +88,8 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
     stop = rows.stop
     column = rows.column
     col = column + tl.arange(0, TILE)
-    state = first_state(tl.zeros([TILE, WIDTH], tl.float32), begin, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+    state = first_state(tl.zeros([TILE, WIDTH], tl.float32), begin, tl.arange(0, WIDTH), col, shape, TRANSPOSED,
+                        TILES.columns_first)  # fmt: skip
     unit, weight_scale = carried_units(rate, scale, HALF, REVERSE)
     if HALF and REVERSE:
         state *= tl.exp2(-unit)
@@ -196,7 +197,8 @@ def sweep(a, b, c, out, decay_grad, rows, begin, end, shape, rate, scale, TILES:
         tl.store(decay_grad.sum, found)
     if end.final is not None:
         if end.is_stored:
-            left, exists = state_pointers(end.final + end.final_offset, tl.arange(0, WIDTH), col, shape, TRANSPOSED)
+            left, exists = state_pointers(end.final + end.final_offset, tl.arange(0, WIDTH), col, shape, TRANSPOSED,
+                                          TILES.columns_first)  # fmt: skip
             state *= tl.exp2(rate * elapsed + unit)
             tl.store(left, state.to(end.final.dtype.element_ty), mask=exists)
 
