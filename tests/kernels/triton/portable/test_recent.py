@@ -102,7 +102,7 @@ def test_a_float32_state_has_the_bits_of_no_ring(interpreter: Interpreter):
 
 
 def _prefilled(**options: Any) -> Tensor:
-    """The counts after a prefill of a token, a token of a fresh sequence, padding and two tokens, three in each ring."""
+    """The counts, 3 before, after a prefill: of a token, a fresh sequence's token, padding, and two tokens."""
     of = Walk(S=4, H=1, Hk=1, D=4, E=4, R=4)
     pool, recent = torch.randn(4, 1, 4, 4), of.rings()
     recent.k.zero_()
