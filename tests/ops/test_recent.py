@@ -200,7 +200,7 @@ WRONG = {
     ),
     "rank": (replace(_ring_of(), k=torch.zeros(3, 2, 4)), ValueError, r"recent.k has shape \[3, 2, 4\]; it must be"),
     "too long": (
-        replace(_ring_of(), k=torch.zeros(3, 2, 65, 4)), ValueError, r"recent.k has shape .* must be from 1 to 64",
+        replace(_ring_of(), k=torch.zeros(3, 2, 65, 4)), ValueError, r"recent.k has shape .*, must be from 1 to 64",
     ),
     "count's shape": (
         replace(_ring_of(), count=torch.zeros(2, dtype=torch.int32)), ValueError,

@@ -138,14 +138,20 @@ def _operate(
         )  # fmt: skip
         expected = reference.decode(q, k, v, slots)
     elif operation == "prefill":
-        fresh, at = [rng.random() < 0.3 for _ in range(N)], [rng.randint(0, length + 1) for length in lengths]
-        to = [rows[N] if n == 0 else -1 for n in range(N)]
+        fresh = [rng.random() < 0.3 for _ in range(N)]
+        options: dict[str, Tensor] = {}
+        snapshots: list[list[tuple[int, int]]] = []
+        if rng.random() < 0.5:
+            at, to = [rng.randint(0, length + 1) for length in lengths], [rows[N]] + [-1] * (N - 1)
+            options = {
+                "snapshot_at": torch.tensor(at, device=device).view(N, 1),
+                "snapshot_slots": torch.tensor(to, device=device).view(N, 1),
+            }
+            snapshots = [[pair] for pair in zip(at, to, strict=True)]
         out = lightning_attention_prefill(
-            *there, log_decay, pool, scale=0.5, fresh=torch.tensor(fresh, device=device),
-            snapshot_at=torch.tensor(at, device=device).view(N, 1),
-            snapshot_slots=torch.tensor(to, device=device).view(N, 1), **packed,
-        )  # fmt: skip
-        expected = reference.prefill(q, k, v, lengths, slots, fresh, [[pair] for pair in zip(at, to, strict=True)])
+            *there, log_decay, pool, scale=0.5, fresh=torch.tensor(fresh, device=device), **options, **packed
+        )
+        expected = reference.prefill(q, k, v, lengths, slots, fresh, snapshots)
         owned.add(rows[N])
     elif operation == "verify":
         parents = None

@@ -93,9 +93,10 @@ class Backend:
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]
 
-    #: The three over a pool with rings: their arguments, then k [S, H, R, D], v [S, H, R, E] and count [S] of
+    #: The four over a pool with rings: their arguments, then k [S, H, R, D], v [S, H, R, E] and count [S] of
     #: ``RecentTokens``. kernels/recent.py says what these hold, and which heads of a state a step folds them into.
     decode_recent: Callable[..., Optional]
+    prefill_recent: Callable[..., Optional]
     verify_recent: Callable[..., Optional]
     commit_recent: Callable[..., None]
 

@@ -85,14 +85,29 @@ def _places(slots: Tensor | None) -> Tensor | None:
     return None if slots is None else torch.where(slots < 0, -1, torch.arange(slots.numel(), device=slots.device))
 
 
+def rows_of_prefill(
+    slots: Tensor | None, fresh: Tensor | None, snapshot_slots: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows of a pool a prefill replaces, and which of them start from zero.
+
+    Those of snapshots are among them, and are not said to be fresh: whether one is taken is not known here.
+    """
+    if slots is None or snapshot_slots is None:
+        return slots, fresh
+    rows = torch.cat([slots, snapshot_slots.flatten()])
+    if fresh is None:
+        return rows, None
+    return rows, torch.cat([fresh, torch.zeros_like(snapshot_slots, dtype=torch.bool).flatten()])
+
+
 class OverRings:
-    """A backend's operations over states with rings, by its ``decode`` and ``verify`` over states.
+    """A backend's operations over states with rings, by its ``decode``, ``prefill`` and ``verify`` over states.
 
     ``sums``: the type in which states and sums are computed for inputs like this one.
     """
 
-    def __init__(self, decode: Run, verify: Run, sums: Callable[[Tensor], torch.dtype]) -> None:
-        self._decode, self._verify, self._sums = decode, verify, sums
+    def __init__(self, decode: Run, prefill: Run, verify: Run, sums: Callable[[Tensor], torch.dtype]) -> None:
+        self._decode, self._prefill, self._verify, self._sums = decode, prefill, verify, sums
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None,
@@ -107,6 +122,19 @@ class OverRings:
         pool.write(state, slots, states)
         _write(rings, slots, own)
         return made
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+        slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
+        snapshot_slots: Tensor | None, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """From whole states, and to them: no ring must outlive the state that it belongs to."""
+        self.fold(state, log_decay, *rows_of_prefill(slots, fresh, snapshot_slots), ring_k, ring_v, count)
+        return self._prefill(
+            q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
+            out,
+        )  # fmt: skip
 
     def verify(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,

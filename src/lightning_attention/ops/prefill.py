@@ -55,8 +55,9 @@ def lightning_attention_prefill(
             state at the next multiple cannot be had to the bit from one elsewhere. The pool must be float32 (float64
             for float64 inputs). A snapshot has the bits that a call would leave which ended there. Single tokens are
             read as prompts are, not as decode does. docs/numerics.md has more, and the price.
-        recent: the pool's rings of recent tokens. Those of all slots in the call are emptied: into the states, where a
-            sequence is not ``fresh``. What the call reads goes to the states. None: none.
+        recent: the pool's rings of recent tokens. What those of the slots in the call hold goes into the states first,
+            or is dropped where a sequence is ``fresh``. A sequence of one token may have it appended to its ring
+            instead, as by decode. None: none.
         out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
             padding are left alone, and ``out`` is returned. None: a new tensor, whose rows of padding are zero.
 
@@ -96,17 +97,12 @@ def _prefill(
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     validation.check_log_decay_values(log_decay)
     run = backends.get(backend)
-    if recent_k is not None and recent_v is not None and recent_count is not None:
-        rows, empty = slots, fresh
-        if slots is not None and snapshot_slots is not None:
-            # A ring must not outlive the state that it belongs to; whether a snapshot is taken is not known here.
-            rows = torch.cat([slots, snapshot_slots.flatten()])
-            if fresh is not None:
-                empty = torch.cat([fresh, torch.zeros_like(snapshot_slots, dtype=torch.bool).flatten()])
-        run.fold(state, log_decay, rows, empty, recent_k, recent_v, recent_count)
-    return run.prefill(  # type: ignore[return-value]  # None where out is given
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant, out
-    )
+    args = (
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
+    )  # fmt: skip
+    if recent_count is None:  # what either returns is None where out is given
+        return run.prefill(*args, out)  # type: ignore[return-value]
+    return run.prefill_recent(*args, recent_k, recent_v, recent_count, out)  # type: ignore[return-value]
 
 
 _WRITTEN = ["state", "recent_k", "recent_v", "recent_count"]

@@ -211,10 +211,8 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
 
 def check_recent(recent: RecentTokens | None, state: Tensor, q: Tensor) -> None:
     """The rings of a checked pool, for tokens like q: they hold them exactly."""
-    if recent is None:
-        return
-    exact = (q.dtype,) if q.dtype == torch.float64 else (q.dtype, torch.float32)
-    _check_rings_of(state, recent, exact)
+    if recent is not None:
+        _check_rings_of(state, recent, (q.dtype, state_dtype(q)))
 
 
 def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None) -> None:
@@ -230,26 +228,22 @@ def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None) -
 def _check_rings_of(state: Tensor, recent: RecentTokens, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(recent, RecentTokens):
         raise TypeError(f"recent is a {type(recent).__name__}; it must be RecentTokens")
-    k, v, count = recent.k, recent.v, recent.count
-    for name, x in (("recent.k", k), ("recent.v", v), ("recent.count", count)):
+    check_tensor("recent.k", recent.k)
+    (S, H, D, E), R = state.shape, recent.k.shape[2] if recent.k.ndim == 4 else 1
+    if not 1 <= R <= LONGEST:
+        raise ValueError(f"recent.k has shape {list(recent.k.shape)}; R, the third size, must be from 1 to {LONGEST}")
+    for name, x, wanted, meaning, types in (
+        ("recent.k", recent.k, (S, H, R, D), "[S, H, R, D]", dtypes),
+        ("recent.v", recent.v, (S, H, R, E), "[S, H, R, E]", (recent.k.dtype,)),
+        ("recent.count", recent.count, (S,), "[S]", (torch.int32,)),
+    ):
         check_tensor(name, x)
         check_device(name, x, state)
-    (S, H, D, E), R = state.shape, k.shape[2] if k.ndim == 4 else 1
-    if not 1 <= R <= LONGEST:
-        raise ValueError(f"recent.k has shape {list(k.shape)}; R, its third size, must be from 1 to {LONGEST}")
-    check_shape("recent.k", k, (S, H, R, D), "[S, H, R, D]")
-    check_shape("recent.v", v, (S, H, R, E), "[S, H, R, E]")
-    check_shape("recent.count", count, (S,), "[S]")
-    check_dtype("recent.k", k, dtypes)
-    check_dtype("recent.v", v, (k.dtype,))
-    check_dtype("recent.count", count, (torch.int32,))
-    check_no_grad(**{"recent.k": k, "recent.v": v})
-    for name, x in (("recent.k", k), ("recent.v", v)):
-        if x.stride()[2:] != (x.shape[3], 1) or (0 in x.stride() and x.numel() > 1):
-            wanted = f"each [R, {'D' if x is k else 'E'}] must be contiguous, and have a place of its own"
-            raise ValueError(f"{name} has strides {list(x.stride())}; {wanted}")
-    if S > 1 and count.stride(0) != 1:
-        raise ValueError(f"recent.count has strides {list(count.stride())}; it must be contiguous")
+        check_shape(name, x, wanted, meaning)
+        check_dtype(name, x, types)
+        if not (x if x.ndim == 1 else x[:1, 0]).is_contiguous() or (0 in x.stride() and x.numel() > 1):
+            raise ValueError(f"{name} has strides {list(x.stride())}; all but S and H must be contiguous")
+    check_no_grad(**{"recent.k": recent.k, "recent.v": recent.v})
 
 
 def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor) -> None:

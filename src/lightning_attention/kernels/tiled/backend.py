@@ -10,10 +10,11 @@ from lightning_attention.kernels.tiled.prefill import prefill
 from lightning_attention.kernels.tiled.speculative import commit, verify
 from lightning_attention.kernels.tiled.states import states
 
-_over_rings = OverRings(decode, verify, accumulator)
+_over_rings = OverRings(decode, prefill, verify, accumulator)
 
 BACKEND = Backend(
     name="tiled", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
-    prefill=prefill, verify=verify, commit=commit, decode_recent=_over_rings.decode, verify_recent=_over_rings.verify,
-    commit_recent=_over_rings.commit, fold=_over_rings.fold, cross_entropy=cross_entropy,
+    prefill=prefill, verify=verify, commit=commit, decode_recent=_over_rings.decode, prefill_recent=_over_rings.prefill,
+    verify_recent=_over_rings.verify, commit_recent=_over_rings.commit, fold=_over_rings.fold,
+    cross_entropy=cross_entropy,
 )  # fmt: skip

@@ -24,8 +24,8 @@ def missing(device: torch.device) -> str | None:
 
 BACKEND = Backend(
     name="triton", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
-    prefill=prefill, verify=verify, commit=commit, decode_recent=recent.decode, verify_recent=recent.verify,
-    commit_recent=recent.commit, fold=recent.fold, sequence_parallel=sequence_parallel,
+    prefill=prefill, verify=verify, commit=commit, decode_recent=recent.decode, prefill_recent=recent.prefill,
+    verify_recent=recent.verify, commit_recent=recent.commit, fold=recent.fold, sequence_parallel=sequence_parallel,
     sequence_parallel_backward=sequence_parallel_backward, cross_entropy=cross_entropy, project=project,
     missing=missing,
 )  # fmt: skip

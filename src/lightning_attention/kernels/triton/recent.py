@@ -1,4 +1,4 @@
-"""Launches of decode, verify, commit and fold over states with rings of recent tokens."""
+"""Launches of the operations over states with rings of recent tokens."""
 
 from functools import cache
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attention.kernels.recent import rows_of_prefill
 from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton import prefill as without_rings
 from lightning_attention.kernels.triton.decode import columns, narrower, over_states
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.ring import (
@@ -14,6 +16,7 @@ from lightning_attention.kernels.triton.ring import (
     commit_recent_kernel,
     decode_recent_kernel,
     fold_kernel,
+    part_kernel,
     verify_recent_kernel,
 )
 
@@ -56,15 +59,35 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
     batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    (N, H, E), (_, Hk, D) = v.shape, k.shape
-    widest = columns(D, E, q.dtype)
     made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
+    results = out if made is None else made
+    clears = made is not None
+    _decode(q, k, v, log_decay, state, slots, None, scale, batch_invariant, ring_k, ring_v, count, results, clears)
+    return made
+
+
+@recorded
+def _decode_singles(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor, cu_seqlens: Tensor,
+    scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    _decode(q, k, v, log_decay, state, slots, cu_seqlens.contiguous(), scale, False, ring_k, ring_v, count, out, False)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+    out: Tensor | None, clears: bool,
+) -> None:  # fmt: skip
+    (_, H, E), (_, Hk, D) = v.shape, k.shape
+    N = len(v) if slots is None else len(slots)
+    widest = columns(D, E, q.dtype)
     if N == 0:
-        return made
+        return
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
-        dispatch.dense(slots), dispatch.dense(log_decay), *ring, H, scale, int(made is not None),
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
+        dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears),
     )  # fmt: skip
     TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     _check_programs(H * -(-E // TILE))
@@ -72,6 +95,53 @@ def decode(
         decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
         registers=_registers(state, TILE),
     )  # fmt: skip
+
+
+@recorded
+def _parted(cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The slots of sequences that go on by one token, -1 for the others, and the reverse."""
+    N = cu_seqlens.shape[0] - 1
+    single, rest = (torch.empty(N, dtype=torch.int32, device=cu_seqlens.device) for _ in range(2))
+    fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
+    args = (cu_seqlens.contiguous(), dispatch.dense(slots), fresh, single, rest, N)
+    dispatch.run(part_kernel, (-(-N // 256), 1, 1), args, (256,), 4, cu_seqlens.get_device())
+    return single, rest
+
+
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+    slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
+    snapshot_slots: Tensor | None, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+    out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Of running requests, which have a token each beside the prompts, nearly all is the way of their states.
+
+    They keep their rings, but where the state after such a token is wanted too, for a snapshot, or the bits of a sweep.
+    """
+    ring = ring_k, ring_v, count
+    if batch_invariant or snapshot_at is not None or q.shape[0] == 0:
+        rows, empty = rows_of_prefill(slots, fresh, snapshot_slots)
+        fold(state, log_decay, rows, empty, *ring)
+        return without_rings.prefill(
+            q,
+            k,
+            v,
+            log_decay,
+            state,
+            cu_seqlens,
+            slots,
+            fresh,
+            scale,
+            snapshot_at,
+            snapshot_slots,
+            batch_invariant,
+            out,
+        )
+    single, rest = _parted(cu_seqlens, slots, fresh)
+    fold(state, log_decay, rest, fresh, *ring)
+    made = without_rings.prefill(q, k, v, log_decay, state, cu_seqlens, rest, fresh, scale, None, None, False, out)
+    results = made if out is None else out
+    _decode_singles(q, k, v, log_decay, state, single, cu_seqlens, scale, *ring, results)
     return made
 
 

@@ -146,14 +146,18 @@ def folded(S, ring, column, count, held, whole, rest, TILE: tl.constexpr, RING: 
 def decode_recent_kernel(
         q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
         v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
-        row_stride: "i64", column_stride: "i64", slots, log_decay, ring_k, ring_k_slot_stride: "i64",
+        row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64",
         ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale,
         clears, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
+    """Token n of sequence n or, where they are packed, its first; of those without a slot others see to the output."""
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
+    token = n.to(tl.int64)
+    if cu_seqlens is not None:
+        token = tl.load(cu_seqlens + n).to(tl.int64)
     if slot < 0:
         if clears != 0:
-            zero_row(out, n.to(tl.int64), head, column, H, TILE)
+            zero_row(out, token, head, column, H, TILE)
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
@@ -165,9 +169,9 @@ def decode_recent_kernel(
     held = held_by(count, head, H, RING)
     keys = held_keys(ring, held, TILE, RING)
     values = held_values(ring, column, held, TILE, RING)
-    k_row = whole_row(Vectors(k, k_token_stride, k_head_stride), n, head, TILE)
-    v_row = part_of_row(Vectors(v, v_token_stride, v_head_stride), n, head, column, TILE)
-    q_row = whole_row(Vectors(q, q_token_stride, q_head_stride), n, head, TILE)
+    k_row = whole_row(Vectors(k, k_token_stride, k_head_stride), token, head, TILE)
+    v_row = part_of_row(Vectors(v, v_token_stride, v_head_stride), token, head, column, TILE)
+    q_row = whole_row(Vectors(q, q_token_stride, q_head_stride), token, head, TILE)
     tiles: tl.constexpr = (TILE.E + TILE.columns - 1) // TILE.columns
     give(counts, slot, count + 1, ticket, H * tiles, RING)
 
@@ -176,7 +180,7 @@ def decode_recent_kernel(
     x = natural_decay(log_decay, head)
     read = tl.sum(q_row[:, None] * S, 0) * power(x, held.tokens + 1) + tl.sum(q_row * k_row, 0) * v_row
     read += read_rows(q_row, keys, values, x, held.age + 1)
-    store_row(out + (n.to(tl.int64) * H + head) * TILE.E, column, TILE.E, read * scale, TILE.columns)
+    store_row(out + (token * H + head) * TILE.E, column, TILE.E, read * scale, TILE.columns)
 
     # All programs of the head read its keys, and one writes. Nobody wants what was in that place: before it gets
     # another token a head holds R − 1 at most.
@@ -190,6 +194,22 @@ def decode_recent_kernel(
         S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
         S = folded(S, ring, column, count, held, whole, rest, TILE, RING)
         tl.store(where, step(S, k_row, v_row, whole, rest), mask=exists)
+
+
+@dispatch.unspecialized(triton.jit)
+def part_kernel(cu_seqlens, slots, fresh, single, rest, N, BLOCK: tl.constexpr):
+    """The slots of packed sequences in two: of those that go on by one token, and of the others; -1 elsewhere."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = n < N
+    slot = n
+    if slots is not None:
+        slot = tl.load(slots + n, mask=here, other=-1).to(tl.int32)
+    first = tl.load(cu_seqlens + n, mask=here, other=0)
+    is_single = tl.load(cu_seqlens + n + 1, mask=here, other=0) - first == 1
+    if fresh is not None:
+        is_single = is_single & (tl.load(fresh + n, mask=here, other=1) == 0)
+    tl.store(single + n, tl.where(is_single, slot, -1), mask=here)
+    tl.store(rest + n, tl.where(is_single, -1, slot), mask=here)
 
 
 @triton.jit

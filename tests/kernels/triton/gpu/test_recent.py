@@ -87,6 +87,44 @@ def test_a_captured_step_replayed(state_dtype: torch.dtype, N: int, H: int):
     assert relative_error(whole(pool, recent, log_decay).cpu(), reference.stacked()) <= budget(state_dtype)
 
 
+def test_a_captured_prefill_replayed():
+    """Single tokens that are appended, prompts that fold what was appended to their rows, and reused rows."""
+    torch.manual_seed(0)
+    S, N, T, H, D = 9, 6, 200, 8, 64
+    pool, recent, log_decay = _pool(S, H, D, FP32)
+    reference = ReferencePool(pool.cpu(), log_decay.cpu())
+    q, k, v = torch.randn(3, T, H, D, device=DEVICE).to(BF16)
+    cuts, slots = torch.zeros(N + 1, device=DEVICE, dtype=torch.int32), torch.full((N,), -1, device=DEVICE)
+    fresh = torch.zeros(N, dtype=torch.bool, device=DEVICE)
+
+    def step() -> Tensor:
+        return lightning_attention_prefill(
+            q, k, v, log_decay, pool, cu_seqlens=cuts, slots=slots, fresh=fresh, recent=recent
+        )
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for n in range(40):
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape))
+        lengths = [1, 1, 1, 1, n % 3, (n * 37) % 150]
+        rows, new = torch.randperm(S)[:N], torch.rand(N) < 0.1
+        rows[n % N] = -1
+        cuts.copy_(torch.tensor([0, *lengths]).cumsum(0))
+        slots.copy_(rows)
+        fresh.copy_(new)
+        graph.replay()
+        total = sum(lengths)
+        tokens = (x[:total].cpu() for x in (q, k, v))
+        expected = reference.prefill(*tokens, lengths, rows.tolist(), new.tolist())
+        assert relative_error(out[:total].cpu(), expected) <= budget(BF16), n
+        assert not out[total:].any()
+    assert recent.count.any()
+    assert relative_error(whole(pool, recent, log_decay).cpu(), reference.stacked()) <= budget(BF16)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_a_float32_state_has_the_bits_of_no_ring(dtype: torch.dtype):
     """After decoding, drafts and folding, however they came."""

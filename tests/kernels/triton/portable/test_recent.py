@@ -1,5 +1,8 @@
 """Rings of recent tokens with the kernels: interpreted on the CPU against float64, and compiled for other chips."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from lightning_attention import (
     lightning_attention_commit,
     lightning_attention_decode,
     lightning_attention_fold,
+    lightning_attention_prefill,
     lightning_attention_verify,
 )
 from lightning_attention.kernels.triton import recent as launches
@@ -41,7 +45,8 @@ def test_walks(interpreter: Interpreter, of: Walk):
 @interpreted
 def test_a_walk_with_prompts(interpreter: Interpreter):
     operations = ("decode", "decode", "prefill", "commit")
-    interpreter.call(walk, Walk(H=2, R=3, operations=operations), 16, 0, "triton", "cpu", 5e-6, 4)
+    of = Walk(H=2, R=3, operations=operations, lengths=(0, 1, 1, 1, 3, 20))
+    interpreter.call(walk, of, 30, 0, "triton", "cpu", 5e-6, 4)
 
 
 @interpreted
@@ -96,6 +101,31 @@ def test_a_float32_state_has_the_bits_of_no_ring(interpreter: Interpreter):
     assert not spoilt["rings"][-1][1].isfinite().any()
 
 
+def _prefilled(**options: Any) -> Tensor:
+    """The counts, 3 before, after a prefill: of a token, a fresh sequence's token, padding, and two tokens."""
+    of = Walk(S=4, H=1, Hk=1, D=4, E=4, R=4)
+    pool, recent = torch.randn(4, 1, 4, 4), of.rings()
+    recent.k.zero_()
+    recent.v.zero_()
+    recent.count.fill_(3)
+    q, k, v = torch.randn(3, 5, 1, 4)
+    with by_backend("triton"):
+        lightning_attention_prefill(
+            q, k, v, None, pool, cu_seqlens=torch.tensor([0, 1, 2, 3, 5]), slots=torch.tensor([2, 0, -1, 3]),
+            fresh=torch.tensor([False, True, True, False]), recent=recent, **options,
+        )  # fmt: skip
+    return recent.count
+
+
+@interpreted
+def test_a_single_token_of_a_prefill_is_appended(interpreter: Interpreter):
+    """Not where the state after it may be wanted."""
+    assert interpreter.call(_prefilled).tolist() == [0, 3, 4, 0]
+    at = {"snapshot_at": torch.zeros(4, 1, dtype=torch.int64), "snapshot_slots": torch.full((4, 1), -1)}
+    assert interpreter.call(partial(_prefilled, **at)).tolist() == [0, 3, 0, 0]
+    assert interpreter.call(partial(_prefilled, batch_invariant=True)).tolist() == [0, 3, 0, 0]
+
+
 def test_what_it_does_not_take():
     q, ring = torch.zeros(1, 40000, 16), (torch.zeros(1, 40000, 2, 16), torch.zeros(1, 40000, 2, 16))
     count = torch.zeros(1, dtype=torch.int32)
@@ -111,7 +141,7 @@ def test_what_it_does_not_take():
 def launched(
     chip: str, width: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, S: int = 9
 ) -> list[Launch]:
-    """Decode, verify as chains and as trees, commit, fold."""
+    """Decode, verify as chains and as trees, commit, fold, and what a prefill has beside that."""
     H, T, R = 64, 4 * N, 16
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -130,6 +160,8 @@ def launched(
         launches.verify(q, k, v, log_decay, state, cuts, slots, parents, 1.0, *ring)
         launches.commit(k, v, log_decay, state, cuts, accepted, slots, *ring)
         launches.fold(state, log_decay, slots, None, *ring)
+        launches._parted(cuts, slots, None)
+        launches._decode_singles(q, k, v, log_decay, state, slots, cuts, 1.0, *ring, torch.empty_like(v))
 
     found = launched_by(run, CHIPS[chip])
     for launch in found:
@@ -137,7 +169,14 @@ def launched(
     return found
 
 
-NAMES = ["decode_recent_kernel", *["verify_recent_kernel"] * 2, "commit_recent_kernel", "fold_kernel"]
+NAMES = [
+    "decode_recent_kernel",
+    *["verify_recent_kernel"] * 2,
+    "commit_recent_kernel",
+    "fold_kernel",
+    "part_kernel",
+    "decode_recent_kernel",
+]
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
