@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v
-from lightning_attention.ops.recent import RecentTokens, tensors
+from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
 
 
 def lightning_attention_verify(
@@ -54,7 +54,7 @@ def lightning_attention_verify(
     validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
-    validation.check_recent(recent, state, q)
+    check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
     return verify(q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, *tensors(recent), backend)
 
@@ -125,7 +125,7 @@ def lightning_attention_commit(
     validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
     if parents is not None:
         validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
-    validation.check_recent(recent, state, k)
+    check_recent(recent, state, k)
     backend = backends.choose(None, k.device)
     commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, *tensors(recent), backend)
 
