@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
-from lightning_attention.ops.recent import RecentTokens, tensors
+from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
 
 
 def lightning_attention_decode(
@@ -61,7 +61,7 @@ def lightning_attention_decode(
         validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
         validation.check_inputs(q, k, v, log_decay, "N")
         validation.check_pool(state, q, v, slots, q.shape[0])
-    validation.check_recent(recent, state, q)
+    check_recent(recent, state, q)
     validation.check_scale(scale)
     backend = backends.choose(None, q.device)
     inputs = q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, *tensors(recent), backend

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation
-from lightning_attention.ops.recent import RecentTokens
+from lightning_attention.ops.recent import RecentTokens, check_rings
 
 
 def lightning_attention_fold(
@@ -29,7 +29,7 @@ def lightning_attention_fold(
         ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
             a slot past the pool or given twice.
     """
-    validation.check_rings(state, recent, log_decay)
+    check_rings(state, recent, log_decay)
     if slots is not None:
         validation.check_tensor("slots", slots)
         validation.check_index("slots", slots, (slots.numel(),), "[N]", state)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
-from lightning_attention.ops.recent import RecentTokens, tensors
+from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
 
 
 def lightning_attention_prefill(
@@ -74,7 +74,7 @@ def lightning_attention_prefill(
     if fresh is not None:
         validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
-    validation.check_recent(recent, state, q)
+    check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
     inputs = (
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,

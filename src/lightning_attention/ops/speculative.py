@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
-from lightning_attention.ops.recent import RecentTokens, tensors
+from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
 
 
 def lightning_attention_verify(
@@ -67,7 +67,7 @@ def lightning_attention_verify(
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
     validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
-    validation.check_recent(recent, state, q)
+    check_recent(recent, state, q)
     if recent is not None and snapshots is not None:
         raise ValueError(
             "snapshots and recent are both given; fold the rings first, or commit what is accepted to them"
@@ -155,7 +155,7 @@ def lightning_attention_commit(
     validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
     if parents is not None:
         validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
-    validation.check_recent(recent, state, k)
+    check_recent(recent, state, k)
     backend = backends.choose(None, k.device)
     commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, *tensors(recent), backend)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_attention.ops import transforms
-from lightning_attention.ops.recent import LONGEST, RecentTokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
@@ -207,43 +206,6 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
             )
         return
     check_index("slots", slots, (num_sequences,), "[N]", q)
-
-
-def check_recent(recent: RecentTokens | None, state: Tensor, q: Tensor) -> None:
-    """The rings of a checked pool, for tokens like q: they hold them exactly."""
-    if recent is not None:
-        _check_rings_of(state, recent, (q.dtype, state_dtype(q)))
-
-
-def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None) -> None:
-    """A pool and its rings, without tokens."""
-    check_tensor("state", state)
-    if state.ndim != 4 or 0 in state.shape[1:]:
-        raise ValueError(f"state has shape {list(state.shape)}; it must be [S, H, D, E], H, D and E at least 1")
-    _check_rings_of(state, recent, FLOATS)
-    check_pool(state, recent.k[:, :, 0], recent.v[:, :, 0], None, state.shape[0])
-    check_log_decay(log_decay, recent.v[:, :, 0])
-
-
-def _check_rings_of(state: Tensor, recent: RecentTokens, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(recent, RecentTokens):
-        raise TypeError(f"recent is a {type(recent).__name__}; it must be RecentTokens")
-    check_tensor("recent.k", recent.k)
-    (S, H, D, E), R = state.shape, recent.k.shape[2] if recent.k.ndim == 4 else 1
-    if not 1 <= R <= LONGEST:
-        raise ValueError(f"recent.k has shape {list(recent.k.shape)}; R, the third size, must be from 1 to {LONGEST}")
-    for name, x, wanted, meaning, types in (
-        ("recent.k", recent.k, (S, H, R, D), "[S, H, R, D]", dtypes),
-        ("recent.v", recent.v, (S, H, R, E), "[S, H, R, E]", (recent.k.dtype,)),
-        ("recent.count", recent.count, (S,), "[S]", (torch.int32,)),
-    ):
-        check_tensor(name, x)
-        check_device(name, x, state)
-        check_shape(name, x, wanted, meaning)
-        check_dtype(name, x, types)
-        if not (x if x.ndim == 1 else x[:1, 0]).is_contiguous() or (0 in x.stride() and x.numel() > 1):
-            raise ValueError(f"{name} has strides {list(x.stride())}; all but S and H must be contiguous")
-    check_no_grad(**{"recent.k": recent.k, "recent.v": recent.v})
 
 
 def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor) -> None:

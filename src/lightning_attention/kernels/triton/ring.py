@@ -133,12 +133,22 @@ def read_rows(q_row, keys, values, x, age):
 
 
 @triton.jit
+def token_held(ring, token, column, TILE: tl.constexpr, RING: tl.constexpr):
+    """A token's key, and a program's part of its value."""
+    at = token % RING.places
+    k_row = load_row(ring.k + at * TILE.D, 0, TILE.D, TILE.rows)
+    return k_row, load_row(ring.v + at * TILE.E, column, TILE.E, TILE.columns)
+
+
+@triton.jit
 def folded(S, ring, column, count, held, whole, rest, TILE: tl.constexpr, RING: tl.constexpr):
     """A program's part of a state with what the head holds."""
+    k_row, v_row = token_held(ring, count - held.tokens, column, TILE, RING)
     for token in range(count - held.tokens, count):
-        at = token % RING.places
-        k_row = load_row(ring.k + at * TILE.D, 0, TILE.D, TILE.rows)
-        S = step(S, k_row, load_row(ring.v + at * TILE.E, column, TILE.E, TILE.columns), whole, rest)
+        # On its way while this one is folded; after the last one it is nobody's.
+        next_k, next_v = token_held(ring, token + 1, column, TILE, RING)
+        S = step(S, k_row, v_row, whole, rest)
+        k_row, v_row = next_k, next_v
     return S
 
 
@@ -220,8 +230,9 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
     old_values = held_values(ring, column, held, TILE, RING)
     draft_keys = keys.pointer + head // TILE.group * keys.head_stride
     draft_values = values.pointer + head * values.head_stride
+    q_row = whole_row(queries, first, head, TILE)
     for t in range(first, last):
-        q_row = whole_row(queries, t, head, TILE)
+        next_row = whole_row(queries, tl.minimum(t + 1, last - 1), head, TILE)  # on its way while this one is read
         depth = t - first + 1
         read = tl.sum(q_row[:, None] * S, 0) * power(x, held.tokens + depth)
         read += read_rows(q_row, old_keys, old_values, x, held.age + depth)
@@ -233,6 +244,7 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
             new_values = load_rows(draft_values, values.token_stride, token, near, column, TILE.E, TILE.columns, False)
             read += read_rows(q_row, new_keys, new_values, x, tl.where(near, t - token, 0))
         store_row(out + (t * H + head) * TILE.E, column, TILE.E, read * scale, TILE.columns)
+        q_row = next_row
 
 
 @dispatch.unspecialized(triton.jit)
