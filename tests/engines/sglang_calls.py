@@ -1,7 +1,6 @@
 """Calls of ``seg_la_fwd``, ours and SGLang's own, and what they must give in float64."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 from benchmarks.peers._sglang import sglang
 from lightning_attention import decay
 from lightning_attention.integrations.sglang import seg_la_fwd
-from tests.kernels.triton.support.interpreter import on_a_cpu, scalar_masks
+from tests.kernels.triton.support.interpreter import scalar_masks
 from tests.support import ReferencePool, cumulative
+from tests.support.rings import by_backend
 
 #: SGLang's own grid for this backend (page sizes are nothing to the kernel): prefixes and lengths of the requests. A
 #: prefix of none starts from zero. Then what an engine sends beside it.
@@ -155,8 +155,8 @@ def prepared(call: SegLa, own: bool) -> tuple[Callable[[], Tensor], Tensor, Tens
 def run(call: SegLa, own: bool = True, interpreted: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Outputs, the pool after it, and the states after drafts; ``interpreted``: ours by the kernels, on a CPU."""
     made, pool, caches = prepared(call, own)
-    ours_on_a_cpu = on_a_cpu() if interpreted else nullcontext()
-    with scalar_masks() if call.q.device.type == "cpu" and not own else ours_on_a_cpu:
+    by_kernels = by_backend("triton" if interpreted else None)
+    with scalar_masks() if call.q.device.type == "cpu" and not own else by_kernels:
         return made(), pool, caches
 
 

@@ -1,6 +1,5 @@
 """A step of a layer of vLLM's, with our functions and with its own, and what it must give in float64."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,8 +12,9 @@ from torch import Tensor
 from benchmarks.peers._vllm import vllm
 from lightning_attention import decay
 from lightning_attention.integrations import vllm as ours
-from tests.kernels.triton.support.interpreter import on_a_cpu, scalar_masks
+from tests.kernels.triton.support.interpreter import scalar_masks
 from tests.support import ReferencePool, cumulative
+from tests.support.rings import by_backend
 
 S = 24  # rows of a pool
 
@@ -167,8 +167,8 @@ def prepared(step: Step, own: bool = True) -> tuple[partial[Tensor], Tensor]:
 def run(step: Step, own: bool = True, interpreted: bool = False) -> tuple[Tensor, Tensor]:
     """Outputs, and the cache after it; ``interpreted``: ours by the kernels, on a CPU."""
     made, cache = prepared(step, own)
-    ours_on_a_cpu = on_a_cpu() if interpreted else nullcontext()
-    with scalar_masks() if step.q.device.type == "cpu" and not own else ours_on_a_cpu:
+    by_kernels = by_backend("triton" if interpreted else None)
+    with scalar_masks() if step.q.device.type == "cpu" and not own else by_kernels:
         return made(), cache
 
 

@@ -16,8 +16,8 @@ def lightning_attention_fold(
     read on the host.
 
     Args:
-        state: [S, H, D, E] float32 or bfloat16 or, with float64 rings, float64, the pool; a row that has tokens in its
-            ring is rounded once.
+        state: [S, H, D, E] float32, bfloat16 or float16 or, with float64 rings, float64, the pool; a row that has
+            tokens in its ring is rounded once.
         recent: the pool's rings; those of the rows are then empty.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.

@@ -126,6 +126,37 @@ def test_a_single_token_of_a_prefill_is_appended(interpreter: Interpreter):
     assert interpreter.call(partial(_prefilled, batch_invariant=True)).tolist() == [0, 3, 0, 0]
 
 
+def _into(into: bool) -> list[Tensor]:
+    """A token and drafts of three rows, the second one padding: outputs, in ``out`` where it is given, and states."""
+    of, slots = Walk(S=3, H=3, Hk=1, D=10, E=20, R=4), torch.tensor([2, -1, 0])
+    torch.manual_seed(0)
+    pool, log_decay, recent, results = torch.randn(3, 3, 10, 20), of.log_decay(), of.rings(), []
+    q, k, v = torch.randn(7, 1, 10), torch.randn(7, 1, 10), torch.randn(7, 3, 20)
+    with by_backend("triton"):
+        for T, run, more in (
+            (3, lightning_attention_decode, {}),
+            (7, lightning_attention_verify, {"cu_seqlens": torch.tensor([0, 2, 4, 6])}),
+            (7, lightning_attention_verify,
+             {"cu_seqlens": torch.tensor([0, 2, 4, 6]), "parents": torch.tensor([-1, 0, -1, -1, -1, -1, 0])}),
+        ):  # fmt: skip
+            out = torch.full((T, 3, 20), torch.nan) if into else None
+            options = {"slots": slots, "recent": recent, "out": out, **more}
+            results.append(run(q[:T], k[:T], v[:T], log_decay, pool, **options))
+            assert out is None or results[-1] is out
+    return [*results, pool]
+
+
+@interpreted
+def test_into_out_without_padding(interpreter: Interpreter):
+    expected, got = (interpreter.call(_into, into) for into in (False, True))
+    for a, b, padding in zip(got[:3], expected[:3], ([1], [2, 3, 6], [2, 3, 6]), strict=True):
+        used = [t for t in range(len(b)) if t not in padding]
+        assert torch.equal(a[used], b[used])
+        assert a[padding].isnan().all()
+        assert not b[padding].any()
+    assert torch.equal(got[3], expected[3])
+
+
 def test_what_it_does_not_take():
     q, ring = torch.zeros(1, 40000, 16), (torch.zeros(1, 40000, 2, 16), torch.zeros(1, 40000, 2, 16))
     count = torch.zeros(1, dtype=torch.int32)

@@ -205,6 +205,31 @@ def test_compiles_and_fits(chip: str):
     assert all(x.shared <= 16384 and x.stack == 0 for x in launches)
 
 
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("tree", [False, True])
+def test_states_after_drafts_compile_and_fit(tree: bool, columns_first: bool, chip: str):
+    """To another pool of another type, and to the pool itself: one store more a draft, without spilling."""
+    H, N, P, width = 4, 3, 4, 128
+
+    def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = tensor(N * P, H, 3 * width).split(width, 2)
+    pools = [tensor(9, H, width, width, dtype=dtype) for dtype in (FP32, BF16)]
+    state, other = [x.mT for x in pools] if columns_first else pools
+    cuts, slots, rows = (tensor(*n, dtype=torch.int32) for n in ((N + 1,), (N,), (N, P)))
+    parents = tensor(N * P, dtype=torch.int32) if tree else None
+
+    def run() -> None:
+        for snapshots in (other, state):
+            verify(q, k, v, tensor(H, dtype=FP32), state, cuts, slots, parents, 1.0, snapshots, rows)
+
+    launches = launched_by(run, CHIPS[chip])
+    assert len(launches) == 2
+    assert all(x.shared <= 16384 and x.stack == 0 for x in launches)
+
+
 @pytest.mark.parametrize(("width", "state_dtype"), [(128, BF16), (256, FP32), (256, BF16)])
 def test_nothing_spills_on_hopper(width: int, state_dtype: torch.dtype):
     for launch in launched("sm_90", width, BF16, state_dtype):

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
@@ -62,23 +62,6 @@ class Interpreter:
         """What a function at the top of a module returns there; it is pickled, as its arguments are."""
         # Pickled here: left to multiprocessing, every tensor would be a file in shared memory.
         return pickle.loads(self._pool.submit(_answer, pickle.dumps((function, arguments))).result())
-
-
-@contextmanager
-def on_a_cpu() -> Iterator[None]:
-    """The public functions go to the kernels: there, in the process that interprets them, a CPU's own backend is ours.
-
-    They choose by device alone.
-    """
-    from lightning_attention.kernels.triton.backend import BACKEND
-    from lightning_attention.ops import backends
-
-    try:
-        with patch.dict(backends.BACKENDS):
-            backends.register(replace(BACKEND, name="tiled"))
-            yield
-    finally:
-        backends.get.cache_clear()
 
 
 @contextmanager
