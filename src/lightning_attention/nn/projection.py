@@ -34,8 +34,8 @@ def project(
         silu: to so many of the first columns the activation is applied.
 
     Returns:
-        [N, O] in x's dtype. On a GPU one kernel in bfloat16, where N is at most some hundreds: nothing within is
-        rounded but a gated row. Elsewhere, and in other dtypes, by PyTorch, each operation rounding.
+        [N, O] in x's dtype. On a GPU one kernel in bfloat16, up to 8 rows: nothing within is rounded. Otherwise by
+        PyTorch, each operation rounding.
     """
     return _project(x, weight, second, gate, residual, eps, silu)
 

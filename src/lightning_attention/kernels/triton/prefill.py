@@ -27,8 +27,21 @@ SHORT = 1
 SEGMENTS_IN_FLIGHT = 32
 
 
-@recorded
 def prefill(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
+    slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
+    snapshot_slots: Tensor | None, batch_invariant: bool, out: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    rest = log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
+    if v.shape[0] == 0 and cu_seqlens.shape[0] > 1:
+        # Snapshots are taken all the same, and the copy engine has no view of nothing: a token of padding stands in.
+        _prefill(*(x.new_zeros(1, *x.shape[1:]) for x in (q, k, v)), *rest)
+        return None if out is not None else torch.empty_like(v)
+    return _prefill(q, k, v, *rest, out)
+
+
+@recorded
+def _prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
     snapshot_slots: Tensor | None, batch_invariant: bool, out: Tensor | None = None,

@@ -13,7 +13,7 @@ BUDGET = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of bfloat16 one rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("N", [1, 3, 16, 17, 64, 200, 512])
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(("K", "O"), [(1024, 4096), (2816, 1024), (1000, 300), (4096, 11008)])
 def test_products_are_those_of_float64(dtype: torch.dtype, N: int, K: int, O: int):
     for args in calls(N, K, O):

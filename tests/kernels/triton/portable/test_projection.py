@@ -35,7 +35,7 @@ def calls(N, K, O):
 
 
 @interpreted
-@pytest.mark.parametrize("N", [1, 2, 16, 33, 70])
+@pytest.mark.parametrize("N", [1, 2, 3, 8])
 @pytest.mark.parametrize(("K", "O"), WIDTHS)
 def test_products_are_those_of_float64(interpreter: Interpreter, N: int, K: int, O: int):
     for args in calls(N, K, O):
