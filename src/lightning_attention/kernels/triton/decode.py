@@ -1,5 +1,6 @@
 """One step of the recurrence over a pool of states: every state is read once and written once."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -54,12 +55,12 @@ def _constants(D: int, E: int, group: int, columns: int, aligned: bool, columns_
 def over_states(
     kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
     widest: int = 0, *, written: Tensor | None = None, ring: tuple[Any, ...] = (), programs: int = 0,
-    registers: int = 0,
+    registers: Callable[[int], int] = lambda columns: 0,  # noqa: ARG005
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
     With its ``ring``'s constants, of ``ring.py``; ``programs``: how many, where it is not one for each TILE columns;
-    ``registers``: see ``dispatch.run``.
+    ``registers``: how many a thread may have in programs of so many columns, 0 for any number.
 
     ``sizes``: sequences, H, D, E and heads of v to a head of q and k; ``strides``: the state's, which takes 0.4 µs to
     ask again; ``written``: another pool, which the kernel writes.
@@ -71,8 +72,8 @@ def over_states(
     dispatch.run(
         kernel, (programs or N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, *lie) + ring, 4,
         state.get_device(),
-        lambda: [_constants(D, E, group, columns, *lie) + ring for columns in (16, 32, 64) if columns <= widest],
-        registers,
+        lambda: [_constants(D, E, group, columns, *lie) + ring for columns in (16, 32, 64, 128) if columns <= widest],
+        lambda constants: registers(constants[0].columns),
     )  # fmt: skip
 
 

@@ -174,12 +174,14 @@ _launches: dict[tuple[Any, ...], "Launch"] = {}
 
 def run(
     kernel: Any, grid: tuple[int, int, int], args: Sequence[Any], constants: tuple[Any, ...], warps: int, device: int,
-    siblings: Callable[[], Sequence[tuple[Any, ...]]] = tuple, registers: int = 0,
+    siblings: Callable[[], Sequence[tuple[Any, ...]]] = tuple,
+    registers: Callable[[tuple[Any, ...]], int] = lambda constants: 0,  # noqa: ARG005
 ) -> None:  # fmt: skip
     """Launch a kernel that is ``unspecialized``, on the current device; ``constants``: its last arguments.
 
     Other ``siblings``, constants like these, are compiled with the first of them: which a call takes may depend on how
-    much there is to do. ``registers``: how many a thread may have, on an NVIDIA chip, whatever the compiler would take.
+    much there is to do. ``registers``: how many a thread may have of a kernel with these constants, on an NVIDIA chip;
+    0: as many as the compiler likes.
 
     Triton looks at every argument of every call to find out whether it has compiled for the like of it, descriptors at
     greatest length: 70 µs forward and 400 backward. Here a kernel is found by the types of its arguments.
@@ -198,14 +200,18 @@ def run(
         launch(grid, torch._C._cuda_getCurrentRawStream(device), args)
         return
     checked = [x.checked() if isinstance(x, Descriptor) else x for x in args]
-    options = {"num_warps": warps, **FUSION, **({"maxnreg": registers} if registers else {})}
-    compiled = kernel[grid](*checked, *constants, **options)
+
+    def options(constants: tuple[Any, ...]) -> dict[str, Any]:
+        most = registers(constants)
+        return {"num_warps": warps, **FUSION, **({"maxnreg": most} if most else {})}
+
+    compiled = kernel[grid](*checked, *constants, **options(constants))
     if compiled is None:  # Triton's interpreter compiles nothing
         return
     _launches[name, device, constants, key] = Launch(compiled, constants, args)
     for others in siblings():
         if (name, device, others, key) not in _launches:
-            compiled = kernel.warmup(*checked, *others, grid=grid, **options)
+            compiled = kernel.warmup(*checked, *others, grid=grid, **options(others))
             _launches[name, device, others, key] = Launch(compiled, others, args)
 
 

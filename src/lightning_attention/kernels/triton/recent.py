@@ -1,6 +1,6 @@
 """Launches of the operations over states with rings of recent tokens."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ def _decode(
     _check_programs(H * -(-E // TILE))
     over_states(
         decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
-        registers=_registers(state, TILE),
+        registers=partial(_registers, state),
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def verify(
     )  # fmt: skip
     over_states(
         verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants,
-        registers=_registers(state, TILE),
+        registers=partial(_registers, state),
     )  # fmt: skip
     return made
 
@@ -186,7 +186,7 @@ def commit(
     _check_programs(H)
     over_states(
         commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H,
-        registers=_registers(state, TILE),
+        registers=partial(_registers, state),
     )  # fmt: skip
 
 

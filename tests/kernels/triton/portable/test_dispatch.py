@@ -1,6 +1,7 @@
 """Launching past Triton: a kernel is found by all that it is compiled for, and Triton 3.6 is as it was read."""
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,3 +160,22 @@ def test_the_launcher_of_triton_is_the_one_that_was_read():
     start("below")
     assert calls == [("below",)]
     assert box == (3, 2, driver.TMA_DTYPE_DEVICE_TO_HOST[1], [64, 64])
+
+
+def test_siblings_have_registers_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[int, int | None]] = []
+
+    class Kernel:
+        def warmup(self, x: torch.Tensor, columns: int, *, grid: object, **options: int) -> object:
+            asked.append((columns, options.get("maxnreg")))
+            return object()
+
+        def __getitem__(self, grid: object) -> object:
+            return partial(self.warmup, grid=grid)
+
+    for name, value in (("Launch", lambda *_: None), ("_launches", {}), ("_signatures", {})):
+        monkeypatch.setattr(dispatch, name, value)
+    dispatch.run(
+        Kernel(), (1, 1, 1), (torch.zeros(1),), (16,), 4, -1, lambda: [(16,), (64,)], lambda x: 168 * (x[0] == 64)
+    )
+    assert asked == [(16, None), (64, 168)]
