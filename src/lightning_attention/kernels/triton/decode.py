@@ -38,12 +38,12 @@ def narrower(widest: int, N: int, H: int, state_dtype: torch.dtype) -> int:
     return min(widest, 16 if N * H < 256 and state_dtype == torch.float32 else 32)
 
 
-def layout(state: Tensor, strides: tuple[int, ...]) -> tuple[bool, bool]:
-    """Whether every row of every state can be read 16 bytes at a time, or every column; and whether it is columns."""
+def layout(state: Tensor, strides: tuple[int, ...], D: int, E: int) -> tuple[bool, bool]:
+    """Whether a state is one piece of memory whose rows can be read 16 bytes at a time, or columns; which of them."""
     slot, head, row, column = strides
     columns_first = row == 1 != column
-    other = column if columns_first else row
-    is_aligned = 1 in (row, column) and not ((slot | head | other) * state.itemsize | state.data_ptr()) & 15
+    within = (D if columns_first else E) if strides[2:] in ((E, 1), (1, D)) else 1
+    is_aligned = not ((slot | head | within) * state.itemsize | state.data_ptr()) & 15
     return is_aligned, columns_first
 
 
@@ -66,8 +66,8 @@ def over_states(
     ask again; ``written``: another pool, which the kernel writes.
     """
     N, H, D, E, group = sizes
-    lie = layout(state, strides)
-    if written is not None and layout(written, written.stride()) != lie:
+    lie = layout(state, strides, D, E)
+    if written is not None and layout(written, written.stride(), D, E) != lie:
         lie = False, False
     dispatch.run(
         kernel, (programs or N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, *lie) + ring, 4,

@@ -39,13 +39,33 @@ def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[R
     return (k, *k.stride()[:2], v, *v.stride()[:2], count), _constants(k.shape[2], _aligned(k), _aligned(v))
 
 
+def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_invariant: bool) -> tuple[int, int]:
+    """Columns of a program of decode, and the most that other calls like it take.
+
+    Where there are states enough, all of a state's: what is done for the ring is most of a program's instructions (875
+    a warp with 64 columns and 1,100 with 128), and without that of a second program.
+    """
+    widest = columns(D, E, q.dtype)
+    if batch_invariant:
+        return widest, widest
+    whole = WHOLE if widest == 64 < E and tiling.padded(D) <= 128 else widest
+    return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
+
+
+WHOLE = 128
+REGISTERS = {4: 0, 2: 168}  # of a thread that has so many columns, by the size of a state's numbers; 0: any
+
+
 def _registers(state: Tensor, TILE: int) -> int:
     """What lets three programs of 64 columns, or four of fewer, run on a multiprocessor at once.
 
-    The compiler would take up to all, for nothing: by these nothing spills, but where D is over 128.
+    The compiler would take up to all, for nothing: by these nothing spills but where D is over 128, and where a head
+    folds all of a bfloat16 state at once. All of a float32 one wants all of them.
     """
     if torch.version.hip is not None or tiling.device(state)[0] < (8, 0) or state.shape[2] > 128:
         return 0
+    if TILE == WHOLE:
+        return REGISTERS[state.itemsize]
     return 168 if TILE > 32 else 128
 
 
@@ -81,7 +101,7 @@ def _decode(
 ) -> None:  # fmt: skip
     (_, H, E), (_, Hk, D) = v.shape, k.shape
     N = len(v) if slots is None else len(slots)
-    widest = columns(D, E, q.dtype)
+    TILE, widest = _columns(D, E, q, state, N, H, batch_invariant)
     if N == 0:
         return
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
@@ -89,7 +109,6 @@ def _decode(
         q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
         dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears),
     )  # fmt: skip
-    TILE = widest if batch_invariant else narrower(widest, N, H, state.dtype)
     _check_programs(H * -(-E // TILE))
     over_states(
         decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
