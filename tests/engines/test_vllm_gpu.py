@@ -22,7 +22,7 @@ def test_against_float64(name: str, dtype: torch.dtype, state_dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize(("dtype", "state_dtype"), TYPES)
+@pytest.mark.parametrize(("dtype", "state_dtype"), TYPES[:3])  # its kernels for prompts take nothing but float32
 def test_vllms_own_agrees(name: str, dtype: torch.dtype, state_dtype: torch.dtype):
     """It multiplies float32 in TF32, and rounds a 16-bit state after every draft."""
     absent()

@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from lightning_attention.models.transnormer import TransnormerForCausalLM
+from lightning_attention.serving import engine
 from lightning_attention.serving.engine import ContinuousBatch, Request, Token
 from tests.kernels.triton.support.device import no_waiting
 
@@ -407,3 +408,12 @@ def test_a_vocabulary_that_has_grown_is_known(model) -> None:
     assert words(run(batch, [Request([102, 5], 6)])[0]) == greedy(model, Request([102, 5], 6))
     with pytest.raises(ValueError, match=r"^prompt has token 103; ids must be from 0 to 102"):
         batch.submit(Request([103], 1))
+
+
+def test_rings_are_for_many_float32_states_on_a_gpu():
+    def pool(rows, dtype=torch.float32, device="meta"):
+        return torch.empty(rows, 8, 16, 16, dtype=dtype, device=device)
+
+    assert engine._is_worth_rings(pool(256))
+    for other in (pool(255), pool(256, torch.bfloat16), pool(256, device="cpu"), None, [pool(256)]):
+        assert not engine._is_worth_rings(other)

@@ -87,10 +87,11 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # First whether there is any: not every device has autocast, and the compiler of torch 2.11 cannot ask which have.
+    if x.dtype == torch.float64 or x.is_meta or not torch._C._is_any_autocast_enabled():
         return None
-    return torch.get_autocast_dtype(device)
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def compute(
