@@ -41,13 +41,13 @@ def project(
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear layer is its weight and nothing else: no bias or adapter, no hooks, no shards on other ranks."""
+    """Whether a linear layer is its weight and nothing else: no bias or adapter, no hooks, not quantized or sharded."""
     return (
         type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter  # a tensor of another class computes in its own way
         and linear.bias is None
         and "forward" not in vars(linear)  # accelerate's way to move a module to its device
         and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not hasattr(linear.weight, "device_mesh")
     )
 
 
@@ -55,7 +55,9 @@ def compute(
     x: Tensor, weight: Tensor, second: Tensor | None, gate: Tensor | None, residual: Tensor | None, eps: float | None,
     silu: int,
 ) -> Tensor:  # fmt: skip
-    if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16:
+    given = weight, second, gate, residual
+    alike = all(other is None or other.dtype == x.dtype for other in given)  # or PyTorch says what does not fit
+    if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16 and alike:
         kernel = backends.get("triton").project
         assert kernel is not None
         from lightning_attention.kernels.triton.projection import MOST_ROWS
