@@ -18,11 +18,13 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import sys
 import tarfile
 import zipfile
+import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -45,9 +47,16 @@ SHORTEST, LONGEST = 200, 5_000_000  # characters: less says nothing, and more is
 def texts(folder: Path) -> Iterator[tuple[str, str]]:
     """Every text in a folder's packages and plain files: where it is from, and what it says."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        for name, raw in members(path):
-            if WANTED.search(name) and (text := readable(name, raw)):
-                yield f"{path.name}: {name}", text
+        try:
+            for name, raw in members(path):
+                if WANTED.search(name) and (text := readable(name, raw)):
+                    yield f"{path.name}: {name}", text
+        except (zipfile.BadZipFile, tarfile.TarError, NotTextError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+class DamagedError(ValueError):
+    """A package that cannot be read to its end."""
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -135,11 +144,25 @@ def main(args: list[str] | None = None) -> None:
     for folder in asked.folder:
         if not folder.is_dir():
             parser.error(f"no such folder: {folder}")
+    outs = [path for path in (asked.out, asked.held_out) if path]
+    for path in outs:
+        if not path.parent.is_dir():
+            parser.error(f"no such folder: {path.parent}")
+    if len({path.resolve() for path in outs}) < len(outs):
+        parser.error(f"--held-out is {asked.held_out}, as --out is; it must be another file")
+    try:
+        write(asked.folder, asked.out, asked.held_out)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def write(folders: list[Path], out: Path, kept_back_in: Path | None) -> None:
+    """Every text once, into the one file or the other, and how much that is."""
     seen: set[bytes] = set()
     with ExitStack() as stack:
-        corpus = stack.enter_context(Lines(asked.out))
-        held_out = stack.enter_context(Lines(asked.held_out)) if asked.held_out else corpus
-        for folder in asked.folder:
+        corpus = stack.enter_context(Lines(out))
+        held_out = stack.enter_context(Lines(kept_back_in)) if kept_back_in else corpus
+        for folder in folders:
             for source, text in texts(folder):
                 digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
                 if digest not in seen:
@@ -148,23 +171,33 @@ def main(args: list[str] | None = None) -> None:
                     (held_out if kept_back else corpus).write(text, source)
     for file in dict.fromkeys((corpus, held_out)):
         print(f"{file.texts:,} texts, {file.characters:,} characters in {file.path}", file=sys.stderr)
+    if not held_out.texts:
+        print(f"nothing was held out: of the texts of {LONG:,} characters and more no digest said so", file=sys.stderr)
 
 
 class Lines:
-    """A compressed file of texts, a line of JSON each; the same bytes for the same texts, at any time."""
+    """A compressed file of texts, a line of JSON each; the same bytes for the same texts, at any time.
+
+    It appears whole or not at all.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.texts = self.characters = 0
 
     def __enter__(self) -> "Lines":
-        self._raw = self.path.open("wb")
+        self._unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        self._raw = self._unfinished.open("wb")
         self._file = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._raw, mtime=0)  # no time or name in it
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self._file.close()
         self._raw.close()
+        if error is None:
+            self._unfinished.replace(self.path)
+        else:
+            self._unfinished.unlink()
 
     def write(self, text: str, source: str) -> None:
         """Add a text."""

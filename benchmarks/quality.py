@@ -6,13 +6,17 @@
     python -m benchmarks.quality tokens long.jsonl.gz --model llama --out runs/quality
     python -m benchmarks.quality --render runs/quality/*.json
 
-Both have the trainer's defaults but for the learning rate, which is chosen for each by short runs. Then each learns for
-``--steps`` steps, and long documents that neither has seen are read in windows four times as long as those of training.
+Both learn with the trainer's defaults, but for the learning rate, which is chosen for each by short runs, and a warm-up
+over a tenth of the steps. Documents of a window see those before them (``joined``), so that both have their fastest
+attention. Then each learns for ``--steps`` steps, and long documents that neither has seen are read in windows four
+times as long as those of training; what comes before a token is then all that its window has.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +25,13 @@ from typing import Any
 from lightning_attention.bench.case import Shown, show
 from lightning_attention.bench.render import Figure, Line, Panel, Table, caption
 from lightning_attention.bench.report import Report, environment, slug
+from lightning_attention.errors import InputError
 from lightning_attention.models.presets import MODELS
 from lightning_attention.training.config import TrainConfig, make_config
+from lightning_attention.training.corpus import SpooledCorpus, spool
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.progress import Progress
+from lightning_attention.training.sources import Tally
 from lightning_attention.training.trainer import Trainer
 
 RATES = (1e-3, 2e-3, 4e-3)  # tried first; where the best is at an end, half or double of it too
@@ -39,22 +46,34 @@ def measure(asked: Namespace) -> Report:
     from lightning_attention.training.trained import open_trained
 
     runtime = Runtime.choose("auto", "auto")
-    about = environment(runtime.device, command=["python", "-m", "benchmarks.quality", *sys.argv[1:]])
-    report = Report(asked.out / f"quality-{asked.model}-{slug(runtime.device)}.json", about)
+    path = asked.out / f"quality-{asked.model}-{slug(runtime.device)}.json"
+    if path.exists() and not asked.overwrite:
+        raise InputError(f"{path} is there already; --overwrite replaces it and the runs beside it")
+    text = make_config({"inputs": [str(asked.held_out)]})
+    with tempfile.TemporaryFile() as file:  # what cannot be read at the end is told before all of the training
+        corpus = SpooledCorpus(file)
+        spool(text, corpus, Tally())
+        if not corpus.documents:
+            raise InputError(f"{asked.held_out} has no text")
+    few = max(1, asked.steps // 8)
+    first = trainer(
+        asked, RATES[0], few, f"{asked.model}-{RATES[0]:g}"
+    )  # before anything of an earlier run is replaced
+    report = Report(path, environment(runtime.device, command=["python", "-m", "benchmarks.quality", *sys.argv[1:]]))
     losses: dict[float, float] = {}
     while (rate := next_rate(losses)) is not None:
-        short = train(asked, rate, max(1, asked.steps // 8), f"{asked.model}-{rate:g}")
+        name = f"{asked.model}-{rate:g}"
+        short = train(trainer(asked, rate, few, name) if losses else first, name)
         losses[rate] = [line["val_loss"] for line in short if "val_loss" in line][-1]
         report.add("rates", model=asked.model, lr=rate, steps=short[-1]["step"], held_out=losses[rate])
         print(f"{asked.model}: learning rate {rate:g}, held-out loss {losses[rate]:.4f}", flush=True)
     best = min(losses, key=losses.__getitem__)
-    for line in train(asked, best, asked.steps, asked.model):
+    for line in train(trainer(asked, best, asked.steps, asked.model), asked.model):
         fields = {"loss": "loss", "val_loss": "held_out", "tokens_per_second": "tokens_per_second"}
         known = {name: line[key] for key, name in fields.items() if key in line}
         report.add("curve", model=asked.model, step=line["step"], tokens=line["tokens"], **known)
     trained = open_trained(asked.out / asked.model)
     weights = sum(p.numel() for p in trained.model.parameters())
-    text = make_config({"inputs": [str(asked.held_out)]})
     found = evaluate(trained, text, runtime, seq_len=4 * asked.seq_len)
     report.add(
         "long documents", model=asked.model, lr=best, weights=weights, seq_len=asked.seq_len, tokens=found.tokens,
@@ -77,8 +96,8 @@ def next_rate(losses: dict[float, float]) -> float | None:
     return None
 
 
-def train(asked: Namespace, rate: float, steps: int, name: str) -> list[dict[str, Any]]:
-    """One run; the lines of its metrics.jsonl."""
+def trainer(asked: Namespace, rate: float, steps: int, name: str) -> Trainer:
+    """One run, ready to begin."""
     out = asked.out / name
     config: TrainConfig = make_config(
         {
@@ -89,26 +108,48 @@ def train(asked: Namespace, rate: float, steps: int, name: str) -> list[dict[str
         }
     )  # fmt: skip
 
+    return Trainer(config, overwrite=asked.overwrite and out.exists())
+
+
+def train(run: Trainer, name: str) -> list[dict[str, Any]]:
+    """One run; the lines of its metrics.jsonl. Raises Stopped where a signal ended it before its last step."""
+
     def say(progress: Progress) -> None:
         if progress.logged and progress.step % 100 == 0 and progress.bits_per_byte is not None:
             speed = progress.tokens_per_second or 0
             print(f"{name}: step {progress.step}, {progress.bits_per_byte:.4f} bits per byte, {speed:,.0f} tokens/s",
                   flush=True)  # fmt: skip
 
-    return read_metrics(Trainer(config, overwrite=out.exists()).fit(say).metrics)
+    outcome = run.fit(say)
+    if outcome.stopped_by:
+        raise Stopped(outcome.stopped_by)
+    return read_metrics(outcome.metrics)
+
+
+class Stopped(Exception):
+    """A signal, by its name, ended a run."""
 
 
 def shown(report: Report) -> Iterator[Shown]:
-    """A table of what was chosen and reached, one by position, and both curves."""
+    """A table of what was chosen and reached, one by position, and both curves.
+
+    Raises InputError where the records are not one of each of some models, read in windows of the same length.
+    """
     final = report.find("long documents")
     models = [r["model"] for r in final]
+    begun = {r["model"] for r in report.find("rates")}
+    if not final or set(models) != begun or len(set(models)) < len(models):
+        known, whole = (", ".join(names) or "none" for names in (sorted(begun), models))
+        raise InputError(f"models: {known}; of a whole run: {whole}; wanted is a file of each, of runs that ended")
+    if len({r["seq_len"] for r in final}) > 1:
+        raise InputError(f"the models were trained at {', '.join(str(r['seq_len']) for r in final)} tokens")
     curves = {model: report.find("curve", model=model) for model in models}
     rows = []
     for r in final:
         tried = "  ".join(f"{x['lr']:g}: {x['held_out']:.3f}" for x in report.find("rates", model=r["model"]))
         held_out = [x for x in curves[r["model"]] if "held_out" in x][-1]
         rows.append([
-            NAMES[r["model"]], f"{r['weights'] / 1e6:.1f} M", f"{held_out['tokens'] / 1e6:.0f} M", f"{r['lr']:g}",
+            NAMES[r["model"]], f"{r['weights'] / 1e6:.1f} M", f"{held_out['tokens'] / 1e6:.3g} M", f"{r['lr']:g}",
             f"{held_out['held_out']:.4f}", f"{r['loss']:.4f}", f"{r['bits_per_byte']:.4f}", tried,
         ])  # fmt: skip
     columns = ["model", "weights", "tokens learned", "learning rate", "held out", "long documents", "bits per byte",
@@ -152,7 +193,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> Iterator[Line]:
         for r in lines:
             since += [r["loss"]] if "loss" in r else []
             if "held_out" in r and since:
-                held_out.append((round(r["tokens"] / 1e6), r["held_out"]))
+                held_out.append((float(f"{r['tokens'] / 1e6:.3g}"), r["held_out"]))
                 own.append((held_out[-1][0], sum(since) / len(since)))
                 since = []
         yield Line(model, "", own, model == "transnormer", ":")
@@ -181,17 +222,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="run blocks through torch.compile")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for runs and records")
     parser.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="show records instead, of both models")
+    parser.add_argument("--overwrite", action="store_true", help="replace the record and the runs in --out")
     asked = parser.parse_args(arguments)
-    if asked.render:
-        report = Report.read(asked.render[0])
-        report.records = [record for path in asked.render for record in Report.read(path).records]
-        asked.out.mkdir(parents=True, exist_ok=True)
-        show(shown(report), asked.out / "quality.png")
-        return 0
-    if asked.held_out is None:
+    if not asked.render and asked.held_out is None:
         parser.error("TOKENS and LONG are wanted, or --render")
-    print(f"results  {measure(asked).path}")
+    try:
+        if asked.render:
+            reports = [read(path) for path in asked.render]
+            reports[0].records = [record for report in reports for record in report.records]
+            found = list(shown(reports[0]))
+            asked.out.mkdir(parents=True, exist_ok=True)
+            show(found, asked.out / "quality.png")
+        else:
+            print(f"results  {measure(asked).path}")
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; no record was made of what had not ended", file=sys.stderr)
+        return 128 + signal.Signals[str(stopped)]
     return 0
+
+
+def read(path: Path) -> Report:
+    """A record of ``measure``. Raises InputError where the file is none."""
+    try:
+        return Report.read(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record of a benchmark: {error}") from error
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.cases.training import build
-from lightning_attention.bench.case import Case, Run, Shown
+from lightning_attention.bench.case import Case, OptionError, Run, Shown
 from lightning_attention.bench.render import Table
 from lightning_attention.bench.report import Report
 from lightning_attention.bench.timing import wall_ms
@@ -99,6 +99,10 @@ def measure(run: Run) -> None:
         own = run.device
         dist.init_process_group("gloo")
     try:
+        if dist.get_world_size() == 1:
+            raise OptionError(
+                "case", "scaling wants several processes: torchrun --nproc-per-node 2 -m benchmarks scaling"
+            )
         run.add(SUITE, row="rates", **_rates(run.scale.copied, own))
         for row in run.scale.rows:
             if run.only is None or str(row) in run.only:
@@ -129,7 +133,7 @@ def _measure(run: Run, row: Row, device: torch.device) -> None:
     # With sp one forward pass reads whole sequences, else each its own.
     whole = ids.transpose(0, 1).reshape(1, row.B, ranks * row.T) if row.way == "sp" else ids
     about: dict[str, Any] = {"row": str(row), "size": row.size, "way": row.way, "B": row.B, "T": row.T}
-    about |= {"checkpointed": row.checkpointed, "dtype": run.scale.dtype}
+    about |= {"checkpointed": row.checkpointed, "dtype": run.scale.dtype} | run.scale.overrides
     expected: dict[str, Tensor] = {}
     for count in (1, ranks):
         try:

@@ -72,9 +72,44 @@ def test_texts_of_packages(packages, tmp_path, capsys):
     assert read.documents == 5
 
 
-def test_what_is_no_package_is_said(packages, tmp_path):
-    (packages / "z.deb").write_bytes(b"!<arch>\n")
-    with pytest.raises(ValueError, match=r"z.deb is no Debian package: it has no data.tar"):
-        corpus.main([str(packages), "--out", str(tmp_path / "out.jsonl.gz")])
+@pytest.mark.parametrize(
+    ("name", "raw", "said"),
+    [
+        ("z.deb", b"!<arch>\n", "z.deb is no Debian package: it has no data.tar"),
+        ("z.whl", b"no zip", "z.whl is damaged: File is not a zip file"),
+        ("z.tar.gz", gzip.compress(tar(**{"c.py": bytes(range(256)) * 400}))[:300], "z.tar.gz is damaged: "),
+    ],
+    ids=["deb", "whl", "tar"],
+)
+def test_what_is_no_package_is_said(packages, tmp_path, capsys, name, raw, said):
+    (packages / name).write_bytes(raw)
+    out = tmp_path / "out.jsonl.gz"
     with pytest.raises(SystemExit):
-        corpus.main([str(tmp_path / "absent"), "--out", str(tmp_path / "out.jsonl.gz")])
+        corpus.main([str(packages), "--out", str(out)])
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))  # whole or not at all
+
+
+def test_options_that_cannot_be(packages, tmp_path, capsys):
+    out = tmp_path / "out.jsonl.gz"
+    for arguments, said in (
+        ([tmp_path / "absent", "--out", out], "no such folder: "),
+        ([packages, "--out", tmp_path / "absent" / "out.gz"], "no such folder: "),
+        ([packages, "--out", out, "--held-out", out], "it must be another file"),
+    ):
+        with pytest.raises(SystemExit):
+            corpus.main(list(map(str, arguments)))
+        assert said in capsys.readouterr().err
+
+
+def test_long_texts_are_held_out(packages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "LONG", 400)
+    monkeypatch.setattr(corpus, "ONE_IN", 1)
+    out, kept = tmp_path / "out.jsonl.gz", tmp_path / "kept.jsonl.gz"
+    corpus.main([str(packages), "--out", str(out), "--held-out", str(kept)])
+    texts = [[json.loads(line)["text"] for line in gzip.decompress(x.read_bytes()).splitlines()] for x in (out, kept)]
+    assert texts[1]
+    assert not any(len(text) >= 400 for text in texts[0])
+    monkeypatch.setattr(corpus, "LONG", 10**6)
+    corpus.main([str(packages), "--out", str(out), "--held-out", str(kept)])
+    assert "nothing was held out" in capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import random
+import signal
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from lightning_attention.bench.render import Figure, Table
 from lightning_attention.bench.report import Report
 from lightning_attention.models.presets import SIZES, Size
 from lightning_attention.training.config import make_config
+from lightning_attention.training.learner import Learner
 
 pytest.importorskip("transformers")
 from lightning_attention.training.tokenization import tokenize_texts
@@ -36,26 +40,47 @@ def test_a_model_is_trained_and_read_in_longer_windows(tmp_path, monkeypatch, ca
     words = " ".join(draw.choices(("lightning", "attention", "state", "of", "the"), k=3000))
     text = tmp_path / "long.jsonl.gz"
     text.write_bytes(gzip.compress(json.dumps({"text": words}).encode()))
-    tokenize_texts(make_config({"inputs": [str(text)], "vocab_size": 300, "val_fraction": 0.2}), tmp_path / "tokens")
-    arguments = [
-        str(tmp_path / "tokens"),
-        str(text),
-        "--size",
-        "tiny",
-        "--steps",
-        "8",
-        "--seq-len",
-        "16",
-        "--batch-size",
-        "1",
-    ]
-    assert quality.main([*arguments, "--out", str(tmp_path), "--eval-tokens", "32"]) == 0
+    tokens = tmp_path / "tokens"
+    tokenize_texts(make_config({"inputs": [str(text)], "vocab_size": 300, "val_fraction": 0.2}), tokens)
+    small = {"size": "tiny", "steps": 8, "seq-len": 16, "batch-size": 1, "eval-tokens": 32, "out": tmp_path}
+    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    assert quality.main([str(tokens), str(text), *options]) == 0
     (path,) = tmp_path.glob("quality-transnormer-*.json")
     report = Report.read(path)
     assert len(report.find("rates")) >= 3
     assert [r["step"] for r in report.find("curve") if "held_out" in r] == list(range(9))
     assert report.find("position")[-1]["last"] == 63
     assert "learning rate" in capsys.readouterr().out
+    whole = path.read_bytes()
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit):
+            quality.main([*map(str, arguments), *options])
+        assert path.read_bytes() == whole
+        return capsys.readouterr().err
+
+    assert "--overwrite replaces it" in refused(tokens, text)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "no such file" in refused(tokens, tmp_path / "absent.jsonl", "--overwrite")
+    assert "there is no text" in refused(tokens, empty, "--overwrite")
+    assert "is there already" not in refused(tmp_path / "no tokens", text, "--overwrite")
+
+    step = Learner.step
+
+    def stopped(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(Learner, "step", stopped)
+    assert quality.main([str(tokens), str(text), *options, "--overwrite"]) == 143
+    assert not Report.read(path).records
+    with pytest.raises(SystemExit):
+        quality.main(["--render", str(path), "--out", str(tmp_path)])
+    assert "wanted is a file of each" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality.main(["--render", str(text), "--out", str(tmp_path)])
+    assert "is no record of a benchmark" in capsys.readouterr().err
 
 
 def test_both_models_are_shown(report, tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_attention.distributed import parallelize as parallelize_module
 from lightning_attention.distributed.mesh import Mesh
 from lightning_attention.distributed.parallelize import find_blocks, parallelize
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM
@@ -81,7 +82,12 @@ def test_weights_of_two_types_in_a_block_are_named():
     finally:
         torch.set_default_dtype(torch.float32)
     mesh = Mesh(1, 2, 1, shard_mesh=object())
-    with pytest.raises(
-        ValueError, match=r"several dtypes in one block \(model\.layers\.0\..*lrpe\.theta torch\.float32"
-    ):
+    named = r"several dtypes in one block \(model\.layers\.0\..* torch\.float32"
+    with pytest.raises(ValueError, match=named):
+        parallelize(model, mesh)
+    model.requires_grad_(False)  # frozen, as under adapters in float32
+    parallelize_module._check_dtypes(model, find_blocks(model))
+    model.lm_head.float().requires_grad_(True)
+    model.model.embed_tokens.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"outside of blocks \(model\.embed_tokens\.weight torch\.bfloat16, lm_head"):
         parallelize(model, mesh)

@@ -39,7 +39,8 @@ def parallelize(
 
     Raises:
         ValueError: ``activation_checkpointing`` is something else, the model has no list of blocks, or a block that is
-            to be sharded has weights in several dtypes, as one with LRPE in a model made in bfloat16.
+            to be sharded, or what is outside of blocks, learns weights of several dtypes, as a block with LRPE in a
+            model made in bfloat16. Frozen ones may have another.
     """
     every = checkpointed_every(activation_checkpointing)
     blocks = find_blocks(model)
@@ -67,14 +68,18 @@ def parallelize(
 
 
 def _check_dtypes(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """FSDP gathers a block's weights in one tensor. It says so itself, but not of which, and only in the first pass."""
-    for block in blocks:
-        known = {weight.dtype: name for name, weight in block.named_parameters()}
+    """FSDP reduces the gradients of a unit in one tensor. It says so itself, in the first pass and without a name."""
+    unit_of = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
+    dtypes: dict[int, dict[torch.dtype, str]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            dtypes.setdefault(unit_of.get(weight, -1), {}).setdefault(weight.dtype, name)
+    for unit, known in dtypes.items():
         if len(known) > 1:
-            name = next(name for name, module in model.named_modules() if module is block)
-            found = ", ".join(f"{name}.{weight} {dtype}" for dtype, weight in known.items())
+            where = "outside of blocks" if unit < 0 else "in one block"
+            found = ", ".join(f"{name} {dtype}" for dtype, name in known.items())
             raise ValueError(
-                f"model has weights of several dtypes in one block ({found}), which cannot be sharded together; "
+                f"model learns weights of several dtypes {where} ({found}), which cannot be sharded together; "
                 "give it float32 weights, and bf16=True to compute in bfloat16"
             )
 

@@ -14,7 +14,7 @@ from lightning_attention.nn.rope import rope
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "linear": lambda u: u}
 
 
-class _RMSNorm(nn.Module):
+class RMSNorm(nn.Module):
     """Over the last size in equal groups, with or without a weight."""
 
     def __init__(self, width: int, *, groups: int = 1, weight: bool = True, eps: float) -> None:
@@ -106,10 +106,10 @@ class LightningAttention(FixedDecayAttention):
         self.silu, self.gate, self.scale = silu, gate, head_dim**-0.5 if scale is None else scale
         self.rope_dim, self.rope_base = rope_dim, rope_base
         self._make_projections(bias)
-        self.q_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.k_norm = _RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.q_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.lrpe = LRPE(num_heads, head_dim) if lrpe else None
-        self.norm = _RMSNorm(num_heads * value_dim, groups=norm_groups, weight=norm_weight, eps=eps)
+        self.norm = RMSNorm(num_heads * value_dim, groups=norm_groups, weight=norm_weight, eps=eps)
 
     @classmethod
     def minimax(

@@ -43,12 +43,24 @@ def project(
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer is its weight and nothing else: no bias or adapter, no hooks, not quantized or sharded."""
     return (
-        type(linear) is nn.Linear
+        is_bare(linear, nn.Linear)
         and type(linear.weight) is nn.Parameter  # a tensor of another class computes in its own way
         and linear.bias is None
-        and "forward" not in vars(linear)  # accelerate's way to move a module to its device
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
     )
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is what its class does, and nobody watches it: it may be computed without one."""
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)  # accelerate's way to move a module to its device
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see every module, or every operation, as a counter of operations does."""
+    return torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def compute(

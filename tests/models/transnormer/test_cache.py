@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.models.arguments import CACHE
-from lightning_attention.models.transnormer import TransnormerCache, TransnormerForCausalLM
+from lightning_attention.models.transnormer import TransnormerCache, TransnormerConfig, TransnormerForCausalLM
 from tests.support.numerics import relative_error
 
 
@@ -143,3 +143,11 @@ def test_cannot_be_cropped(cache: TransnormerCache) -> None:
     cache.crop(0)
     with pytest.raises(RuntimeError, match="tokens_to_remove is -2; a recurrent state cannot give tokens back"):
         cache.crop(-2)
+
+
+@pytest.mark.parametrize(
+    ("length", "error"), [("16", TypeError), (1.5, TypeError), (True, TypeError), (-1, ValueError), (65, ValueError)]
+)
+def test_rings_of_no_length_are_refused(length, error):
+    with pytest.raises(error, match="recent_tokens is "):
+        TransnormerCache(TransnormerConfig(), recent_tokens=length)

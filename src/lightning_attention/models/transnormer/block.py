@@ -11,7 +11,8 @@ from lightning_attention.models.transnormer.cache import TransnormerCache
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.models.transnormer.mixer import TransnormerMixer
 from lightning_attention.nn import SGLU, SRMSNorm
-from lightning_attention.nn.projection import is_plain, project
+from lightning_attention.nn.lightning_attention import RMSNorm
+from lightning_attention.nn.projection import is_bare, is_plain, is_watched, project
 from lightning_attention.ops.recent import RecentTokens
 
 if TYPE_CHECKING:
@@ -99,16 +100,31 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
     def step(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
         """One token per sequence, [N, width]; the arguments are those of :meth:`TransnormerMixer.step`."""
-        mixer, glu = self.token_mixer, self.channel_mixer
-        linears = (mixer.qkvu_proj, mixer.out_proj, glu.l1, glu.l2, glu.l3)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not all(map(is_plain, linears)):
+        mixer = self.token_mixer
+        if not self._is_as_made() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return self._mix_channels(x + mixer.step(self.token_norm(x), state, **batch))
         # The same, in four products that have the norms, activations, gates and sums within.
-        qkvu, out, l1, l2, l3 = (linear.weight for linear in linears)
+        qkvu, out, l1, l2, l3 = (linear.weight for linear in self._linears())
         activated = 2 * mixer.num_heads * mixer.head_dim
         mixed, u = mixer.attend_step(project(x, qkvu, eps=self.token_norm.eps, silu=activated), state, **batch)
         x = project(mixed, out, gate=u, residual=x, eps=mixer.norm.eps)
         return project(project(x, l1, second=l2, eps=self.channel_norm.eps), l3, residual=x)
+
+    def _linears(self) -> tuple[nn.Linear, ...]:
+        mixer, glu = self.token_mixer, self.channel_mixer
+        return mixer.qkvu_proj, mixer.out_proj, glu.l1, glu.l2, glu.l3
+
+    def _is_as_made(self) -> bool:
+        """Whether no part was replaced or has a hook: a step may then compute what they do without calling them."""
+        return (
+            is_bare(self.token_norm, SRMSNorm)
+            and is_bare(self.token_mixer, TransnormerMixer)
+            and is_bare(self.token_mixer.norm, RMSNorm)
+            and is_bare(self.channel_norm, SRMSNorm)
+            and is_bare(self.channel_mixer, SGLU)
+            and all(map(is_plain, self._linears()))
+            and not is_watched()
+        )
 
     def prefill(self, x: Tensor, state: Tensor, **batch: Any) -> Tensor:
         """Packed tokens, [T, width]; the arguments are those of :meth:`TransnormerMixer.prefill`."""

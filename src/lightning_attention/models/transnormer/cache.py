@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.ops.fold import lightning_attention_fold
-from lightning_attention.ops.recent import RecentTokens
+from lightning_attention.ops.recent import LONGEST, RecentTokens
 
 if TYPE_CHECKING:
     from lightning_attention.models.transnormer.mixer import TransnormerMixer
@@ -80,6 +80,9 @@ class TransnormerCache(Cache):
             these, from 1 to 64; 0: none. They are worth having where a step waits for the GPU's memory: many rows, and
             no time lost on the host.
 
+    Raises:
+        TypeError, ValueError: ``recent_tokens`` is no integer, or not from 0 to 64.
+
     Attributes:
         positions: [N] int64, the number of real tokens each sequence has read, which is the next token's position;
             None while the cache is empty. Padding is not counted.
@@ -91,6 +94,10 @@ class TransnormerCache(Cache):
         super().__init__(layers=[_RecurrentState() for _ in range(config.decoder_layers)])
         self.positions: Tensor | None = None
         self._columns = 0
+        if isinstance(recent_tokens, bool) or not isinstance(recent_tokens, int):
+            raise TypeError(f"recent_tokens is a {type(recent_tokens).__name__}; it must be an integer")
+        if not 0 <= recent_tokens <= LONGEST:
+            raise ValueError(f"recent_tokens is {recent_tokens}; it must be from 0 to {LONGEST}")
         self._recent_tokens = recent_tokens
 
     @property
