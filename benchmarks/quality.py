@@ -196,8 +196,10 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> Iterator[Line]:
                 held_out.append((float(f"{r['tokens'] / 1e6:.3g}"), r["held_out"]))
                 own.append((held_out[-1][0], sum(since) / len(since)))
                 since = []
-        yield Line(model, "", own, model == "transnormer", ":")
-        yield Line(model, NAMES[model], held_out, model == "transnormer")
+        late = held_out[-1][0] / 3  # before, the loss falls by so much that one curve would cover the other
+        ours = model == "transnormer"
+        yield Line(model, "", [point for point in own if point[0] >= late], ours, ":")
+        yield Line(model, NAMES[model], [point for point in held_out if point[0] >= late], ours)
 
 
 def _around(values: Iterator[float]) -> tuple[float, float]:
