@@ -59,7 +59,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether somebody wants to see every module, or every operation, as a counter of operations does; not a compiler."""
+    """Whether somebody, not a compiler, wants to see every module or operation, as a counter of operations does."""
     if torch.compiler.is_compiling():
         return False
     return torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0
