@@ -50,7 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser().print_help()
         return 2
     for path in options.render or ():
-        report = Report.read(path)
+        try:
+            report = Report.read(path)
+        except ValueError as error:
+            parser().error(f"--render: {error}")
         options.out.mkdir(parents=True, exist_ok=True)
         for name in find.case_names():
             case.show(find.case(name).show(report), options.out / f"{path.stem}.png")

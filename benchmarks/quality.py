@@ -248,11 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(path: Path) -> Report:
-    """A record of ``measure``. Raises InputError where the file is none."""
+    """A record. Raises InputError where the file is none."""
     try:
         return Report.read(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no record of a benchmark: {error}") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 if __name__ == "__main__":

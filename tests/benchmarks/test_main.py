@@ -120,3 +120,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["host", "--out", str(tmp_path / "file" / "folder")])
     assert f"Not a directory: {tmp_path / 'file' / 'folder'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"records": []}'])
+def test_what_is_no_record_is_named(content, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as left:
+        main(["--render", str(path)])
+    assert left.value.code == 2
+    assert f"--render: {path} is no record of a benchmark: " in capsys.readouterr().err
