@@ -231,6 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if asked.render:
             reports = [read(path) for path in asked.render]
+            if len(devices := {report.environment["device"] for report in reports}) > 1:
+                raise InputError(
+                    f"the models were trained on {' and '.join(sorted(devices))}; compare those of one device"
+                )
             reports[0].records = [record for report in reports for record in report.records]
             found = list(shown(reports[0]))
             asked.out.mkdir(parents=True, exist_ok=True)

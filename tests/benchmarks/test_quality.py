@@ -81,6 +81,11 @@ def test_a_model_is_trained_and_read_in_longer_windows(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit):
         quality.main(["--render", str(text), "--out", str(tmp_path)])
     assert "is no record of a benchmark" in capsys.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"environment": {"device": "an abacus"}, "records": []}))
+    with pytest.raises(SystemExit):
+        quality.main(["--render", str(path), str(other), "--out", str(tmp_path)])
+    assert "compare those of one device" in capsys.readouterr().err
 
 
 def test_both_models_are_shown(report, tmp_path):
