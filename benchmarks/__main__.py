@@ -10,6 +10,7 @@ import torch
 from benchmarks.harness import find, nothing
 from lightning_attention.bench import case
 from lightning_attention.bench.report import Report
+from lightning_attention.errors import InputError
 
 
 def parser() -> ArgumentParser:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in options.render or ():
         try:
             report = Report.read(path)
-        except ValueError as error:
+        except InputError as error:
             parser().error(f"--render: {error}")
         options.out.mkdir(parents=True, exist_ok=True)
         for name in find.case_names():

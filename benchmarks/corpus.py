@@ -32,6 +32,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import BinaryIO
 
+from lightning_attention.errors import InputError
 from lightning_attention.training.containers import unpacked
 from lightning_attention.training.encoding import NotTextError
 
@@ -52,11 +53,7 @@ def texts(folder: Path) -> Iterator[tuple[str, str]]:
                 if WANTED.search(name) and (text := readable(name, raw)):
                     yield f"{path.name}: {name}", text
         except (zipfile.BadZipFile, tarfile.TarError, NotTextError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DamagedError(f"{path} is damaged: {error}") from error
-
-
-class DamagedError(ValueError):
-    """A package that cannot be read to its end."""
+            raise InputError(f"{path} is damaged: {error}") from error
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -92,7 +89,7 @@ def data_of(file: BinaryIO) -> BinaryIO:
         if name.startswith("data.tar"):
             return io.BytesIO(file.read(size))
         file.seek(size + size % 2, os.SEEK_CUR)
-    raise ValueError(f"{file.name} is no Debian package: it has no data.tar")
+    raise InputError(f"{file.name} is no Debian package: it has no data.tar")
 
 
 def readable(name: str, raw: bytes) -> str:
@@ -152,7 +149,7 @@ def main(args: list[str] | None = None) -> None:
         parser.error(f"--held-out is {asked.held_out}, as --out is; it must be another file")
     try:
         write(asked.folder, asked.out, asked.held_out)
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
 
 

@@ -51,14 +51,10 @@ def measure(asked: Namespace) -> Report:
         raise InputError(f"{path} is there already; --overwrite replaces it and the runs beside it")
     text = make_config({"inputs": [str(asked.held_out)]})
     with tempfile.TemporaryFile() as file:  # what cannot be read at the end is told before all of the training
-        corpus = SpooledCorpus(file)
-        spool(text, corpus, Tally())
-        if not corpus.documents:
-            raise InputError(f"{asked.held_out} has no text")
+        spool(text, SpooledCorpus(file), Tally())
     few = max(1, asked.steps // 8)
-    first = trainer(
-        asked, RATES[0], few, f"{asked.model}-{RATES[0]:g}"
-    )  # before anything of an earlier run is replaced
+    # Before an earlier record is replaced: what cannot be trained is refused here.
+    first = trainer(asked, RATES[0], few, f"{asked.model}-{RATES[0]:g}")
     report = Report(path, environment(runtime.device, command=["python", "-m", "benchmarks.quality", *sys.argv[1:]]))
     losses: dict[float, float] = {}
     while (rate := next_rate(losses)) is not None:
@@ -230,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TOKENS and LONG are wanted, or --render")
     try:
         if asked.render:
-            reports = [read(path) for path in asked.render]
+            reports = [Report.read(path) for path in asked.render]
             if len(devices := {report.environment["device"] for report in reports}) > 1:
                 raise InputError(
                     f"the models were trained on {' and '.join(sorted(devices))}; compare those of one device"
@@ -249,14 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped by {stopped}; no record was made of what had not ended", file=sys.stderr)
         return 128 + signal.Signals[str(stopped)]
     return 0
-
-
-def read(path: Path) -> Report:
-    """A record. Raises InputError where the file is none."""
-    try:
-        return Report.read(path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 if __name__ == "__main__":

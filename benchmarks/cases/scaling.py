@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.cases.training import build
+from benchmarks.harness.ranks import joined, slowest_ms
 from lightning_attention.bench.case import Case, OptionError, Run, Shown
 from lightning_attention.bench.render import Table
 from lightning_attention.bench.report import Report
-from lightning_attention.bench.timing import wall_ms
 from lightning_attention.check import relative_error
 from lightning_attention.distributed.sequence_parallel import gathered
 
@@ -91,14 +90,7 @@ def measure(run: Run) -> None:
     a barrier on), ``tokens_per_second`` of each GPU, ``peak_bytes`` of the first, and of the compared ones ``loss`` and
     the relative errors of the gradients. First the rates of a copy and of an all-gather, in bytes per second.
     """
-    if run.device.type == "cuda":
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(own)
-        dist.init_process_group("nccl", device_id=own)
-    else:
-        own = run.device
-        dist.init_process_group("gloo")
-    try:
+    with joined(run.device) as own:
         if dist.get_world_size() == 1:
             raise OptionError(
                 "case", "scaling wants several processes: torchrun --nproc-per-node 2 -m benchmarks scaling"
@@ -107,8 +99,6 @@ def measure(run: Run) -> None:
         for row in run.scale.rows:
             if run.only is None or str(row) in run.only:
                 _measure(run, row, own)
-    finally:
-        dist.destroy_process_group()
 
 
 def _rates(size: int, device: torch.device) -> dict[str, Any]:
@@ -216,10 +206,7 @@ def _median(call: Callable[[], object], repeats: int, device: torch.device) -> f
     """Milliseconds of the slowest rank, the median of so many calls, or of at least three that take ten seconds."""
     samples: list[float] = []
     while len(samples) < repeats and (len(samples) < 3 or sum(samples) < 10_000):
-        dist.barrier()
-        slowest = torch.tensor(wall_ms(call, device), dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        samples.append(slowest.item())
+        samples.append(slowest_ms(call, device))
     return statistics.median(samples)
 
 

@@ -3,7 +3,6 @@
 ``torchrun --nproc-per-node 2 -m benchmarks sequence_parallel`` makes the table of docs/distributed.md.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.errors import within
+from benchmarks.harness.ranks import joined, largest, slowest_ms
 from lightning_attention import decay
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ours
 from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Record, Report
-from lightning_attention.bench.timing import Timing, wall_ms
+from lightning_attention.bench.timing import Timing
 from lightning_attention.check import relative_error
 
 SUITE = "sequence parallelism"
@@ -54,18 +54,10 @@ def measure(run: Run) -> None:
     A time is the slowest rank's, by the clock, from a barrier on. At the smallest number of tokens outputs and
     gradients are compared with those of the whole sequence on one device.
     """
-    if run.device.type == "cuda":
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(own)
-        dist.init_process_group("nccl", device_id=own)
-    else:
-        dist.init_process_group("gloo")
-    try:
+    with joined(run.device):
         for T in run.scale.tokens:
             for name in DECAYS:
                 _measure(run, T, name)
-    finally:
-        dist.destroy_process_group()
 
 
 def _measure(run: Run, T: int, decays: str) -> None:
@@ -77,7 +69,7 @@ def _measure(run: Run, T: int, decays: str) -> None:
     judged: dict[str, Any] = {}
     if min(scale.tokens) == T:
         pairs = zip(part.results(together), whole.results(alone), strict=True)
-        judged = within(scale.budget, _largest(max(relative_error(a, b[:, own]) for a, b in pairs), device))
+        judged = within(scale.budget, largest(max(relative_error(a, b[:, own]) for a, b in pairs), device))
     del whole
     for pass_ in (FORWARD, BOTH):
         for peer in (alone, together):
@@ -89,17 +81,7 @@ def _measure(run: Run, T: int, decays: str) -> None:
 def _samples(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     for _ in range(3):  # compiled, allocated
         call()
-    samples = []
-    for _ in range(repeats):
-        dist.barrier()
-        samples.append(_largest(wall_ms(call, device), device))
-    return samples
-
-
-def _largest(value: float, device: torch.device) -> float:
-    found = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.item()
+    return [slowest_ms(call, device) for _ in range(repeats)]
 
 
 def show(report: Report) -> Iterator[Shown]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lightning_attention.bench.peers import Peer
+from lightning_attention.errors import InputError
 
 Record = dict[str, Any]
 
@@ -126,13 +127,13 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """A finished report, from its file. Raises ValueError, which names it, where it cannot be read as one."""
+        """A finished report, from its file. Raises InputError, which names it, where it cannot be read as one."""
         found = cls.__new__(cls)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found.path, found.environment, found.records = path, content["environment"], content["records"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no record of a benchmark: {type(error).__name__}: {error}") from error
+            raise InputError(f"{path} is no record of a benchmark: {type(error).__name__}: {error}") from error
         return found
 
     def add(self, suite: str, **record: Any) -> Record:

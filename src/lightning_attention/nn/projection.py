@@ -37,7 +37,7 @@ def project(
         [N, O] in x's dtype. On a GPU one kernel in bfloat16, up to 8 rows: nothing within is rounded. Otherwise by
         PyTorch, each operation rounding.
     """
-    return _project(x, weight, second, gate, residual, eps, silu)
+    return _operation(x, weight, second, gate, residual, eps, silu)
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -65,12 +65,13 @@ def is_watched() -> bool:
     return torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def compute(
+def _project(
     x: Tensor, weight: Tensor, second: Tensor | None, gate: Tensor | None, residual: Tensor | None, eps: float | None,
     silu: int,
 ) -> Tensor:  # fmt: skip
     given = weight, second, gate, residual
     alike = all(other is None or other.dtype == x.dtype for other in given)  # or PyTorch says what does not fit
+    # In float16 the product of a gate and what is not normalised yet may overflow.
     if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16 and alike:
         kernel = backends.get("triton").project
         assert kernel is not None
@@ -88,5 +89,4 @@ def compute(
     return out if residual is None else residual + out
 
 
-compute.__name__ = "_project"
-_project = Operation(compute, lambda x, weight, *_: x.new_empty(len(x), len(weight)))
+_operation = Operation(_project, lambda x, weight, *_: x.new_empty(len(x), len(weight)))

@@ -167,13 +167,17 @@ def state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _state_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
+    return _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES
+
+
 def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_sequences: int) -> None:
     if initial_state is None:
         return
     check_tensor("initial_state", initial_state)
     wanted = (num_sequences, v.shape[-2], q.shape[-1], v.shape[-1])
     check_shape("initial_state", initial_state, wanted, "[N, H, D, E]")
-    check_dtype("initial_state", initial_state, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
+    check_dtype("initial_state", initial_state, _state_dtypes(q))
     check_device("initial_state", initial_state, q)
 
 
@@ -213,7 +217,7 @@ def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor) ->
     if states.ndim != 4 or states.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[{rows}, H, D, E] = [{rows}, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
         raise ValueError(f"{name} has shape {list(states.shape)}; it must be {wanted}")
-    check_dtype(name, states, _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES)
+    check_dtype(name, states, _state_dtypes(q))
     check_device(name, states, q)
     if any(stride == 0 and size > 1 for stride, size in zip(states.stride(), states.shape, strict=True)):
         raise ValueError(f"{name} has strides {list(states.stride())}; its numbers must each have a place of their own")

@@ -1,26 +1,17 @@
 """Steps of two gloo processes beside those of one."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.cases import scaling
 
 pytest.importorskip("transformers")
-ROOT = Path(scaling.__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_does(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "benchmarks", "scaling", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run([*torchrun, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    records = json.loads((tmp_path / "scaling-cpu.json").read_text())["records"]
+def test_two_ranks_learn_what_one_does(on_two_ranks):
+    printed, records = on_two_ranks("scaling")
     assert records[0]["gathered_per_second"] > 0
     rows = [str(row) for row in scaling.SCALES["cpu"].rows]
     assert [(r["row"], r["ranks"]) for r in records[1:]] == [(row, ranks) for row in rows for ranks in (1, 2)]
@@ -30,8 +21,8 @@ def test_two_ranks_learn_what_one_does(tmp_path):
         assert together["largest_gradient_error"] < 1e-4
         for r in (alone, together):
             assert r["tokens_per_second"] == pytest.approx(1000 * r["B"] * r["T"] / r["ms"], rel=1e-4)
-    assert done.stdout.count("Training on many GPUs") == 1  # the first rank speaks, and no other
-    assert "gradients differ by" in done.stdout
+    assert printed.count("Training on many GPUs") == 1  # the first rank speaks, and no other
+    assert "gradients differ by" in printed
 
 
 def test_the_table_shows_what_is_left_of_the_speed(report):

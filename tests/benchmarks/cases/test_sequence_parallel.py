@@ -1,23 +1,12 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from benchmarks.cases import sequence_parallel
 
-ROOT = Path(sequence_parallel.__file__).parents[2]
-
 
 @pytest.mark.slow
-def test_two_ranks_measure_alone_and_together(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "benchmarks", "sequence_parallel", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run([*torchrun, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Sequence parallelism (ms") == 1  # the first rank speaks, and no other
-    records = json.loads((tmp_path / "sequence_parallel-cpu.json").read_text())["records"]
+def test_two_ranks_measure_alone_and_together(on_two_ranks):
+    printed, records = on_two_ranks("sequence_parallel")
+    assert printed.count("Sequence parallelism (ms") == 1  # the first rank speaks, and no other
     tokens = sequence_parallel.SCALES["cpu"].tokens
     assert [(r["T"], r["decay"], r["pass"], r["ranks"]) for r in records] == [
         (T, decays, pass_, ranks)

@@ -8,7 +8,6 @@ with the residual stream are part of the product.
 from functools import cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,6 @@ from lightning_attention.kernels.triton import dispatch
 #: More rows are cuBLAS's. A step of the 385M on an H200, by these kernels and by PyTorch: one row 0.60 ms for 1.22.
 #: With tensor cores instead 4 rows took 1.31 for 1.29, 64 rows 1.86 for 1.75.
 MOST_ROWS = 8
-DTYPES = (torch.bfloat16, torch.float32)  # in float16 the product of a gate and what is not normalised may overflow
 
 
 class Tile(NamedTuple):

@@ -21,6 +21,8 @@ from lightning_attention.kernels.triton.ring import (
 )
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
+WHOLE = 128  # columns, of a program that has all of a state's
+REGISTERS = {4: 0, 2: 168}  # of a thread of such a program, by the size of a state's numbers; 0: any
 
 
 @cache
@@ -50,10 +52,6 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
         return widest, widest
     whole = WHOLE if widest == 64 < E and tiling.padded(D) <= 128 else widest
     return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
-
-
-WHOLE = 128
-REGISTERS = {4: 0, 2: 168}  # of a thread that has so many columns, by the size of a state's numbers; 0: any
 
 
 def _registers(state: Tensor, TILE: int) -> int:
