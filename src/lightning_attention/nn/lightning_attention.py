@@ -202,15 +202,18 @@ class LightningAttention(FixedDecayAttention):
     def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # One split and one activation for q and k: the backward is then one concatenation, not padded sums.
         qk, v, rest = self._linear(x)
-        qk = (F.silu(qk) if self.silu == "qk" else qk).unflatten(-1, (2, self.num_heads, self.head_dim))
-        q, k = qk.unbind(-3)
+        return *self._heads(F.silu(qk) if self.silu == "qk" else qk, v, positions), rest
+
+    def _heads(self, qk: Tensor, v: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, k [..., H, D] and v [..., H, E] of what :meth:`_linear` gave, activated."""
+        q, k = qk.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if positions is not None and self.rope_dim:
             q, k = (rope(z, positions, dim=self.rope_dim, base=self.rope_base) for z in (q, k))
         if positions is not None and self.lrpe is not None:
             q, k = self.lrpe(q, k, positions)
-        return q, k, v.unflatten(-1, (self.num_heads, self.value_dim)), rest
+        return q, k, v.unflatten(-1, (self.num_heads, self.value_dim))
 
     def _finish(self, mixed: Tensor, rest: Tensor) -> Tensor:
         return self.out_proj(self.norm(mixed.flatten(-2)) * _GATES[self.gate](self._gate(rest)))

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
-from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
+from lightning_attention.ops.recent import WRITTEN, RecentTokens, check_recent, tensors
 
 
 def lightning_attention_decode(
@@ -87,6 +87,5 @@ def _decode(
     )  # fmt: skip
 
 
-_WRITTEN = ["state", "recent_k", "recent_v", "recent_count"]
-decode = Operation(_decode, like_v, writes=_WRITTEN)
-decode_out = Operation(_decode, nothing, writes=[*_WRITTEN, "out"], into_out=True)
+decode = Operation(_decode, like_v, writes=WRITTEN)
+decode_out = Operation(_decode, nothing, writes=[*WRITTEN, "out"], into_out=True)

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from lightning_attention.ops import backends, validation
-from lightning_attention.ops.operation import Operation
-from lightning_attention.ops.recent import RecentTokens, check_rings
+from lightning_attention.ops.operation import Operation, nothing
+from lightning_attention.ops.recent import WRITTEN, RecentTokens, check_rings
 
 
 def lightning_attention_fold(
@@ -47,4 +47,4 @@ def _fold(
     backends.get(backend).fold(state, log_decay, slots, None, recent_k, recent_v, recent_count)
 
 
-fold = Operation(_fold, lambda *inputs: None, writes=["state", "recent_k", "recent_v", "recent_count"])  # noqa: ARG005
+fold = Operation(_fold, nothing, writes=WRITTEN)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
-from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
+from lightning_attention.ops.recent import WRITTEN, RecentTokens, check_recent, tensors
 
 
 def lightning_attention_prefill(
@@ -105,6 +105,5 @@ def _prefill(
     return run.prefill_recent(*args, recent_k, recent_v, recent_count, out)  # type: ignore[return-value]
 
 
-_WRITTEN = ["state", "recent_k", "recent_v", "recent_count"]
-prefill = Operation(_prefill, like_v, writes=_WRITTEN)
-prefill_out = Operation(_prefill, nothing, writes=[*_WRITTEN, "out"], into_out=True)
+prefill = Operation(_prefill, like_v, writes=WRITTEN)
+prefill_out = Operation(_prefill, nothing, writes=[*WRITTEN, "out"], into_out=True)

@@ -10,6 +10,9 @@ from lightning_attention.ops import validation
 #: Tokens, at most, that a ring holds.
 LONGEST = 64
 
+#: What an operation on a pool and its rings writes to.
+WRITTEN = ("state", "recent_k", "recent_v", "recent_count")
+
 
 @dataclass(frozen=True, eq=False)
 class RecentTokens:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
-from lightning_attention.ops.recent import RecentTokens, check_recent, tensors
+from lightning_attention.ops.recent import WRITTEN, RecentTokens, check_recent, tensors
 
 
 def lightning_attention_verify(
@@ -177,4 +177,4 @@ def _commit(
     run.commit_recent(k, v, log_decay, state, cu_seqlens, accepted, slots, recent_k, recent_v, recent_count)
 
 
-commit = Operation(_commit, nothing, writes=["state", "recent_k", "recent_v", "recent_count"])
+commit = Operation(_commit, nothing, writes=WRITTEN)

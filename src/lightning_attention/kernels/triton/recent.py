@@ -140,20 +140,9 @@ def prefill(
         rows, empty = rows_of_prefill(slots, fresh, snapshot_slots)
         fold(state, log_decay, rows, empty, *ring)
         return without_rings.prefill(
-            q,
-            k,
-            v,
-            log_decay,
-            state,
-            cu_seqlens,
-            slots,
-            fresh,
-            scale,
-            snapshot_at,
-            snapshot_slots,
-            batch_invariant,
+            q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
             out,
-        )
+        )  # fmt: skip
     single, rest = _parted(cu_seqlens, slots, fresh)
     fold(state, log_decay, rest, fresh, *ring)
     made = without_rings.prefill(q, k, v, log_decay, state, cu_seqlens, rest, fresh, scale, None, None, False, out)

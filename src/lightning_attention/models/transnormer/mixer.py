@@ -66,10 +66,7 @@ class TransnormerMixer(LightningAttention):
         Both are [N, H · head_dim].
         """
         qk, v, u = self._split(qkvu)
-        q, k = qk.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
-        if positions is not None and self.lrpe is not None:
-            q, k = self.lrpe(q, k, positions)
-        v = v.unflatten(-1, (self.num_heads, self.value_dim))
+        q, k, v = self._heads(qk, v, positions)
         mixed = lightning_attention_decode(
             q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent
         )  # fmt: skip
