@@ -159,14 +159,15 @@ def test_either_continues_what_the_other_began(pair, ids, layout, first, rest):
     assert relative_error(found, original(ids).logits[:, 20:]) < EXACT
 
 
-def test_a_bfloat16_state_is_one_the_original_can_go_on_with(pair, ids):
-    original, ours = pair("1:1", state_dtype=torch.bfloat16)
-    original, ours = original.bfloat16(), ours.bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_state_of_16_bits_is_one_the_original_can_go_on_with(pair, ids, dtype):
+    original, ours = pair("1:1", state_dtype=dtype)
+    original, ours = original.to(dtype), ours.to(dtype)
     with torch.no_grad():
         whole = ours(ids).logits
         for begin, go_on in ((original, ours), (ours, original)):
             cache = begin(ids[:, :49], use_cache=True)[CACHE]
-            assert cache.linear_cache[1].dtype == torch.bfloat16
+            assert cache.linear_cache[1].dtype == dtype
             last = go_on(ids[:, 49:], **{CACHE: cache}, use_cache=True).logits
             assert relative_error(last, whole[:, 49:]) < 0.05
 

@@ -160,8 +160,8 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(ValueError, match="model is a Linear without a MiniMaxLightningAttention"):
         apply_lightning_attention(torch.nn.Linear(2, 2))
     model = build("1:1")
-    with pytest.raises(TypeError, match=r"state_dtype is torch.float16; it must be torch.float32 or torch.bfloat16"):
-        apply_lightning_attention(model, state_dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"state_dtype is torch.int8; it must be torch.float32 or torch.bfloat16 or"):
+        apply_lightning_attention(model, state_dtype=torch.int8)
 
     class Other(minimax.MiniMaxLightningAttention):
         pass

@@ -25,6 +25,7 @@ from transformers.models.minimax.modeling_minimax import (
 from lightning_attention.models.arguments import check_keywords, given_cache
 from lightning_attention.ops.attention import lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
+from lightning_attention.ops.validation import STATES
 
 
 def apply_lightning_attention(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> None:
@@ -32,17 +33,17 @@ def apply_lightning_attention(model: nn.Module, *, state_dtype: torch.dtype = to
 
     Args:
         model: a model of transformers' models/minimax, or anything that contains its ``MiniMaxLightningAttention``.
-        state_dtype: dtype in which the cache keeps the states, [B, H, D, E] a layer: float32 or bfloat16. float32 is
-            what the states are summed in. In bfloat16 they take half the memory and every call rounds them, as the
-            original module does in a bfloat16 model, and only then can that module go on with them. A float64 model
-            keeps float64.
+        state_dtype: dtype in which the cache keeps the states, [B, H, D, E] a layer: float32, bfloat16 or float16.
+            float32 is what the states are summed in. In 16 bits they take half the memory and every call rounds them,
+            as the original module does in a model of that dtype, and only then can that module go on with them. A
+            float64 model keeps float64.
 
     Raises:
-        TypeError: ``state_dtype`` is neither float32 nor bfloat16.
+        TypeError: ``state_dtype`` is none of those.
         ValueError: there is no such module, or one has a class or a forward pass that is not transformers' own.
     """
-    if state_dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"state_dtype is {state_dtype}; it must be torch.float32 or torch.bfloat16")
+    if state_dtype not in STATES:
+        raise TypeError(f"state_dtype is {state_dtype}; it must be {' or '.join(map(str, STATES))}")
     found = [m for m in model.modules() if isinstance(m, MiniMaxLightningAttention)]
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without a MiniMaxLightningAttention")
@@ -207,7 +208,7 @@ def _can_update(state: Tensor, q: Tensor) -> bool:
         return False
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return state.dtype in (torch.float32, torch.bfloat16) and q.dtype != torch.float64
+    return state.dtype in STATES and q.dtype != torch.float64
 
 
 def _is_own(module: nn.Module, classes: tuple[type, ...]) -> bool:
