@@ -150,10 +150,12 @@ def test_a_compiled_model(ids):
     x = torch.randn(2, 24, 24)
     attention = model.model.layers[1].self_attn
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    cache, other = LightningMiniMaxCache(), LightningMiniMaxCache()
-    with torch.no_grad():
-        for piece in x.split([20, 1, 1, 2], 1):
-            torch.testing.assert_close(compiled(piece, None, None, cache)[0], attention(piece, None, None, other)[0])
+    for recent_tokens in (0, 4):
+        cache, other = (LightningMiniMaxCache(recent_tokens) for _ in range(2))
+        with torch.no_grad():
+            for piece in x.split([18, 1, 1, 2, 1, 1], 1):
+                found, wanted = compiled(piece, None, None, cache)[0], attention(piece, None, None, other)[0]
+                torch.testing.assert_close(found, wanted)
 
 
 def test_what_cannot_be_served_is_refused():
