@@ -1,7 +1,9 @@
 """Every check of an argument, once. Errors name the argument, what came and what is wanted."""
 
+import operator
 from itertools import pairwise
 from sys import float_info
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -11,8 +13,23 @@ from lightning_attention.ops import transforms
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
-_STATES = (torch.float32, torch.bfloat16, torch.float16)
-_STATES_OF_FLOAT64 = (*_STATES, torch.float64)
+STATES = (torch.float32, torch.bfloat16, torch.float16)
+_STATES_OF_FLOAT64 = (*STATES, torch.float64)
+
+
+def integer(name: str, value: SupportsIndex, least: int | None = None, most: int | None = None) -> int:
+    """The value as an int. Raises a TypeError for a bool or what is no integer, a ValueError out of the range."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be an integer") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}; it must be at least {least}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} is {number}; it must be at most {most}")
+    return number
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -168,7 +185,7 @@ def state_dtype(q: Tensor) -> torch.dtype:
 
 
 def _state_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
-    return _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES
+    return _STATES_OF_FLOAT64 if q.dtype == torch.float64 else STATES
 
 
 def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_sequences: int) -> None:
@@ -379,7 +396,7 @@ def is_decodable(
         len(pool) == 4
         and 0 not in strides
         and pool == (N if slots is None else pool[0], H, D, E)
-        and (state.dtype in _STATES or state.dtype == dtype == torch.float64)
+        and (state.dtype in STATES or state.dtype == dtype == torch.float64)
         and state.device == device
         and (
             slots is None
