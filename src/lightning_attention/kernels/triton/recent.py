@@ -20,6 +20,7 @@ from lightning_attention.kernels.triton.ring import (
     verify_recent_kernel,
 )
 from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES, decode_ring_kernel
+from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
@@ -56,11 +57,12 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
     return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
 
 
-def _read_as_used(q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple[int, ...], ring: RingTile) -> bool:
+def _read_as_used(N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple[int, ...], ring: RingTile) -> bool:
     """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, of sizes that its lanes share out."""
     D, E = k.shape[-1], v.shape[-1]
     return (
         tiling.device(state)[0] >= (8, 0)
+        and N < 1 << 16  # programs in the second direction of a grid
         and D in (64, 128)
         and E % COLUMNS.value == 0
         and ring.places <= PLACES.value
@@ -71,6 +73,16 @@ def _read_as_used(q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple
         and _aligned(k)
         and _aligned(v)
     )
+
+
+def _run_as_used(
+    kernel: Any, N: int, H: int, D: int, E: int, group: int, args: tuple[Any, ...], ring: tuple[RingTile],
+    state: Tensor,
+) -> None:  # fmt: skip
+    parts = H * (E // COLUMNS.value)
+    _check_programs(parts)
+    tile = tile_constants(D, E, group, COLUMNS.value, True, False)
+    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device())
 
 
 def _check_programs(programs: int) -> None:
@@ -111,12 +123,9 @@ def _decode(
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state)
     after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears))
-    if N < 1 << 16 and _read_as_used(q, k, v, state, strides, constants[0]):
-        tile = tile_constants(D, E, H // Hk, COLUMNS.value, True, False)
-        parts = H * (E // COLUMNS.value)
-        _check_programs(parts)
+    if _read_as_used(N, q, k, v, state, strides, constants[0]):
         args = (*before, *strides[:2], *after)
-        dispatch.run(decode_ring_kernel, (parts, N, 1), args, tile + constants, 1, state.get_device())
+        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
         return
     args = (*before, *strides, *after)
     _check_programs(H * -(-E // TILE))
@@ -167,21 +176,21 @@ def verify(
     out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
-    TILE, warps = columns(D, E, q.dtype, 1 if parents is None else 2), 4
-    if parents is None and D == E == 128:
-        TILE, warps = TUNE["verify"]
+    TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
     made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
     if T == 0:
         return made
-    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count, warps)
-    args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
-        dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), *ring, N, T,
-        H, scale, int(made is not None),
-    )  # fmt: skip
-    over_states(
-        verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, warps=warps,
-    )  # fmt: skip
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state)
+    slots, log_decay, cuts = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous()
+    after = (*ring, N, T, H, scale, int(made is not None))
+    is_short = q.dtype == ring_k.dtype != torch.float32
+    if parents is None and is_short and _read_as_used(N, q, k, v, state, strides, constants[0]):
+        args = (*before, *strides[:2], slots, log_decay, cuts, *after)
+        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+        return made
+    args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
+    over_states(verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants)
     return made
 
 

@@ -99,7 +99,7 @@ def decode_ring_kernel(
                                        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # fmt: skip
     state += slot * slot_stride + head * head_stride
     where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
-    count = count_among(counts, slot, gl.program_id(0) == 0)
+    count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
     async_copy.async_copy_global_to_shared(shared, where)
     async_copy.commit_group()
