@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.integrations import flash_linear_attention as ours
+from lightning_attention.nn import LightningAttention
 from tests.dropins.fla_calls import absent, interpreting_fla
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.support import relative_error
@@ -104,3 +105,32 @@ def test_flas_layers_compute_the_same(interpreter: Interpreter, name: str):
     for mine, theirs in zip(applied, own, strict=True):
         assert relative_error(mine, theirs) <= 1e-5
     assert relative_error(applied[2], applied[0]) <= 1e-5
+
+
+def _retention_and_its_weights(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    from importlib import import_module
+
+    with interpreting_fla(), torch.no_grad():
+        layer = import_module("fla.layers.multiscale_retention").MultiScaleRetention(hidden_size=32, num_heads=2)
+        torch.nn.init.normal_(layer.g_norm_swish_gate.weight)
+        return layer(x)[0], layer.state_dict()
+
+
+@interpreted
+@torch.no_grad()
+def test_a_layer_of_ours_with_the_weights_of_flas(interpreter: Interpreter):
+    """As docs/migrating.md says."""
+    absent()
+    x = torch.randn(2, 20, 32)
+    theirs, w = interpreter.call(_retention_and_its_weights, x)
+    layer = LightningAttention.retnet(32, 2, rope_base=10000.0, norm_weight=True)
+    layer.norm.eps = 1e-5
+    layer.load_state_dict(
+        {
+            "qkv_proj.weight": torch.cat([w[f"{name}_proj.weight"] for name in "qkv"]),
+            "gate_proj.weight": w["g_proj.weight"],
+            "out_proj.weight": w["o_proj.weight"],
+            "norm.weight": w["g_norm_swish_gate.weight"].repeat(2),
+        }
+    )
+    assert relative_error(layer(x)[0], theirs) <= 1e-5
