@@ -335,10 +335,11 @@ def _reversed(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return place.flip(0)
     validation.check_cu_seqlens(cu_seqlens, q)
-    validation.check_cu_seqlens_values(cu_seqlens, q.shape[1])
     cuts = cu_seqlens.long()
-    sequence = torch.searchsorted(cuts, place, right=True).clamp(max=len(cuts) - 1)
-    return torch.where(place < cuts[-1], cuts[sequence - 1] + cuts[sequence] - 1 - place, place)
+    sequence = torch.searchsorted(cuts, place, right=True).clamp(1, len(cuts) - 1)
+    changed = cuts[sequence - 1] + cuts[sequence] - 1 - place
+    # What is wrong with the numbers the operation says, where it may look at them.
+    return torch.where(place < cuts[-1], changed, place).clamp(0, max(len(place) - 1, 0))
 
 
 def _turned(x: Tensor, order: Tensor | None) -> Tensor:
