@@ -22,8 +22,10 @@ from tests.dropins.fla_calls import (
     interpreted_original,
     make,
     of_the_grid,
+    original,
     original_parameters,
     parameters,
+    run,
     run_ours,
 )
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
@@ -97,6 +99,23 @@ def test_flas_own_agrees(interpreter: Interpreter, name: str, option: str):
     absent()
     call = make(name, B=1, T=30, H=2, **OPTIONS[option][0])
     check(interpreter.call(interpreted_original, call), run_ours(call), TOLERANCE[FP32])
+
+
+def _definition(module: str) -> Callable[..., Any]:
+    """What fla holds its kernels to, with the arguments of a function of ours."""
+    naive = getattr(original(f"{module}.naive"), f"naive_{'' if module == 'retention' else 'recurrent_'}{module}")
+    if module == "simple_gla":
+        return lambda q, g_gamma, **rest: naive(q, g=g_gamma.expand(q.shape[:3]), **rest)
+    if module == "retention":
+        return lambda q, k, v, scale: (naive(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), None)
+    return naive
+
+
+@pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_retention", "chunk_linear_attn"])
+def test_flas_definitions_agree(name: str):
+    absent()
+    call = make(name, states=name != "chunk_retention")
+    check(run(call, _definition(MODULES[name])), run_ours(call), TOLERANCE[FP32])
 
 
 @pytest.mark.parametrize("name", MODULES)
