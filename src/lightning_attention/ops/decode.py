@@ -15,7 +15,7 @@ def lightning_attention_decode(
     state: Tensor,
     *,
     slots: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     batch_invariant: bool = False,
     recent: RecentTokens | None = None,
     out: Tensor | None = None,
@@ -39,7 +39,7 @@ def lightning_attention_decode(
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; a negative slot is padding: no
             state is touched, and its output is as ``out`` says. A slot given twice is an error, found only on the CPU.
             None: row i for sequence i, and S = N.
-        scale: factor on the output.
+        scale: factor on the output; None for D^(-1/2).
         batch_invariant: make the bits of a sequence's output and state independent of how many other sequences there
             are. They are not those of ``lightning_attention``, which rounds operands that this does not:
             docs/numerics.md.
@@ -62,9 +62,9 @@ def lightning_attention_decode(
         validation.check_inputs(q, k, v, log_decay, "N")
         validation.check_pool(state, q, v, slots, q.shape[0])
     check_recent(recent, state, q)
-    validation.check_scale(scale)
+    scale = validation.checked_scale(scale, q)
     backend = backends.choose(None, q.device)
-    inputs = q, k, v, log_decay, state, slots, scale * 1.0, batch_invariant, *tensors(recent), backend
+    inputs = q, k, v, log_decay, state, slots, scale, batch_invariant, *tensors(recent), backend
     if out is None:
         return decode(*inputs)
     validation.check_out(out, v)

@@ -18,7 +18,7 @@ def lightning_attention_prefill(
     cu_seqlens: Tensor,
     slots: Tensor | None = None,
     fresh: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     snapshot_at: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     batch_invariant: bool = False,
@@ -45,7 +45,7 @@ def lightning_attention_prefill(
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: all of it is padding, no
             state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
         fresh: [N] bool, True for a sequence that starts from zero, whatever its slot holds; None: none does.
-        scale: factor on the output.
+        scale: factor on the output; None for D^(-1/2).
         snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
             is written to the slot in ``snapshot_slots``, for prefix caching. Other values write nothing.
         snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``, none of them in ``slots``; negative: none.
@@ -70,14 +70,15 @@ def lightning_attention_prefill(
             the numbers in cu_seqlens and the slots.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
+    N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots)
+    scale = validation.checked_scale(scale, q)
     if fresh is not None:
         validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
     validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
     check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
     inputs = (
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,
+        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
         *tensors(recent), backend,
     )  # fmt: skip
     if out is None:

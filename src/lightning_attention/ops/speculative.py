@@ -18,7 +18,7 @@ def lightning_attention_verify(
     cu_seqlens: Tensor,
     slots: Tensor | None = None,
     parents: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     recent: RecentTokens | None = None,
     snapshots: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
@@ -42,7 +42,7 @@ def lightning_attention_verify(
         parents: [T] int32 or int64, each draft's parent as its place among the drafts of its sequence, an earlier
             one, or -1 for the state. None: every draft follows the one before it. ``lightning_attention.trees`` makes
             them from masks and from links.
-        scale: factor on the output.
+        scale: factor on the output; None for D^(-1/2).
         recent: the pool's rings of recent tokens, read only; the drafts follow what they hold. Not together with
             ``snapshots``. None: none.
         snapshots: [R, H, D, E], of a dtype that ``state`` may have: the state after each draft is written there,
@@ -63,7 +63,8 @@ def lightning_attention_verify(
             the numbers in the index tensors.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
+    validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots)
+    scale = validation.checked_scale(scale, q)
     if parents is not None:
         validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
     validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
@@ -74,7 +75,7 @@ def lightning_attention_verify(
         )
     backend = backends.choose(None, q.device)
     inputs = (
-        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale * 1.0, snapshots, snapshot_slots, *tensors(recent),
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, *tensors(recent),
         backend,
     )  # fmt: skip
     if out is None:

@@ -147,11 +147,15 @@ def check_no_grad(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} requires grad; this operation has no derivative, call it under torch.no_grad()")
 
 
-def check_scale(scale: float) -> None:
+def checked_scale(scale: float | None, q: Tensor) -> float:
+    """The factor on the output, as a float: D^(-1/2) for None."""
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
     if not isinstance(scale, (float, int)):
-        raise TypeError(f"scale is a {type(scale).__name__}; it must be a float")
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a float or None, for D^(-1/2)")
     if not abs(scale) <= float_info.max:
         raise ValueError(f"scale is {scale if isinstance(scale, float) else 'too large'}; it must be a finite float")
+    return scale * 1.0  # an integer would compile kernels for one, and a float then be taken for it
 
 
 def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
@@ -160,7 +164,10 @@ def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
     check_tensor("log_decay", log_decay)
     H = v.shape[-2]
     if log_decay.shape != (H,):
-        raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of v")
+        slopes = ", and of slopes log_decay is -slopes.flatten()" if log_decay.shape == (H, 1, 1) else ""
+        raise ValueError(
+            f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of v{slopes}"
+        )
     # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.
     wanted = (torch.float32,) if v.dtype != torch.float64 else (torch.float32, torch.float64)
     check_dtype("log_decay", log_decay, wanted)
@@ -175,7 +182,7 @@ def check_log_decay_values(log_decay: Tensor | None) -> None:
         if not value <= 0:
             raise ValueError(
                 f"log_decay[{head}] is {value}; it must be at most 0, the natural logarithm of a decay λ in [0, 1] per "
-                "token (-inf: no memory)"
+                "token (-inf: no memory). Of slopes, which other libraries take, log_decay is the negative"
             )
 
 
@@ -263,7 +270,6 @@ def check_index(
 
 def check_packed(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    scale: float,
 ) -> int:  # fmt: skip
     """What operations on packed sequences [T, H, *] and a pool have in common; returns N."""
     check_inputs(q, k, v, log_decay, "T")
@@ -271,7 +277,6 @@ def check_packed(
     check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     N = cu_seqlens.shape[0] - 1
     check_pool(state, q, v, slots, N)
-    check_scale(scale)
     return N
 
 
