@@ -23,9 +23,9 @@ class Alike(Generic[Found]):
     """What was found out about tensors, for others that are like them.
 
     Tensors are alike if nothing but their numbers and where these lie tells them apart: not their type, shape, strides,
-    dtype and device, not whether a gradient is wanted, and not the layers of PyTorch that an operation on them goes
-    through now (autograd, autocast, transforms, some modes). Any but the first may be None. A call that is given one
-    tensor twice is like no other.
+    dtype and device, not whether a gradient is asked for and computed, and not the layers of PyTorch that an operation
+    on them goes through now (autograd, autocast, transforms, some modes). Any but the first may be None. A call that is
+    given one tensor twice is like no other.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Alike(Generic[Found]):
 
         It is looked for by types and a size, and then each tensor is looked at in C: 0.5 µs for six, and 10 in Python.
         """
-        by_size = self._known.get((key, *map(type, tensors)))
+        by_size = self._known.get((key, torch.is_grad_enabled(), *map(type, tensors)))
         if by_size is None:
             return None
         for are_like, present, found in by_size.get(tensors[0].numel(), ()):
@@ -68,7 +68,7 @@ class Alike(Generic[Found]):
             self.clear()
         self._count += 1
         present = [x is not None for x in tensors]
-        by_size = self._known.setdefault((key, *map(type, tensors)), {})
+        by_size = self._known.setdefault((key, torch.is_grad_enabled(), *map(type, tensors)), {})
         known = _Known(_comparison(given), present, found)
         by_size.setdefault(tensors[0].numel(), []).append(known)
 
@@ -90,10 +90,9 @@ def compared_in_python(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def _likeness(tensors: Sequence[Tensor]) -> list[Any]:
-    grad = torch.is_grad_enabled()
     layers = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     found: list[Any] = [x.raw_repr() for x in layers]
     for x in tensors:
         keys = torch._C._dispatch_keys(x).raw_repr()
-        found.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, keys))
+        found.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, keys))
     return found
