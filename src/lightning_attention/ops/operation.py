@@ -91,7 +91,7 @@ class Operation:
                 return results
             return tuple(absent(inputs[0]) if x is None else x for x in results)
 
-        self.run = run_without_autocast
+        self._bare, self.run = run, run_without_autocast
         _library.impl(self.name, operator, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lightning_attention::{self.name}", fake, lib=_library)
         self.register()
@@ -116,7 +116,8 @@ class Operation:
     def checked(self, tensors: tuple[Any, ...]) -> Run:
         """What runs the operation, of tensors that were found right: this is remembered when they come again."""
         if not _watched(tensors[0]) and self._right.comes_again(tensors):
-            self._right.keep(tensors, self.run)
+            # Tensors that are alike are so under autocast, or without it.
+            self._right.keep(tensors, self.run if torch._C._is_any_autocast_enabled() else self._bare)
         return self
 
     def dispatch(self, *inputs: Any) -> Any:
@@ -194,7 +195,7 @@ def _watched(x: Tensor) -> bool:
 
 
 def _modes_watch() -> bool:
-    """What of it tensors do not show: whether they are alike does not depend on it."""
+    """Whether somebody does whom ``Alike`` does not notice."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
