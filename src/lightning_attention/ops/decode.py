@@ -57,18 +57,24 @@ def lightning_attention_decode(
             a slot past the pool or given twice.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    if not validation.is_decodable(q, k, v, log_decay, state, slots):
+    operation = decode if out is None else decode_out
+    ring = tensors(recent)
+    given = q, k, v, log_decay, state, slots, *ring, out
+    run = operation.known(given)
+    if run is None:
         validation.check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
         validation.check_inputs(q, k, v, log_decay, "N")
         validation.check_pool(state, q, v, slots, q.shape[0])
-    check_recent(recent, state, q)
+        check_recent(recent, state, q)
+        if out is not None:
+            validation.check_out(out, v)
+        run = operation.checked(given)
     scale = validation.checked_scale(scale, q)
     backend = backends.choose(None, q.device)
-    inputs = q, k, v, log_decay, state, slots, scale, batch_invariant, *tensors(recent), backend
+    inputs = q, k, v, log_decay, state, slots, scale, batch_invariant, *ring, backend
     if out is None:
-        return decode(*inputs)
-    validation.check_out(out, v)
-    decode_out(*inputs, out)
+        return run(*inputs)
+    run(*inputs, out)
     return out
 
 

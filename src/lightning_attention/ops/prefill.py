@@ -70,21 +70,28 @@ def lightning_attention_prefill(
             the numbers in cu_seqlens and the slots.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots)
+    operation = prefill if out is None else prefill_out
+    ring = tensors(recent)
+    given = q, k, v, log_decay, state, cu_seqlens, slots, fresh, snapshot_at, snapshot_slots, *ring, out
+    run = operation.known(given)
+    if run is None:
+        N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots)
+        if fresh is not None:
+            validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
+        validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
+        check_recent(recent, state, q)
+        if out is not None:
+            validation.check_out(out, v)
+        run = operation.checked(given)
     scale = validation.checked_scale(scale, q)
-    if fresh is not None:
-        validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
-    validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
-    check_recent(recent, state, q)
     backend = backends.choose(None, q.device)
     inputs = (
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
-        *tensors(recent), backend,
+        *ring, backend,
     )  # fmt: skip
     if out is None:
-        return prefill(*inputs)
-    validation.check_out(out, v)
-    prefill_out(*inputs, out)
+        return run(*inputs)
+    run(*inputs, out)
     return out
 
 

@@ -63,25 +63,31 @@ def lightning_attention_verify(
             the numbers in the index tensors.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots)
+    operation = verify if out is None else verify_out
+    ring = tensors(recent)
+    given = q, k, v, log_decay, state, cu_seqlens, slots, parents, snapshots, snapshot_slots, *ring, out
+    run = operation.known(given)
+    if run is None:
+        validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots)
+        if parents is not None:
+            validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
+        validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
+        check_recent(recent, state, q)
+        if recent is not None and snapshots is not None:
+            raise ValueError(
+                "snapshots and recent are both given; fold the rings first, or commit what is accepted to them"
+            )
+        if out is not None:
+            validation.check_out(out, v)
+        run = operation.checked(given)
     scale = validation.checked_scale(scale, q)
-    if parents is not None:
-        validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
-    validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
-    check_recent(recent, state, q)
-    if recent is not None and snapshots is not None:
-        raise ValueError(
-            "snapshots and recent are both given; fold the rings first, or commit what is accepted to them"
-        )
     backend = backends.choose(None, q.device)
     inputs = (
-        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, *tensors(recent),
-        backend,
+        q, k, v, log_decay, state, cu_seqlens, slots, parents, scale, snapshots, snapshot_slots, *ring, backend
     )  # fmt: skip
     if out is None:
-        return verify(*inputs)
-    validation.check_out(out, v)
-    verify_out(*inputs, out)
+        return run(*inputs)
+    run(*inputs, out)
     return out
 
 
@@ -147,18 +153,21 @@ def lightning_attention_commit(
             the numbers in the index tensors.
     """
     k, v = cast_for_autocast(k, v)
-    validation.check_kv(k, v, "T")
-    validation.check_cu_seqlens(cu_seqlens, k)
-    N = cu_seqlens.shape[0] - 1
-    validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
-    validation.check_log_decay(log_decay, v)
-    validation.check_pool(state, k, v, slots, N)
-    validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
-    if parents is not None:
-        validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
-    check_recent(recent, state, k)
-    backend = backends.choose(None, k.device)
-    commit(k, v, log_decay, state, cu_seqlens, accepted, slots, parents, *tensors(recent), backend)
+    given = k, v, log_decay, state, cu_seqlens, accepted, slots, parents, *tensors(recent)
+    run = commit.known(given)
+    if run is None:
+        validation.check_kv(k, v, "T")
+        validation.check_cu_seqlens(cu_seqlens, k)
+        N = cu_seqlens.shape[0] - 1
+        validation.check_no_grad(k=k, v=v, log_decay=log_decay, state=state)
+        validation.check_log_decay(log_decay, v)
+        validation.check_pool(state, k, v, slots, N)
+        validation.check_index("accepted", accepted, (k.shape[0],), "[T]", k, (torch.bool,))
+        if parents is not None:
+            validation.check_index("parents", parents, (k.shape[0],), "[T]", k)
+        check_recent(recent, state, k)
+        run = commit.checked(given)
+    run(*given, backends.choose(None, k.device))
 
 
 def _commit(

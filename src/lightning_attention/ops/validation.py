@@ -7,7 +7,6 @@ from typing import SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_attention.ops import transforms
 
@@ -176,7 +175,7 @@ def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
 
 def check_log_decay_values(log_decay: Tensor | None) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
-    if log_decay is None or log_decay.device.type != "cpu":
+    if log_decay is None or not log_decay.is_cpu:
         return
     for head, value in enumerate(log_decay.tolist()):
         if not value <= 0:
@@ -215,7 +214,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
 
 def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    if cu_seqlens is None or not cu_seqlens.is_cpu:
         return
     cuts = cu_seqlens.tolist()  # a list: for the few numbers of a call a tenth of the time of tensor operations
     if cuts[0] != 0 or any(stop < start for start, stop in pairwise(cuts)):
@@ -269,7 +268,7 @@ def check_index(
 
 
 def check_packed(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None
 ) -> int:  # fmt: skip
     """What operations on packed sequences [T, H, *] and a pool have in common; returns N."""
     check_inputs(q, k, v, log_decay, "T")
@@ -323,7 +322,7 @@ def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tens
 
 def check_draft_snapshot_values(snapshot_slots: Tensor | None, snapshots: Tensor | None, cu_seqlens: Tensor) -> None:
     """The numbers themselves, of drafts that are there, only where reading them costs no synchronisation."""
-    if snapshot_slots is None or snapshots is None or snapshot_slots.device.type != "cpu":
+    if snapshot_slots is None or snapshots is None or not snapshot_slots.is_cpu:
         return
     there = torch.arange(snapshot_slots.shape[1], device="cpu") < cu_seqlens.diff()[:, None]
     _distinct("snapshot_slots", snapshot_slots[there], snapshots.shape[0], "snapshots")
@@ -331,7 +330,7 @@ def check_draft_snapshot_values(snapshot_slots: Tensor | None, snapshots: Tensor
 
 def _distinct(name: str, slots: Tensor, num_slots: int, pool: str = "state") -> set[int]:
     """The slots that are not padding; none where they are not on the CPU."""
-    if slots.device.type != "cpu":
+    if not slots.is_cpu:
         return set()
     given = slots.flatten().tolist()
     owned = [slot for slot in given if slot >= 0]
@@ -345,7 +344,7 @@ def _distinct(name: str, slots: Tensor, num_slots: int, pool: str = "state") -> 
 
 def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
-    if parents is None or parents.device.type != "cpu":
+    if parents is None or not parents.is_cpu:
         return
     given = parents.tolist()
     for start, stop in pairwise(cu_seqlens.tolist()):
@@ -358,7 +357,7 @@ def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
 
 def check_accepted_values(accepted: Tensor, parents: Tensor | None, cu_seqlens: Tensor, slots: Tensor | None) -> None:
     """That the accepted drafts of a sequence are one path from its state, only where reading them is free."""
-    if accepted.device.type != "cpu":
+    if not accepted.is_cpu:
         return
     taken = accepted.tolist()
     given = None if parents is None else parents.tolist()
@@ -381,47 +380,3 @@ def check_accepted_values(accepted: Tensor, parents: Tensor | None, cu_seqlens: 
 
 def _shown(values: list[int]) -> str:
     return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
-
-
-def is_decodable(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None
-) -> bool:
-    """All of what ``check_no_grad``, ``check_inputs`` and ``check_pool`` want, in one look.
-
-    A decoding step of one sequence is so short that the time to find out what is wrong would show.
-    """
-    try:
-        if not (_is_right(q, k, v, log_decay, 3) and isinstance(state, Tensor)):
-            return False
-        pool, strides = state.shape, state.stride()
-    except (RuntimeError, NotImplementedError):
-        return False
-    (N, H, E), D, device, dtype = v.shape, q.shape[2], q.device, q.dtype
-    return (
-        len(pool) == 4
-        and 0 not in strides
-        and pool == (N if slots is None else pool[0], H, D, E)
-        and (state.dtype in STATES or state.dtype == dtype == torch.float64)
-        and state.device == device
-        and (
-            slots is None
-            or (
-                isinstance(slots, Tensor)
-                and slots.dtype in INDICES
-                and slots.layout == torch.strided
-                and slots.shape == (N,)
-                and slots.device == device
-            )
-        )
-        and forward_ad._current_level < 0
-        and not (
-            torch.is_grad_enabled()
-            and (
-                q.requires_grad
-                or k.requires_grad
-                or v.requires_grad
-                or state.requires_grad
-                or (log_decay is not None and log_decay.requires_grad)
-            )
-        )
-    )
