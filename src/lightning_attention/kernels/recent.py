@@ -141,18 +141,32 @@ class OverRings:
         count: Tensor | None, low: Tensor | None, state_scale: Tensor | None, out: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """From whole states, and to them: no ring must outlive the state that it belongs to."""
-        if ring_k is not None and ring_v is not None and count is not None:
-            rows, empty = rows_of_prefill(slots, fresh, snapshot_slots)
-            self.fold(state, log_decay, rows, empty, ring_k, ring_v, count, low, state_scale)
-        if low is None:
-            return self._prefill(
-                q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots,
-                batch_invariant, out,
+        rings = None if ring_k is None or ring_v is None or count is None else Rings(ring_k, ring_v, count)
+        if low is not None:
+            return self._prefill_over_copies(
+                q, k, v, log_decay, Stored(state, low, state_scale), rings, cu_seqlens, slots, fresh, scale,
+                snapshot_at, snapshot_slots, batch_invariant, out,
             )  # fmt: skip
-        stored, (rows, places, snapshots) = (
-            Stored(state, low, state_scale), quantized.rows_of_prefill(slots, cu_seqlens, snapshot_at, snapshot_slots)
+        assert rings is not None
+        self.fold(state, log_decay, *rows_of_prefill(slots, fresh, snapshot_slots), *rings, None, None)
+        return self._prefill(
+            q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
+            out,
         )  # fmt: skip
-        states = stored.read(slots, self._sums(v), fresh)
+
+    def _prefill_over_copies(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, stored: Stored, rings: Rings | None,
+        cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
+        snapshot_slots: Tensor | None, batch_invariant: bool, out: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """In floats, so that a state in 8 bits is rounded once."""
+        rate = self._rate(log_decay, v, v.shape[1])
+        rows, places, snapshots = quantized.rows_of_prefill(slots, cu_seqlens, snapshot_at, snapshot_slots)
+        states = stored.read(slots, rate.dtype, fresh)
+        if rings is not None:
+            whole = _whole(states, _read(rings, slots), rate)
+            states = whole if fresh is None else torch.where(fresh[:, None, None, None], states, whole)
+            pool.write(rings.counts, rows, torch.zeros_like(rows))
         states = torch.cat([states, states.new_zeros(len(rows) - len(places), *states.shape[1:])])
         made = self._prefill(
             q, k, v, log_decay, states, cu_seqlens, places, None, scale, snapshot_at, snapshots, batch_invariant, out
