@@ -16,9 +16,9 @@ class QuantizedStates:
 
     Given as ``state`` to the serving operations; decode, verify and commit want ``recent`` with it. A state S is
     scale · (high + low / 254), a column e of it having one scale, so that its largest number is 127 in ``high``. Steps
-    read scale · high, which has a relative error of some 7e-3 (docs/numerics.md); S, which a fold or a prefill starts
+    read scale · high, which has a relative error of 6e-3 (docs/numerics.md); S, which a fold or a prefill starts
     from, has one 254 times smaller, and so the errors of steps do not add up. A column with a NaN or an infinity in it
-    is NaN all over when it is read. The least scale is 2^-100: numbers below 1e-33 may be read as 0.
+    is NaN all over when it is read. The least scale is 2^-100: numbers below 1.6e-33 are read as 0.
 
     A row of all three tensors is a sequence's state, with its row of ``recent``: copy them to any slot, or have
     ``dequantize`` make floats of them and ``quantize`` make them of floats.
@@ -63,8 +63,8 @@ class QuantizedStates:
     def quantize(self, states: Tensor, slots: Tensor | None = None) -> None:
         """Write rows, in place, each number to the nearest that the two planes have.
 
-        Nothing is read on the host. What a ring holds of these rows belongs to what was there before: set its
-        ``count`` to 0, or have the next call on them be a prefill that is ``fresh``.
+        Nothing is read on the host. Rings are not known here: what one holds belongs to the state that was there
+        before, and is dropped by setting its ``count`` to 0.
 
         Args:
             states: [N, H, D, E] float32; any strides.
