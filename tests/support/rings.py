@@ -111,7 +111,7 @@ def _walk(
     rng, log_decay = random.Random(seed), of.log_decay()
     states = torch.randn(of.S, of.H, of.D, of.E)
     pool, recent = of.pool(states, device), of.rings(device)
-    reference = ReferencePool(pool.cpu() if isinstance(pool, Tensor) else states, log_decay, 0.5)
+    reference = ReferencePool(pool.to("cpu", copy=True) if isinstance(pool, Tensor) else states, log_decay, 0.5)
     log_decay = None if log_decay is None else log_decay.to(device)
     all_tensors = [*tensors(pool), recent.k, recent.v, recent.count]
     for step in range(steps):
