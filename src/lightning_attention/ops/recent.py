@@ -11,7 +11,7 @@ from lightning_attention.ops import validation
 LONGEST = 64
 
 #: What an operation on a pool and its rings writes to.
-WRITTEN = ("state", "recent_k", "recent_v", "recent_count")
+WRITTEN = ("state", "recent_k", "recent_v", "recent_count", "state_low", "state_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +80,13 @@ def check_recent(recent: RecentTokens | None, state: Tensor, q: Tensor) -> None:
         _check(state, recent, (q.dtype, validation.state_dtype(q)))
 
 
-def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None) -> None:
+def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None, is_quantized: bool) -> None:
     """A pool and its rings, without tokens."""
     validation.check_tensor("state", state)
     if state.ndim != 4 or 0 in state.shape[1:]:
         raise ValueError(f"state has shape {list(state.shape)}; it must be [S, H, D, E], H, D and E at least 1")
     _check(state, recent, validation.FLOATS)
-    validation.check_pool(state, recent.k[:, :, 0], recent.v[:, :, 0], None, state.shape[0])
+    validation.check_pool(state, recent.k[:, :, 0], recent.v[:, :, 0], None, state.shape[0], is_quantized)
     validation.check_log_decay(log_decay, recent.v[:, :, 0])
 
 

@@ -223,9 +223,17 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
         raise ValueError(f"cu_seqlens ends at {cuts[-1]}; it must not pass the {num_tokens} tokens of q")
 
 
-def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int) -> None:
-    """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own."""
-    _check_states("state", state, "S", q, v)
+def check_pool(
+    state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int, is_quantized: bool = False
+) -> None:
+    """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own.
+
+    ``is_quantized``: ``state`` is the first plane of QuantizedStates.
+    """
+    if is_quantized:
+        _check_states("state.high", state, "S", q, v, (torch.int8,))
+    else:
+        _check_states("state", state, "S", q, v, _state_dtypes(q))
     if slots is None:
         if state.shape[0] != num_sequences:
             raise ValueError(
@@ -235,12 +243,14 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
     check_index("slots", slots, (num_sequences,), "[N]", q)
 
 
-def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor) -> None:
+def _check_states(
+    name: str, states: Tensor, rows: str, q: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:  # fmt: skip
     check_tensor(name, states)
     if states.ndim != 4 or states.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[{rows}, H, D, E] = [{rows}, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
         raise ValueError(f"{name} has shape {list(states.shape)}; it must be {wanted}")
-    check_dtype(name, states, _state_dtypes(q))
+    check_dtype(name, states, dtypes)
     check_device(name, states, q)
     if any(stride == 0 and size > 1 for stride, size in zip(states.stride(), states.shape, strict=True)):
         raise ValueError(f"{name} has strides {list(states.stride())}; its numbers must each have a place of their own")
@@ -268,14 +278,15 @@ def check_index(
 
 
 def check_packed(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
+    is_quantized: bool,
 ) -> int:  # fmt: skip
     """What operations on packed sequences [T, H, *] and a pool have in common; returns N."""
     check_inputs(q, k, v, log_decay, "T")
     check_cu_seqlens(cu_seqlens, q)
     check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     N = cu_seqlens.shape[0] - 1
-    check_pool(state, q, v, slots, N)
+    check_pool(state, q, v, slots, N, is_quantized)
     return N
 
 
@@ -302,7 +313,7 @@ def check_draft_snapshots(
         raise ValueError("snapshots came without snapshot_slots; states after drafts want both")
     if snapshots is None:
         raise ValueError("snapshot_slots came without snapshots; states after drafts want both")
-    _check_states("snapshots", snapshots, "R", q, v)
+    _check_states("snapshots", snapshots, "R", q, v, _state_dtypes(q))
     check_no_grad(snapshots=snapshots)
     check_tensor("snapshot_slots", snapshot_slots)
     wanted = (num_sequences, snapshot_slots.shape[-1] if snapshot_slots.ndim else 0)
