@@ -72,7 +72,7 @@ def over_states(
     dispatch.run(
         kernel, (programs or N * H * -(-E // TILE), 1, 1), args, tile_constants(D, E, group, TILE, *lie) + ring, warps,
         state.get_device(),
-        lambda: [tile_constants(D, E, group, columns, *lie) + ring for columns in (16, 32, 64, 128) if columns <= widest],
+        lambda: [tile_constants(D, E, group, x, *lie) + ring for x in (16, 32, 64, 128) if x <= widest],
         lambda constants: registers(constants[0].columns),
     )  # fmt: skip
 

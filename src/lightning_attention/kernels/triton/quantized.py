@@ -1,7 +1,6 @@
 """Rows of a pool in 8 bits from and to float32, and prefill over such a pool.
 
-kernels/quantized.py says what the planes hold. A program has all D rows of some columns of one head's state, as in
-recurrent.py, and so finds the columns' scales by itself.
+A program has all D rows of some columns of one head's state, as in recurrent.py; planes.py reads and writes them.
 """
 
 from functools import cache
@@ -16,25 +15,19 @@ from lightning_attention.kernels import quantized
 from lightning_attention.kernels.triton import dispatch, recent, tiling
 from lightning_attention.kernels.triton import prefill as over_floats
 from lightning_attention.kernels.triton.decode import columns
+from lightning_attention.kernels.triton.numerics import natural_decay
+from lightning_attention.kernels.triton.planes import Planes, read_columns, write_columns
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import (
     States,
     StateTile,
-    load_row,
     place,
     slot_of,
     state_tile,
-    store_row,
     zero_state,
 )
-from lightning_attention.kernels.triton.numerics import natural_decay
 from lightning_attention.kernels.triton.ring import RingTile, held_by, held_keys, held_values, ring_of, taken_up
 from lightning_attention.kernels.triton.work import starts_from_initial
-
-LEVELS: tl.constexpr = tl.constexpr(quantized.LEVELS)
-PARTS: tl.constexpr = tl.constexpr(quantized.PARTS)
-LEAST: tl.constexpr = tl.constexpr(quantized.LEAST)
-LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 NO_RING = RingTile(1, tiling.padded(1), False, False, "ieee", 128, 1)
 
@@ -117,14 +110,6 @@ def _run(kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any
     dispatch.run(kernel, (programs, 1, 1), args, constants, 4, high.get_device())
 
 
-@triton.jit
-def planes_tile(high, low, slot_stride, head_stride, slot, head, column, TILE: tl.constexpr):
-    """Where a program's part of both planes lies, and which of it exists."""
-    where, exists = state_tile(States(high, slot_stride, head_stride, TILE.E, 1), slot, head, column, TILE)
-    low_where, _ = state_tile(States(low, slot_stride, head_stride, TILE.E, 1), slot, head, column, TILE)
-    return where, low_where, exists
-
-
 @dispatch.unspecialized(triton.jit)
 def dequantize_kernel(
         high, slot_stride: "i64", head_stride: "i64", low, scale, scale_slot_stride: "i64", scale_head_stride: "i64",
@@ -135,10 +120,9 @@ def dequantize_kernel(
     slot = slot_of(slots, n)
     S = zero_state(TILE)
     if (slot >= 0) & starts_from_initial(fresh, n):
-        where, low_where, exists = planes_tile(high, low, slot_stride, head_stride, slot, head, column, TILE)
-        by = load_row(scale + slot * scale_slot_stride + head * scale_head_stride, column, TILE.E, TILE.columns)
-        S = tl.load(where, mask=exists, other=0).to(tl.float32) * by[None, :]
-        S += tl.load(low_where, mask=exists, other=0).to(tl.float32) * (by / PARTS)[None, :]
+        pool = States(high, slot_stride, head_stride, TILE.E, 1)
+        planes = Planes(low, scale, scale_slot_stride, scale_head_stride)
+        S = read_columns(pool, planes, slot, head, column, TILE, TILE.columns)
         if counts is not None:
             ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride,
                            ring_v_head_stride, slot, head)  # fmt: skip
@@ -148,24 +132,6 @@ def dequantize_kernel(
     size: tl.constexpr = TILE.D * TILE.E
     where, exists = state_tile(States(states, H * size, size, TILE.E, 1), n.to(tl.int64), head, column, TILE)
     tl.store(where, S, mask=exists)
-
-
-@triton.jit
-def planes_of(S):
-    """A program's part of a state as high, low and the columns' scales."""
-    # Not by the largest number: whether a NaN is one differs from chip to chip.
-    is_finite = tl.sum((tl.abs(S) <= LARGEST).to(tl.int32), 0) == S.shape[0]
-    by = tl.maximum(tl.max(tl.where(is_finite[None, :], tl.abs(S), 0.0), 0) / LEVELS, LEAST)
-    S = tl.where(is_finite[None, :], S, 0.0)
-    per = 1.0 / by
-    high = nearest(S * per[None, :])
-    low = nearest((S - high * by[None, :]) * (per * PARTS)[None, :])
-    return high.to(tl.int8), low.to(tl.int8), tl.where(is_finite, by, float("nan"))
-
-
-@triton.jit
-def nearest(x):
-    return tl.minimum(tl.maximum(tl.floor(x + 0.5), -LEVELS), LEVELS)
 
 
 @dispatch.unspecialized(triton.jit)
@@ -178,11 +144,10 @@ def quantize_kernel(
         return
     size: tl.constexpr = TILE.D * TILE.E
     where, exists = state_tile(States(states, H * size, size, TILE.E, 1), n.to(tl.int64), head, column, TILE)
-    high_rows, low_rows, by = planes_of(tl.load(where, mask=exists, other=0.0))
-    where, low_where, exists = planes_tile(high, low, slot_stride, head_stride, slot, head, column, TILE)
-    tl.store(where, high_rows, mask=exists)
-    tl.store(low_where, low_rows, mask=exists)
-    store_row(scale + slot * scale_slot_stride + head * scale_head_stride, column, TILE.E, by, TILE.columns)
+    S = tl.load(where, mask=exists, other=0.0)
+    pool = States(high, slot_stride, head_stride, TILE.E, 1)
+    planes = Planes(low, scale, scale_slot_stride, scale_head_stride)
+    write_columns(pool, planes, slot, head, column, S, TILE, TILE.columns)
     if counts is not None:
         if (head == 0) & (column == 0):
             tl.store(counts + slot, 0)

@@ -24,6 +24,7 @@ from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
+FEW = 136  # registers of a thread that decodes over 8 bits: the compiler would take more, for what a fold does at once
 TUNE = {"verify": (64, 2), "commit": (64, 2)}
 
 
@@ -47,9 +48,15 @@ def _ring(k: Tensor, v: Tensor, count: Tensor, warps: int = 4) -> tuple[tuple[An
     return (k, *k.stride()[:2], v, *v.stride()[:2], count), constants
 
 
+def _planes(low: Tensor | None, scale: Tensor | None) -> tuple[Any, ...]:
+    """What a pool in 8 bits has beside ``high``, as the kernels' arguments."""
+    return (None, None, 0, 0) if scale is None else (low, scale, *scale.stride()[:2])
+
+
 def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_invariant: bool) -> tuple[int, int]:
     """Columns of a program of decode, and the most that other calls like it take; all of a state's where there are
-    states enough: what is done for the ring is most of a program's instructions."""
+    states enough: what is done for the ring is most of a program's instructions.
+    """
     widest = columns(D, E, q.dtype)
     if batch_invariant:
         return widest, widest
@@ -57,8 +64,10 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
     return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
 
 
-def _read_as_used(N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple[int, ...], ring: RingTile) -> bool:
-    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, of sizes that its lanes share out."""
+def _read_as_used(
+    N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, low: Tensor | None, scale: Tensor | None, ring: RingTile
+) -> bool:  # fmt: skip
+    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, of sizes that lanes share out."""
     D, E = k.shape[-1], v.shape[-1]
     return (
         tiling.device(state)[0] >= (8, 0)
@@ -68,21 +77,26 @@ def _read_as_used(N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, stride
         and ring.places <= PLACES.value
         and ring.aligned_k
         and ring.aligned_v
-        and layout(state, strides, D, E) == (True, False)
-        and _aligned(q)
-        and _aligned(k)
-        and _aligned(v)
+        and all(x is None or layout(x, x.stride(), D, E) == (True, False) for x in (state, low))
+        and all(x is None or _aligned(x) for x in (q, k, v, scale))
     )
 
 
+def _width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
+    """Columns of a program of ``ring_decode.py``; of 8 bits twice as many, where there are states enough."""
+    many = batch_invariant or N * H >= 2048
+    return COLUMNS.value * (2 if state.dtype == torch.int8 and E % (2 * COLUMNS.value) == 0 and many else 1)
+
+
 def _run_as_used(
-    kernel: Any, N: int, H: int, D: int, E: int, group: int, args: tuple[Any, ...], ring: tuple[RingTile],
-    state: Tensor,
+    kernel: Any, N: int, H: int, D: int, E: int, group: int, columns: int, args: tuple[Any, ...],
+    ring: tuple[RingTile], state: Tensor,
 ) -> None:  # fmt: skip
-    parts = H * (E // COLUMNS.value)
+    parts = H * (E // columns)
     _check_programs(parts)
-    tile = tile_constants(D, E, group, COLUMNS.value, True, False)
-    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device())
+    tile = tile_constants(D, E, group, columns, True, False)
+    few = FEW if kernel is decode_ring_kernel and state.dtype == torch.int8 else 0
+    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device(), registers=lambda _: few)
 
 
 def _check_programs(programs: int) -> None:
@@ -93,12 +107,15 @@ def _check_programs(programs: int) -> None:
 @recorded
 def decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None, scale: float,
-    batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor | None = None,
+    batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, low: Tensor | None = None,
+    state_scale: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     made = None if out is not None else torch.empty_like(v, memory_format=torch.contiguous_format)
-    results = out if made is None else made
+    results, ring = out if made is None else made, (ring_k, ring_v, count)
     clears = made is not None
-    _decode(q, k, v, log_decay, state, slots, None, scale, batch_invariant, ring_k, ring_v, count, results, clears)
+    _decode(
+        q, k, v, log_decay, state, slots, None, scale, batch_invariant, *ring, low, state_scale, results, clears
+    )  # fmt: skip
     return made
 
 
@@ -107,13 +124,14 @@ def _decode_singles(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor, cu_seqlens: Tensor,
     scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    _decode(q, k, v, log_decay, state, slots, cu_seqlens.contiguous(), scale, False, ring_k, ring_v, count, out, False)
+    cuts, ring = cu_seqlens.contiguous(), (ring_k, ring_v, count)
+    _decode(q, k, v, log_decay, state, slots, cuts, scale, False, *ring, None, None, out, False)
 
 
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
-    out: Tensor | None, clears: bool,
+    low: Tensor | None, state_scale: Tensor | None, out: Tensor | None, clears: bool,
 ) -> None:  # fmt: skip
     (_, H, E), (_, Hk, D) = v.shape, k.shape
     N = len(v) if slots is None else len(slots)
@@ -122,14 +140,17 @@ def _decode(
         return
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state)
-    after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears))
-    if _read_as_used(N, q, k, v, state, strides, constants[0]):
-        args = (*before, *strides[:2], *after)
-        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+    planes = _planes(low, state_scale)
+    after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, *planes, H, scale, int(clears))
+    if _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
+        args, width = (*before, *strides[:2], *after), _width(E, N, H, state, batch_invariant)
+        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state)
         return
     args = (*before, *strides, *after)
     _check_programs(H * -(-E // TILE))
-    over_states(decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants)
+    over_states(
+        decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, written=low, ring=constants
+    )  # fmt: skip
 
 
 @recorded
@@ -173,7 +194,7 @@ def prefill(
 def verify(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, parents: Tensor | None, scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor,
-    out: Tensor | None = None,
+    low: Tensor | None = None, state_scale: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE = columns(D, E, q.dtype, 1 if parents is None else 2)
@@ -183,21 +204,24 @@ def verify(
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state)
     slots, log_decay, cuts = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous()
-    after = (*ring, N, T, H, scale, int(made is not None))
+    after = (*ring, *_planes(low, state_scale), N, T, H, scale, int(made is not None))
     is_short = q.dtype == ring_k.dtype != torch.float32
-    if parents is None and is_short and _read_as_used(N, q, k, v, state, strides, constants[0]):
+    if parents is None and is_short and _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
         args = (*before, *strides[:2], slots, log_decay, cuts, *after)
-        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, COLUMNS.value, args, constants, state)
         return made
     args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
-    over_states(verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants)
+    over_states(
+        verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=low, ring=constants
+    )  # fmt: skip
     return made
 
 
 @recorded
 def commit(
     k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
-    slots: Tensor | None, ring_k: Tensor, ring_v: Tensor, count: Tensor,
+    slots: Tensor | None, ring_k: Tensor, ring_v: Tensor, count: Tensor, low: Tensor | None = None,
+    state_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
     TILE, warps = columns(D, E, k.dtype), 4
@@ -208,18 +232,19 @@ def commit(
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count, warps)
     args = (
         k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots), dispatch.dense(log_decay),
-        cu_seqlens.contiguous(), accepted.contiguous(), *ring, H,
+        cu_seqlens.contiguous(), accepted.contiguous(), *ring, *_planes(low, state_scale), H,
     )  # fmt: skip
     _check_programs(H)
     over_states(
-        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H, warps=warps,
+        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=low, ring=constants,
+        programs=N * H, warps=warps,
     )  # fmt: skip
 
 
 @recorded
 def fold(
     state: Tensor, log_decay: Tensor | None, slots: Tensor | None, fresh: Tensor | None, ring_k: Tensor, ring_v: Tensor,
-    count: Tensor,
+    count: Tensor, low: Tensor | None = None, state_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     S, H, D, E = state.shape
     N = S if slots is None else slots.shape[0]
@@ -230,6 +255,8 @@ def fold(
         return
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     fresh = None if fresh is None else fresh.contiguous().view(torch.uint8)
-    args = (state, *strides, dispatch.dense(slots), fresh, dispatch.dense(log_decay), *ring, H)
+    args = (
+        state, *strides, dispatch.dense(slots), fresh, dispatch.dense(log_decay), *ring, *_planes(low, state_scale), H
+    )  # fmt: skip
     _check_programs(H * -(-E // TILE))
-    over_states(fold_kernel, (N, H, D, E, 1), args, state, strides, TILE, ring=constants)
+    over_states(fold_kernel, (N, H, D, E, 1), args, state, strides, TILE, written=low, ring=constants)

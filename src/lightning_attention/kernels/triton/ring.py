@@ -17,12 +17,12 @@ import triton.language as tl
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
+from lightning_attention.kernels.triton.planes import Planes, read_columns, scale_of, write_columns
 from lightning_attention.kernels.triton.recurrent import (
     Snapshots,
     States,
     Vectors,
     clear_padding_drafts,
-    columns_at,
     count_accepted,
     load_row,
     part_of_row,
@@ -223,8 +223,9 @@ def decode_recent_kernel(
         q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
         v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
         row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64",
-        ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale,
-        clears, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
+        ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, low, scales,
+        scale_slot_stride: "i64", scale_head_stride: "i64", H, scale, clears, TILE: tl.constexpr,
+        RING: tl.constexpr):  # fmt: skip
     """Token n of sequence n or, where they are packed, its first; of those without a slot others see to the output."""
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
@@ -240,7 +241,9 @@ def decode_recent_kernel(
     count = count_among(counts, slot, program)
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
-    loaded = tl.load(where, mask=exists, other=0.0)
+    loaded = tl.load(where, mask=exists, other=0)
+    planes = Planes(low, scales, scale_slot_stride, scale_head_stride)
+    by = scale_of(planes, slot, head, column, TILE, TILE.columns)
     ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride, ring_v_head_stride, slot,
                    head)  # fmt: skip
     held = held_by(count, head, RING)
@@ -252,7 +255,7 @@ def decode_recent_kernel(
     q_row = whole_row(Vectors(q, q_token_stride, q_head_stride), token, head, TILE)
     x = natural_decay(log_decay, head)
     # Of the state as it was, whether the head folds now or not.
-    read = tl.sum(q_row[:, None] * loaded.to(tl.float32), 0) * power(x, held.tokens + 1)
+    read = tl.sum(q_row[:, None] * loaded.to(tl.float32), 0) * by * power(x, held.tokens + 1)
     read += tl.sum(q_row * k_row, 0) * v_row + read_rows(q_row, old_keys, old_values, x, held.age + 1)
     store_row(out + (token * H + head) * TILE.E, column, TILE.E, read * scale, TILE.columns)
 
@@ -268,12 +271,12 @@ def decode_recent_kernel(
         whole, rest = whole_and_rest(x)
         PART: tl.constexpr = min(FOLDED, TILE.columns)
         for start in tl.range(column, column + TILE.columns, PART, num_stages=1):
-            where_part, exists_part = columns_at(states, slot, head, start, TILE, PART)
-            S = tl.load(where_part, mask=exists_part, other=0.0).to(tl.float32)
+            S = read_columns(states, planes, slot, head, start, TILE, PART)
             old_part = held_values(ring, start, held, TILE, PART, RING)
             S = taken_up(S, old_keys, old_part, held.age, held.tokens, x, RING)
             v_part = load_row(v + token * v_token_stride + head * v_head_stride, start, TILE.E, PART)
-            tl.store(where_part, step(S, k_row, v_part, whole, rest), mask=exists_part)
+            S = step(S, k_row, v_part, whole, rest)
+            write_columns(states, planes, slot, head, start, S, TILE, PART)
 
 
 @dispatch.unspecialized(triton.jit)
@@ -341,7 +344,8 @@ def verify_recent_kernel(
         v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64",
         row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens, parents, ring_k,
         ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64",
-        ring_v_head_stride: "i64", counts, N, T, H, scale, clears, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
+        ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64", scale_head_stride: "i64", N, T, H,
+        scale, clears, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     first = tl.load(cu_seqlens + n).to(tl.int64)
     last = tl.load(cu_seqlens + n + 1).to(tl.int64)
@@ -352,7 +356,10 @@ def verify_recent_kernel(
         return
     states = States(state, slot_stride, head_stride, row_stride, column_stride)
     where, exists = state_tile(states, slot, head, column, TILE)
-    S = tl.load(where, mask=exists, other=0.0)
+    S = tl.load(where, mask=exists, other=0)
+    if low is not None:
+        planes = Planes(low, scales, scale_slot_stride, scale_head_stride)
+        S = S.to(tl.float32) * scale_of(planes, slot, head, column, TILE, TILE.columns)[None, :]
     ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride, ring_v_head_stride, slot,
                    head)  # fmt: skip
     held = held_by(count_of(counts, slot), head, RING)
@@ -392,7 +399,8 @@ def commit_recent_kernel(
         k, k_token_stride: "i64", k_head_stride: "i64", v, v_token_stride: "i64", v_head_stride: "i64", state,
         slot_stride: "i64", head_stride: "i64", row_stride: "i64", column_stride: "i64", slots, log_decay, cu_seqlens,
         accepted, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64",
-        ring_v_head_stride: "i64", counts, H, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
+        ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64", scale_head_stride: "i64", H,
+        TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
     """A program has all columns of a head's state, part by part.
 
     What comes after the head's last turn to fold goes to the very places of the tokens that it folds, whose keys are
@@ -420,9 +428,9 @@ def commit_recent_kernel(
         states = States(state, slot_stride, head_stride, row_stride, column_stride)
         x = natural_decay(log_decay, head)
         old_keys = held_keys(ring, held, TILE, RING)
+        planes = Planes(low, scales, scale_slot_stride, scale_head_stride)
         for column in tl.range(0, TILE.E, TILE.columns, num_stages=1):
-            where, exists = state_tile(states, slot, head, column, TILE)
-            S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
+            S = read_columns(states, planes, slot, head, column, TILE, TILE.columns)
             old_values = held_values(ring, column, held, TILE, TILE.columns, RING)
             S = taken_up(S, old_keys, old_values, held.age, held.tokens, x, RING)
             done = 0
@@ -435,7 +443,7 @@ def commit_recent_kernel(
                 values = load_rows(v, v_token_stride, new.token, is_folded, column, TILE.E, TILE.columns, False)
                 age = tl.where(is_folded, until - 1 - new.rank, 0)
                 S = taken_up(S, keys, values, age, tl.sum(is_folded.to(tl.int32), 0), x, RING)
-            tl.store(where, S, mask=exists)
+            write_columns(states, planes, slot, head, column, S, TILE, TILE.columns)
         tl.debug_barrier()  # all threads have read what is overwritten now
     done = 0
     for block in tl.range(first, last, DRAFTS, num_stages=1):
@@ -454,8 +462,8 @@ def commit_recent_kernel(
 @dispatch.unspecialized(triton.jit)
 def fold_kernel(state, slot_stride: "i64", head_stride: "i64", row_stride: "i64", column_stride: "i64", slots, fresh,
                 log_decay, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v,
-                ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, TILE: tl.constexpr,
-                RING: tl.constexpr):  # fmt: skip
+                ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64",
+                scale_head_stride: "i64", H, TILE: tl.constexpr, RING: tl.constexpr):  # fmt: skip
     n, head, column = place(H, TILE)
     slot = slot_of(slots, n)
     if slot < 0:
@@ -465,13 +473,13 @@ def fold_kernel(state, slot_stride: "i64", head_stride: "i64", row_stride: "i64"
     held = held_by(count, head, RING)
     if (held.tokens > 0) & starts_from_initial(fresh, n):
         states = States(state, slot_stride, head_stride, row_stride, column_stride)
-        where, exists = state_tile(states, slot, head, column, TILE)
-        S = tl.load(where, mask=exists, other=0.0).to(tl.float32)
+        planes = Planes(low, scales, scale_slot_stride, scale_head_stride)
+        S = read_columns(states, planes, slot, head, column, TILE, TILE.columns)
         ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride, ring_v_head_stride,
                        slot, head)  # fmt: skip
         old_values = held_values(ring, column, held, TILE, TILE.columns, RING)
         x = natural_decay(log_decay, head)
         S = taken_up(S, held_keys(ring, held, TILE, RING), old_values, held.age, held.tokens, x, RING)
-        tl.store(where, S, mask=exists)
+        write_columns(states, planes, slot, head, column, S, TILE, TILE.columns)
     tiles: tl.constexpr = (TILE.E + TILE.columns - 1) // TILE.columns
     give(counts, slot, count * 0, ticket, H * tiles, RING)

@@ -1,10 +1,10 @@
 """Decode over states with rings on NVIDIA chips, in Gluon: what ``decode_recent_kernel`` computes, with fewer waits.
 
 Triton passes each row that it loads through shared memory, to give it the layout of what it is multiplied with: the
-threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state and
-needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q, k and of the
-ring's keys. States come by way of shared memory, where they wait without taking registers: so all loads of a program
-are on their way at once, and three or more programs a multiprocessor.
+threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, or
+64 in 8 bits, and needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q
+and of the ring's keys. States come by way of shared memory, where they wait without taking registers: so all loads of a
+program are on their way at once, and three or more programs a multiprocessor.
 """
 
 from triton.experimental import gluon
@@ -15,10 +15,12 @@ from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
 from lightning_attention.kernels.triton.ring import arrive, count_among, power, top_bits
+from lightning_attention.kernels.triton.ring_planes import fold_planes, numbers
 
-COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has
+COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be twice as many
 FOLDED = gl.constexpr(32)  # rows of a state, at once
 PLACES = gl.constexpr(16)  # of a ring, at most
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.constexpr_function
@@ -28,17 +30,23 @@ def width_of(dtype):
 
 
 @gluon.constexpr_function
-def tile_layout(rows, width):
-    """A tile [rows, 32] of a state, or of values: each group of lanes has rows one after another."""
-    lanes = 32 // width
+def copies_of(dtype, columns):
+    """Of a program's part of a state, that shared memory has room for; two planes of 32 columns are folded there."""
+    return 64 // columns if dtype.primitive_bitwidth == 8 else 1
+
+
+@gluon.constexpr_function
+def tile_layout(rows, width, columns=32):
+    """A tile of a state, or of values: each group of lanes has rows one after another."""
+    lanes = columns // width
     groups = 32 // lanes
     return gl.BlockedLayout([rows // groups, width], [groups, lanes], [1, 1], [1, 0])
 
 
 @gluon.constexpr_function
-def keys_layout(D, width):
+def keys_layout(D, width, columns):
     """A ring's keys [16, D]: a lane has the rows of its group in ``tile_layout`` as its part of D."""
-    lanes = 32 // width
+    lanes = columns // width
     dims = D * lanes // 32
     powers = [1 << i for i in range(8)]
     registers = [[0, i] for i in powers if i < dims] + [[i, 0] for i in powers if lanes <= i < 16]
@@ -67,16 +75,19 @@ def add_product(a, b, c):
 @dispatch.unspecialized(gluon.jit)
 def decode_ring_kernel(
         q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
-        v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64", slots, log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64",
-        ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale,
-        clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
+        v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64", slots,
+        log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v,
+        ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64",
+        scale_head_stride: "i64", H, scale, clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
     """Arguments and their meaning are those of ``decode_recent_kernel``; D, E, R and all rows as ``takes`` says."""
     D: gl.constexpr = TILE.D
     E: gl.constexpr = TILE.E
+    COLUMNS: gl.constexpr = TILE.columns
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
-    LAYOUT: gl.constexpr = tile_layout(D, WIDTH)
-    VALUES: gl.constexpr = tile_layout(PLACES, WIDTH)
-    KEYS: gl.constexpr = keys_layout(D, WIDTH)
+    LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
+    VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
+    KEYS: gl.constexpr = keys_layout(D, WIDTH, COLUMNS)
+    SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
     n = gl.program_id(1)
     head = gl.program_id(0) // (E // COLUMNS)
     column = gl.program_id(0) % (E // COLUMNS) * COLUMNS
@@ -88,21 +99,27 @@ def decode_ring_kernel(
         token = gl.load(cu_seqlens + n).to(gl.int64)
         token = gl.where(slot >= 0, token, 0)  # padding may have none
     q_row = row(q, token * q_token_stride + head // TILE.group * q_head_stride, rows)
-    k_row = row(k, token * k_token_stride + head // TILE.group * k_head_stride, rows)
+    share = gl.arange(0, D, layout=SHARES)
+    k_share = row(k, token * k_token_stride + head // TILE.group * k_head_stride, share)
+    q_share = row(q, token * q_token_stride + head // TILE.group * q_head_stride, share)
     v_row = row(v, token * v_token_stride + head * v_head_stride, cols)
     out += (token * H + head) * E
     if slot < 0:
         if clears != 0:
             gl.store(out + cols, gl.zeros([COLUMNS], gl.float32, layout=gl.SliceLayout(0, LAYOUT)))
         return
-    shared = gl.allocate_shared_memory(state.dtype.element_ty, [D, COLUMNS],
-                                       gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # fmt: skip
+    COPIES: gl.constexpr = copies_of(state.dtype.element_ty, COLUMNS)
+    buffer = gl.allocate_shared_memory(state.dtype.element_ty, [COPIES, D, COLUMNS], PLAIN)
+    shared = buffer.index(0)
     state += slot * slot_stride + head * head_stride
     where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
     count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
     async_copy.async_copy_global_to_shared(shared, where)
     async_copy.commit_group()
+    if low is not None:
+        scales += slot * scale_slot_stride + head * scale_head_stride
+        by = gl.load(gl.multiple_of(scales + cols, 16))
     gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
     since = (count + head * RING.places // RING.heads) % RING.places
@@ -124,7 +141,7 @@ def decode_ring_kernel(
     # another token a head holds R − 1 at most.
     place = count % RING.places
     if column == 0:
-        gl.store(gl.multiple_of(ring_k + place * D + rows, 16), k_row.to(ring_k.dtype.element_ty))
+        gl.store(gl.multiple_of(ring_k + place * D + share, 16), k_share.to(ring_k.dtype.element_ty))
     gl.store(gl.multiple_of(ring_v + place * E + cols, 16), v_row.to(ring_v.dtype.element_ty))
 
     query = gl.convert_layout(q_row, gl.SliceLayout(0, KEYS), assert_trivial=True)
@@ -132,15 +149,27 @@ def decode_ring_kernel(
     weight = gl.convert_layout(weight, gl.SliceLayout(1, VALUES))
     read = gl.sum(weight[:, None] * values.to(gl.float32), 0)
     read = gl.convert_layout(read, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
-    read += gl.sum(q_row * k_row, 0) * v_row
+    read += gl.sum(q_share * k_share, 0) * v_row
     async_copy.wait_group(0)
-    S = shared.load(LAYOUT).to(gl.float32)
-    read += gl.sum(q_row[:, None] * S, 0) * power(x, tokens + 1)
+    if low is None:
+        seen = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
+    else:
+        seen = gl.sum(q_row[:, None] * numbers(shared.load(LAYOUT)), 0) * by
+    read += seen * power(x, tokens + 1)
     gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
     gl.thread_barrier()  # all warps have read the count
     arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)
 
-    if since == RING.places - 1:
+    folds = since == RING.places - 1
+    if low is not None:
+        if folds:
+            low += slot * slot_stride + head * head_stride + column
+            k += token * k_token_stride + head // TILE.group * k_head_stride
+            v += token * v_token_stride + head * v_head_stride + column
+            for start in range(0, COLUMNS, 32):
+                fold_planes(state + column + start, low + start, scales + column + start, buffer, k, v + start, ring_k,
+                            ring_v + column + start, count, tokens, x, D, E, RING)  # fmt: skip
+    elif folds:
         MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
         OLD_KEYS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
         OLD_VALUES: gl.constexpr = gl.DotOperandLayout(1, MMA, 1)

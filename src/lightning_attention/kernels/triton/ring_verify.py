@@ -1,7 +1,7 @@
 """Chains of drafts after states with rings on NVIDIA chips, in Gluon: what ``verify_recent_kernel`` computes.
 
 As in ``ring_decode.py`` a program is a warp with 32 columns of a state, which waits in shared memory. Up to 16 drafts
-of a sequence are the rows of one product each with the state, with the ring's keys and values, and with the drafts' own.
+of a sequence are the rows of one product each with the state, the ring's keys and values, and the drafts' own.
 """
 
 from triton.experimental import gluon
@@ -55,6 +55,12 @@ def add_weighted(weights, values, read):
 
 
 @gluon.jit
+def exactly(plane):
+    """Numbers of 8 bits in float32, as in ``ring_planes.py``, where they do not lie side by side."""
+    return (plane.to(gl.int32) + 0x4B400000).to(gl.float32, bitcast=True) - 1.5 * 2.0**23
+
+
+@gluon.jit
 def clear(out, first, last, step, H, E: gl.constexpr):
     """Zeros for some tokens' outputs, 32 columns of one head."""
     cols = gl.arange(0, COLUMNS, layout=gl.BlockedLayout([1], [32], [1], [0]))
@@ -68,8 +74,8 @@ def verify_ring_kernel(
         q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
         v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64", slots,
         log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v,
-        ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, N, T, H, scale, clears, TILE: gl.constexpr,
-        RING: gl.constexpr):  # fmt: skip
+        ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64",
+        scale_head_stride: "i64", N, T, H, scale, clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
     D: gl.constexpr = TILE.D
     E: gl.constexpr = TILE.E
     n = gl.program_id(1)
@@ -98,6 +104,9 @@ def verify_ring_kernel(
     where = state + slot * slot_stride + head * head_stride + rows[:, None] * E + cols[None, :]
     async_copy.async_copy_global_to_shared(shared, gl.multiple_of(where, [16, 16]))
     async_copy.commit_group()
+    if low is not None:
+        scales += slot * scale_slot_stride + head * scale_head_stride + column
+        by = gl.load(scales + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA)))
     gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
     since = (count + head * RING.places // RING.heads) % RING.places
@@ -125,7 +134,13 @@ def verify_ring_kernel(
         weights = scores(queries, ring_k, D, key_at, key_used, D) * by_age[None, :]
         async_copy.wait_group(0)
         read = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
-        if state.dtype.element_ty == q.dtype.element_ty:
+        if low is not None:
+            for start in gl.static_range(0, D, FOLDED):
+                part = exactly(shared.slice(start, FOLDED, dim=0).load(RIGHT))
+                query = query_shared.slice(start, FOLDED, dim=1).load(LEFT).to(gl.float32)
+                read = mma_v2(query, part, read, input_precision="tf32")
+            read *= by[None, :]
+        elif state.dtype.element_ty == q.dtype.element_ty:
             read = mma_v2(queries, shared.load(RIGHT_HALF), read)
         else:
             for start in gl.static_range(0, D, FOLDED):

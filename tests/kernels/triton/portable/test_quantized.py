@@ -17,7 +17,7 @@ from lightning_attention.kernels.triton import quantized as launches
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
 from tests.support import relative_error
-from tests.support.rings import Walk, by_backend, tensors, whole
+from tests.support.rings import Walk, by_backend, tensors, walk, whole
 
 INT8 = torch.int8
 
@@ -97,23 +97,53 @@ def _prefill_with(backend: str, rings: bool, options: dict[str, Any]) -> list[Te
     return _prefilled(backend, rings, **options)
 
 
-@pytest.mark.parametrize("operation", ["decode", "verify", "commit", "fold"])
-def test_steps_are_refused(operation: str):
-    of = Walk(S=3, H=2, D=16, E=16, state_dtype=INT8)
-    pool, recent = of.pool(torch.zeros(3, 2, 16, 16)), of.rings()
-    q, v, accepted = torch.zeros(3, 2, 16), torch.zeros(3, 2, 16), torch.ones(3, dtype=torch.bool)
-    packed = {"cu_seqlens": torch.arange(4), "recent": recent}
-    calls = {
-        "decode": lambda: lightning_attention_decode(q, q, v, None, pool, recent=recent),
-        "verify": lambda: lightning_attention_verify(q, q, v, None, pool, **packed),
-        "commit": lambda: lightning_attention_commit(q, v, None, pool, accepted=accepted, **packed),
-        "fold": lambda: lightning_attention_fold(pool, recent, None),
-    }
-    with (
-        by_backend("triton"),
-        pytest.raises(TypeError, match=f"state is QuantizedStates; backend 'triton' takes a tensor to {operation}"),
-    ):
-        calls[operation]()
+STEPS = ("decode", "decode", "decode", "verify", "commit", "commit", "fold")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "of",
+    [
+        Walk(H=3, Hk=1, R=3, state_dtype=INT8, operations=STEPS),
+        Walk(H=2, Hk=2, D=16, E=16, R=4, rate="no memory", state_dtype=INT8, operations=STEPS),
+        Walk(S=2, H=1, Hk=1, D=20, E=130, R=5, rate="none", state_dtype=INT8, operations=STEPS),
+        Walk(H=2, Hk=1, R=1, state_dtype=INT8, operations=STEPS),
+    ],
+    ids=lambda of: f"{of.rate}-{of.H}-{of.R}-{of.E}",
+)
+def test_walks(interpreter: Interpreter, of: Walk):
+    interpreter.call(walk, of, 30, 0, "triton", "cpu", 1.5e-2, 10, 3e-4)
+
+
+def _stepped(backend: str) -> list[Tensor]:
+    """Outputs, planes and scales after steps of which each folds a head or more."""
+    of = Walk(S=4, H=5, D=12, E=20, R=4, state_dtype=INT8)
+    torch.manual_seed(0)
+    pool, recent, log_decay = of.pool(torch.randn(4, 5, 12, 20)), of.rings(), of.log_decay()
+    options, outs = {"slots": torch.tensor([2, -1, 0]), "recent": recent}, []
+    for step in range(9):
+        q, k, v = torch.randn(6, 1, 12), torch.randn(6, 1, 12), torch.randn(6, 5, 20)
+        packed = {"cu_seqlens": torch.tensor([0, 3, 4, 6]), **options}
+        with by_backend(backend):
+            if step % 3 < 2:
+                outs.append(lightning_attention_decode(q[:3], k[:3], v[:3], log_decay, pool, **options))
+            else:
+                outs.append(lightning_attention_verify(q, k, v, log_decay, pool, **packed))
+                accepted = torch.tensor([True, True, False, True, True, step > 4])
+                lightning_attention_commit(k, v, log_decay, pool, accepted=accepted, **packed)
+    return [*outs, *tensors(pool), recent.count]
+
+
+@interpreted
+def test_steps_leave_what_plain_pytorch_leaves(interpreter: Interpreter):
+    """But for numbers that the last bit of a sum rounds the other way."""
+    got, expected = (interpreter.call(_stepped, backend) for backend in ("triton", "tiled"))
+    assert torch.equal(got[-1], expected[-1])
+    for a, b in zip(got[:-1], expected[:-1], strict=True):
+        if a.dtype == INT8:
+            assert (a != b).float().mean() <= 2e-3
+        else:
+            assert relative_error(a, b) <= 1e-4
 
 
 def launched(chip: str, width: int, *, N: int = 3, S: int = 9) -> list[Launch]:

@@ -1,0 +1,141 @@
+"""What ``ring_decode.py`` and ``ring_verify.py`` do with states in 8 bits: their numbers in float32, and folding them.
+
+A fold goes twice over a state, for what it becomes is too much for a warp's registers: once for the columns' scales.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from lightning_attention.kernels.triton.planes import LARGEST, LEAST, LEVELS, PARTS, in_planes
+from lightning_attention.kernels.triton.ring import power, top_bits
+
+PLACES = gl.constexpr(16)  # of a ring, at most
+ROWS = gl.constexpr(16)  # of a state, folded at once
+COLUMNS = gl.constexpr(32)
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+
+#: A part [16, 32] of a plane: a lane has 8 numbers of 2 rows side by side.
+PACKED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [], [], [16, 32]
+    )
+)
+
+#: 2^23 + 128 + i has i + 128 as its last byte.
+NUMBERS = gl.constexpr("""{
+    .reg .b32 bytes;
+    xor.b32 bytes, $4, 0x80808080;
+    prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+    prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+    prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+    prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+}""")
+
+
+@gluon.jit
+def numbers(plane):
+    """Numbers of 8 bits, four side by side in each lane, in float32; conversions would take four times as long."""
+    found = gl.inline_asm_elementwise(NUMBERS, "=r,=r,=r,=r,r", [plane], dtype=gl.int32, is_pure=True, pack=4)
+    return found.to(gl.float32, bitcast=True) - (2.0**23 + 128.0)
+
+
+@gluon.jit
+def real_column(column):
+    """Which column of a part stands in this one of a product, so that a lane has what ``PACKED`` gives it."""
+    return column % 2 + column // 8 * 2 + column // 2 % 4 * 8
+
+
+@gluon.constexpr_function
+def operand(index, dtype):
+    """The layout of a product's first or second matrix."""
+    return gl.DotOperandLayout(index, MMA, 32 // dtype.primitive_bitwidth)
+
+
+@gluon.jit
+def age_of(at, count, RING: gl.constexpr):
+    """How many tokens ago places of a ring were filled, the next one's being R; more: there is no such place."""
+    return gl.where(at < RING.places, (count - 1 - at + PLACES * RING.places) % RING.places, PLACES + RING.places)
+
+
+@gluon.jit
+def top_and_rest(x, dtype: gl.constexpr):
+    """Two numbers of 16 bits, or such as TF32 holds, for one of float32, which they make up to 2^-17 of it."""
+    if dtype == gl.float32:
+        top = top_bits(x)
+    else:
+        top = x.to(dtype)
+    return top, (x - top.to(gl.float32)).to(dtype)
+
+
+@gluon.jit
+def part_after(high, low, by, ring_k, k, is_used, is_new, tops, rests, start, D: gl.constexpr):
+    """16 rows of 32 columns with the tokens that a head folds; ``by``: the scales, that much later."""
+    KEYS: gl.constexpr = operand(0, ring_k.dtype.element_ty)
+    rows = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, KEYS))
+    at = gl.arange(0, PLACES, layout=gl.SliceLayout(0, KEYS))
+    keys = gl.load(ring_k + at[None, :] * D + rows[:, None], mask=is_used[None, :], other=0.0)
+    new_keys = gl.load(k + rows).to(ring_k.dtype.element_ty)
+    keys = gl.where(is_new[None, :], new_keys[:, None], keys)
+    S = gl.zeros([ROWS, COLUMNS], gl.float32, layout=MMA)
+    if ring_k.dtype.element_ty == gl.float32:
+        keys, key_rests = top_and_rest(keys, gl.float32)
+        S = mma_v2(key_rests, tops, S, input_precision="tf32")
+    S = mma_v2(keys, rests, S, input_precision="tf32")
+    S = mma_v2(keys, tops, S, input_precision="tf32")
+    S = S.reshape([ROWS, 4, 4, 2]).permute([0, 2, 1, 3]).reshape([ROWS, COLUMNS])
+    S = gl.convert_layout(S, PACKED, assert_trivial=True)
+    return S + (numbers(high.load(PACKED)) + numbers(low.load(PACKED)) * (1.0 / PARTS)) * by[None, :]
+
+
+@gluon.jit
+def copy_plane(plane, shared, D: gl.constexpr, E: gl.constexpr):
+    """Have 32 columns copied to shared memory."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [1, 1], [1, 0])
+    rows = gl.arange(0, D, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    where = gl.multiple_of(plane + rows[:, None] * E + cols[None, :], [16, 16])
+    async_copy.async_copy_global_to_shared(shared, where)
+
+
+@gluon.jit
+def fold_planes(state, low, scale, buffer, k, v, ring_k, ring_v, count, tokens, x, D: gl.constexpr, E: gl.constexpr,
+                RING: gl.constexpr):  # fmt: skip
+    """Fold 32 columns, at which the pointers but k and ring_k point; ``buffer``: shared, 64 D bytes."""
+    copy_plane(state, buffer._reinterpret(gl.int8, [2, D, COLUMNS], PLAIN).index(0), D, E)
+    copy_plane(low, buffer._reinterpret(gl.int8, [2, D, COLUMNS], PLAIN).index(1), D, E)
+    async_copy.commit_group()
+    parts = buffer._reinterpret(gl.int8, [2 * (D // ROWS), ROWS, COLUMNS], PLAIN)
+    VALUES: gl.constexpr = operand(1, ring_k.dtype.element_ty)
+    at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, VALUES))
+    age = age_of(at, count, RING)
+    value_cols = real_column(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, VALUES)))
+    values = gl.load(ring_v + at[:, None] * E + value_cols[None, :], mask=(age < tokens)[:, None], other=0.0)
+    values = values.to(gl.float32) * power(x, gl.where(age < tokens, age, 0) + 1)[:, None]
+    values = gl.where((at == count % RING.places)[:, None], gl.load(v + value_cols).to(gl.float32)[None, :], values)
+    tops, rests = top_and_rest(values, ring_k.dtype.element_ty)
+    key_at = gl.arange(0, PLACES, layout=gl.SliceLayout(0, operand(0, ring_k.dtype.element_ty)))
+    is_used, is_new = age_of(key_at, count, RING) < tokens, key_at == count % RING.places
+    cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, PACKED))
+    by = gl.load(scale + cols) * power(x, tokens + 1)
+    async_copy.wait_group(0)
+    largest = gl.zeros([ROWS, COLUMNS], gl.float32, layout=PACKED)
+    for i in range(D // ROWS):
+        S = part_after(parts.index(i), parts.index(D // ROWS + i), by, ring_k, k, is_used, is_new, tops, rests,
+                       i * ROWS, D)  # fmt: skip
+        largest = gl.maximum(largest, gl.abs(S), propagate_nan=tl.PropagateNan.ALL)
+    is_finite = gl.min((largest <= LARGEST).to(gl.int32), 0) == 1
+    new_by = gl.maximum(gl.max(gl.where(is_finite[None, :], largest, 0.0), 0) / LEVELS, LEAST)
+    per = 1.0 / new_by
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, PACKED))
+    for i in range(D // ROWS):
+        S = part_after(parts.index(i), parts.index(D // ROWS + i), by, ring_k, k, is_used, is_new, tops, rests,
+                       i * ROWS, D)  # fmt: skip
+        S = gl.where(is_finite[None, :], S, 0.0)
+        new_high, new_low = in_planes(S, new_by[None, :], per[None, :])
+        at_part = (i * ROWS + rows)[:, None] * E + cols[None, :]
+        gl.store(gl.multiple_of(state + at_part, [16, 16]), new_high)
+        gl.store(gl.multiple_of(low + at_part, [16, 16]), new_low)
+    gl.store(scale + cols, gl.where(is_finite, new_by, float("nan")))
