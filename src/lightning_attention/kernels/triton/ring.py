@@ -306,7 +306,7 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
         token = block + tl.arange(0, DRAFTS)
         depth = (token - first + 1).to(tl.int32)
         rows = load_rows(q, queries.token_stride, token, token < last, 0, TILE.D, TILE.rows, False)
-        if S.dtype == rows.dtype:
+        if S.dtype == rows.dtype and S.dtype != tl.float32:
             read = tl.dot(rows, S)
         else:
             # Of a float32 state: its numbers would go through shared memory, in two parts.
