@@ -20,6 +20,12 @@ COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has
 FOLDED = gl.constexpr(32)  # rows of a state, at once
 PLACES = gl.constexpr(16)  # of a ring, at most
 
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 1))  # of float32
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 1))
+LEFT_HALF = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # of 16 bits
+RIGHT_HALF = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
+
 
 @gluon.constexpr_function
 def width_of(dtype):
@@ -44,6 +50,14 @@ def keys_layout(D, width):
     registers = [[0, i] for i in powers if i < dims] + [[i, 0] for i in powers if lanes <= i < 16]
     in_lanes = [[i, 0] for i in powers if i < lanes] + [[0, i] for i in powers if dims <= i < D]
     return gl.DistributedLinearLayout(registers, in_lanes, [], [], [16, D])
+
+
+@gluon.constexpr_function
+def swizzled(dtype):
+    """Shared memory for a tile of a state, read without conflicts as an operand of a product too."""
+    if dtype.primitive_bitwidth == 32:
+        return gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    return gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
 
 
 @gluon.jit
@@ -95,8 +109,8 @@ def decode_ring_kernel(
         if clears != 0:
             gl.store(out + cols, gl.zeros([COLUMNS], gl.float32, layout=gl.SliceLayout(0, LAYOUT)))
         return
-    shared = gl.allocate_shared_memory(state.dtype.element_ty, [D, COLUMNS],
-                                       gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # fmt: skip
+    TYPE: gl.constexpr = state.dtype.element_ty
+    shared = gl.allocate_shared_memory(TYPE, [D, COLUMNS], swizzled(TYPE))
     state += slot * slot_stride + head * head_stride
     where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
     count = count_among(counts, slot, gl.program_id(0))
@@ -133,26 +147,34 @@ def decode_ring_kernel(
     read = gl.sum(weight[:, None] * values.to(gl.float32), 0)
     read = gl.convert_layout(read, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
     read += gl.sum(q_row * k_row, 0) * v_row
-    async_copy.wait_group(0)
-    S = shared.load(LAYOUT).to(gl.float32)
-    read += gl.sum(q_row[:, None] * S, 0) * power(x, tokens + 1)
+    if TYPE == q.dtype.element_ty and TYPE != gl.float32:
+        # Of 16 bits both: in the tensor cores, with the query as the first of 16 rows.
+        first = gl.arange(0, 16, layout=gl.SliceLayout(1, LEFT_HALF))
+        parts = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT_HALF))
+        q_start = token * q_token_stride + head // TILE.group * q_head_stride
+        where_q = gl.multiple_of(q + q_start + first[:, None] * 0 + parts[None, :], [16, 16])
+        left = gl.load(where_q, mask=(first == 0)[:, None], other=0.0)
+        async_copy.wait_group(0)
+        of_state = mma_v2(left, shared.load(RIGHT_HALF), gl.zeros([16, COLUMNS], gl.float32, layout=MMA))
+        of_state = gl.convert_layout(gl.sum(of_state, 0), gl.SliceLayout(0, LAYOUT))
+    else:
+        async_copy.wait_group(0)
+        of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
+    read += of_state * power(x, tokens + 1)
     gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
     gl.thread_barrier()  # all warps have read the count
     arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)
 
     if since == RING.places - 1:
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-        OLD_KEYS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
-        OLD_VALUES: gl.constexpr = gl.DotOperandLayout(1, MMA, 1)
-        old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, OLD_VALUES))
+        old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
         old_age = (count - 1 - old + PLACES * RING.places) % RING.places
         is_old = (old < RING.places) & (old_age < tokens)
-        old_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OLD_VALUES))
+        old_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, RIGHT))
         old_values = gl.load(ring_v + old[:, None] * E + old_cols[None, :], mask=is_old[:, None], other=0.0)
         old_values = old_values.to(gl.float32) * power(x, gl.where(is_old, old_age, 0) + 1)[:, None]
-        token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, OLD_KEYS))
+        token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, LEFT))
         is_token = (token_of < RING.places) & ((count - 1 - token_of + PLACES * RING.places) % RING.places < tokens)
-        old_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, OLD_KEYS))
+        old_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, LEFT))
         old_keys = ring_k + token_of[None, :] * D + old_rows[:, None]
         part_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, MMA))
         part_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
