@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+UNWRITTEN = {"Migrating": "migrating.md"}
 FIGURES = "benchmarks/results"
 LINK = re.compile(r"(?P<image>!?)\[(?P<label>(?:[^\]\\]|\\.)*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:class|func|meth|mod|data):<code>(?:~[\w.]*\.)?([\w.]+)</code>")
@@ -46,7 +47,7 @@ def resolve(text: str, page: str, repository: str | None) -> str:
             return f"{image}[{label}]({repository}/{path})"
         plain = label.replace("\\", "").strip("`")
         if path.endswith(plain):
-            return f'<code title="{path}">{plain}</code>'
+            return f'`{plain}`{{ title="{path}" }}'
         return f"{label} (`{path}`)"
 
     return LINK.sub(replace, text)
@@ -70,6 +71,12 @@ def figures() -> Mapping[str, Path]:
 def without_roles(html: str) -> str:
     """A page with the names alone where docstrings have a role of Sphinx and a name."""
     return ROLE.sub(r"<code>\1</code>", html)
+
+
+def on_config(config):
+    """Leave out of the navigation what is not written yet: mkdocs.yml has a place for it."""
+    config.nav = [item for item in config.nav if item != UNWRITTEN or (ROOT / "docs" / UNWRITTEN["Migrating"]).exists()]
+    return config
 
 
 def on_files(files, config):

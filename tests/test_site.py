@@ -50,7 +50,7 @@ URL = "https://git.example/x/blob/main"
         (
             "docs/a.md",
             r"[ops/\_\_init\_\_.py](../src/ops/__init__.py)",
-            '<code title="src/ops/__init__.py">ops/__init__.py</code>',
+            '`ops/__init__.py`{ title="src/ops/__init__.py" }',
             rf"[ops/\_\_init\_\_.py]({URL}/src/ops/__init__.py)",
         ),
         ("docs/a.md", "[the list](../src/y.py)", "the list (`src/y.py`)", f"[the list]({URL}/src/y.py)"),
@@ -67,6 +67,13 @@ def test_roles_become_code():
     html += " <code>~x.y</code>"
     wanted = "see <code>LRPE</code>, <code>lightning_attention.decay</code>, <code>~x.y</code>"
     assert site.without_roles(html) == wanted
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
+def test_lists_nest_by_four_spaces(page: Path):
+    """A Git host takes fewer; the site would make them items of the outer list."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^ {1,3}(?:-|\d+\.) .*", text, re.MULTILINE) == []
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from lightning_attention.bench.report import Report
 
 RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
 WITH_A_FIGURE = next(path for path in RESULTS if path.stem == "h200-lengths")
-CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "numerics", "packed", "scaling", "sequence_parallel",
-         "serve", "serving", "shapes", "training"]  # fmt: skip
+CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "numerics", "packed", "scaling",
+         "sequence_parallel", "serve", "serving", "shapes", "training"]  # fmt: skip
 
 
 def test_a_case_is_a_file():
