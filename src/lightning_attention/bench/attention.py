@@ -88,7 +88,7 @@ class Problem:
 
 
 def result_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a measurement, or ``{"error": why}``: a peer that is missing, out of memory or broken has one too."""
+    """The result of a measurement, or ``{"error": why}``: also for a peer that is missing or broken."""
     try:
         return measure()
     except Exception as error:

@@ -68,7 +68,7 @@ def package_version(name: str) -> str | None:
 def commit() -> str | None:
     """The git commit of this source, with ``+`` where tracked files differ from it.
 
-    GIT_COMMIT in the environment comes first: for a copy of the source that is no checkout, or is in another repository.
+    GIT_COMMIT in the environment comes first: for a copy of the source that is no checkout, or lies in another one.
     """
     if "GIT_COMMIT" in os.environ:
         return os.environ["GIT_COMMIT"]

@@ -32,8 +32,8 @@ def linear_cross_entropy(
     The gradients are computed in the forward pass, chunk by chunk, and kept for the backward pass. In memory are a
     chunk of logits (1 GiB on a GPU, 32 MiB elsewhere), a gradient like ``hidden`` and one like ``weight`` in float32.
     Nothing is computed for what requires no gradient. Logits and their gradients have the dtype of ``hidden``, or
-    autocast's where it is on; maxima, sums, losses and the sum of the weight's gradient over chunks are float32 (float64 for
-    float64). This is one operator for ``torch.compile``. There is no second derivative.
+    autocast's where it is on; maxima, sums, losses and the sum of the weight's gradient over chunks are float32
+    (float64 for float64). This is one operator for ``torch.compile``. There is no second derivative.
 
     Args:
         hidden: [..., D] of a floating dtype.
