@@ -2,7 +2,7 @@
 
 - CHANGELOG.md and CONTRIBUTING.md, in the root of the repository, are pages too.
 - Figures that lie outside of docs/ are copied into the site.
-- Roles of Sphinx in docstrings (``:class:`~a.b` ``) become code.
+- Roles of Sphinx in docstrings (``:class:`~a.b` ``) become code, and names of pages (docs/serving.md) links.
 - Other links out of docs/ lead to the repository, if mkdocs.yml names one (``repo_url``). Otherwise they become the
   path of the file, as code.
 """
@@ -18,6 +18,7 @@ UNWRITTEN = {"Migrating": "migrating.md"}
 FIGURES = "benchmarks/results"
 LINK = re.compile(r"(?P<image>!?)\[(?P<label>(?:[^\]\\]|\\.)*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:class|func|meth|mod|data):<code>(?:~[\w.]*\.)?([\w.]+)</code>")
+PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
 CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -68,9 +69,12 @@ def figures() -> Mapping[str, Path]:
     return {str(file.relative_to(ROOT)): file for file in sorted((ROOT / FIGURES).glob("*.png"))}
 
 
-def without_roles(html: str) -> str:
-    """A page with the names alone where docstrings have a role of Sphinx and a name."""
-    return ROLE.sub(r"<code>\1</code>", html)
+def of_docstrings(html: str, up: str) -> str:
+    """A page of the reference, with names in place of Sphinx's roles and links in place of names of pages.
+
+    ``up``: the way from the page to the root of the site.
+    """
+    return PAGE.sub(rf'<a href="{up}\1/">docs/\1.md</a>', ROLE.sub(r"<code>\1</code>", html))
 
 
 def on_config(config):
@@ -96,5 +100,5 @@ def on_page_markdown(markdown, page, config, files):  # noqa: ARG001
 
 
 def on_page_content(html, page, config, files):  # noqa: ARG001
-    """Clear a page of roles."""
-    return without_roles(html)
+    """Finish what docstrings have become."""
+    return of_docstrings(html, "../" * page.url.count("/")) if page.url.startswith("reference/") else html

@@ -62,11 +62,12 @@ def test_links_are_turned(page: str, text: str, without: str, on_a_host: str):
     assert site.resolve(text, page, URL) == on_a_host
 
 
-def test_roles_become_code():
+def test_docstrings_become_pages():
     html = "see :class:<code>~lightning_attention.nn.LRPE</code>, :mod:<code>lightning_attention.decay</code>,"
     html += " <code>~x.y</code>"
     wanted = "see <code>LRPE</code>, <code>lightning_attention.decay</code>, <code>~x.y</code>"
-    assert site.without_roles(html) == wanted
+    assert site.of_docstrings(html, "../") == wanted
+    assert site.of_docstrings("(docs/serving.md)", "../../") == '(<a href="../../serving/">docs/serving.md</a>)'
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
@@ -109,6 +110,9 @@ def test_every_public_name_is_in_the_reference(built: Path):
     assert "INVARIANT_CHUNK" in words
     assert {"forward", "step", "prefill", "verify", "commit"} <= entries  # what layers inherit
     assert not re.findall(r":(?:class|func|meth|mod):", pages)
+    linked = set(re.findall(r'href="(?:\.\./)+(\w+)/">docs/', pages))
+    assert linked
+    assert all((built / page / "index.html").exists() for page in linked)
 
 
 def test_what_lies_outside_of_docs_is_there(built: Path):
