@@ -152,8 +152,8 @@ class LightningAttention(FixedDecayAttention):
     def retnet(cls, hidden_size: int, num_heads: int) -> "LightningAttention":
         """RetNet, the same on every layer: rope, values twice as wide, RMSNorm per head without weight, silu gate.
 
-        The authors' frequencies end at 1/10000, those of :func:`rope` one step earlier; a larger base makes them equal.
-        The authors pair neighbouring channels, which only reorders the rows of W_q and W_k.
+        The authors' frequencies end at 1/10000, those of :func:`rope` a step before; a larger base makes them equal.
+        They pair neighbouring channels, which is another order of the rows of W_q and W_k.
         """
         slopes, head_dim = decay.retnet(num_heads), _head_dim(hidden_size, num_heads, None)
         return cls(
