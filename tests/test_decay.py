@@ -81,6 +81,12 @@ def test_retnet():
     assert decay.retnet(64)[-1].item() == pytest.approx(-(2.0**-68), rel=1e-6)  # 1 − 2^−68 is 1 in float64
 
 
+def test_fla_lightning():
+    expected = torch.tensor([0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0])
+    assert torch.equal(decay.fla_lightning(8, 0, 24), expected)
+    torch.testing.assert_close(decay.fla_lightning(8, 18, 24), expected / 4)
+
+
 # By what decay.py defines, so that a new schedule is one function there.
 SCHEDULES = {
     name: schedule
@@ -95,7 +101,7 @@ def on_every_layer(schedule: Callable[..., Tensor], H: int) -> list[Tensor]:
 
 
 def test_the_schedules_are_found():
-    assert SCHEDULES.keys() >= {"alibi", "transnormer", "minimax", "bailing", "retnet"}
+    assert SCHEDULES.keys() >= {"alibi", "transnormer", "minimax", "bailing", "retnet", "fla_lightning"}
     assert {schedule.__name__ for schedule in OF_LAYERS} >= {"transnormer", "minimax", "bailing"}
 
 
@@ -105,7 +111,8 @@ def test_every_head_of_every_layer_forgets(name: str, H: int):
     for log_decay in on_every_layer(SCHEDULES[name], H):
         assert log_decay.shape == (H,)
         assert log_decay.dtype == torch.float32
-        assert (log_decay < 0).all()
+        forgetting = log_decay[1:] if name == "fla_lightning" else log_decay  # its head 0 never does
+        assert (forgetting < 0).all()
 
 
 @pytest.mark.parametrize("H", [0, -1])

@@ -21,6 +21,7 @@ def test_public_names():
     assert sorted(lightning_attention.__all__) == [
         "INVARIANT_CHUNK",
         "LightningOutput",
+        "QuantizedStates",
         "RecentTokens",
         "decay",
         "lightning_attention",

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.pool import DECODE
+from benchmarks.harness.pool import DECODE, PREFILL
 from benchmarks.harness.timing import busy_us, host_us
-from lightning_attention import lightning_attention_decode
+from lightning_attention import (
+    RecentTokens,
+    lightning_attention_commit,
+    lightning_attention_decode,
+    lightning_attention_prefill,
+    lightning_attention_verify,
+)
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ATTENTION, Forward, Peer, ours
@@ -52,27 +58,48 @@ def _attention(problem: Problem, peer: Peer, pass_: str, repeats: int) -> dict[s
     return _us(problem.call(peer, pass_), problem.device, repeats)
 
 
-def _decode(device: torch.device, repeats: int) -> dict[str, float]:
+def _serving(device: torch.device) -> dict[str, Callable[[], object]]:
+    """A call of each operation of an inference engine, by its name, on one sequence."""
     problem = Problem(SHAPE, torch.bfloat16, device)
-    q, k, v, _ = (x[0, :1] for x in problem.tensors)
+    (q, k, v, _), log_decay = (x[0, :2] for x in problem.tensors), problem.log_decay
     state = torch.zeros(1, SHAPE.H, SHAPE.D, SHAPE.D, device=device)
-    return _us(partial(lightning_attention_decode, q, k, v, problem.log_decay, state), device, repeats)
+    slots = torch.zeros(1, dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    accepted = torch.ones(2, dtype=torch.bool, device=device)
+    found: dict[str, Callable[[], object]] = {}
+    for rings in ("", ", rings"):
+        recent = RecentTokens.empty(1, SHAPE.H, SHAPE.D, SHAPE.D, device=device) if rings else None
+        pool: dict[str, Any] = {"log_decay": log_decay, "state": state, "slots": slots, "recent": recent}
+        packed = pool | {"cu_seqlens": cu_seqlens}
+        found |= {
+            DECODE + rings: partial(lightning_attention_decode, q[:1], k[:1], v[:1], **pool),
+            PREFILL + rings: partial(lightning_attention_prefill, q, k, v, **packed),
+            f"verify{rings}": partial(lightning_attention_verify, q, k, v, **packed),
+            f"commit{rings}": partial(lightning_attention_commit, k, v, accepted=accepted, **packed),
+        }
+    return found
 
 
 def measure(run: Run) -> None:
-    """Microseconds of every implementation, and of a decoding step of ours."""
+    """Microseconds of every implementation, and of our operations of an inference engine."""
     problem = Problem(SHAPE, torch.bfloat16, run.device)
     own = ours(run.backend)
     for i in [own, EMPTY, *run.peers]:
         for pass_ in (FORWARD, BOTH):
             run.add(SUITE, i, **{"pass": pass_}, **result_or_error(partial(_attention, problem, i, pass_, run.scale)))
-    run.add(SUITE, own, **{"pass": DECODE}, **result_or_error(partial(_decode, run.device, run.scale)))
+    for name, call in _serving(run.device).items():
+        run.add(SUITE, own, **{"pass": name}, **result_or_error(partial(_us, call, run.device, run.scale)))
 
 
 def show(report: Report) -> Iterator[Shown]:
-    """One table."""
-    return pivot("CPU time of an eager call (µs; of all threads)", {"": "label"}, report.find(SUITE),
-                 lambda r: {r["pass"]: _cell(r)})  # fmt: skip
+    """A table of attention, and one of an inference engine's operations."""
+    records = report.find(SUITE)
+    attention = [r for r in records if r["pass"] in (FORWARD, BOTH)]
+    serving = [r for r in records if r not in attention]
+    yield from pivot("CPU time of an eager call (µs; of all threads)", {"": "label"}, attention,
+                     lambda r: {r["pass"]: _cell(r)})  # fmt: skip
+    yield from pivot("The same of one sequence in a pool", {"": lambda r: r["pass"].partition(", ")[0]}, serving,
+                     lambda r: {r["pass"].partition(", ")[2] or "without rings": _cell(r)})  # fmt: skip
 
 
 def _cell(r: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from lightning_attention.models.transnormer import TransnormerForCausalLM
 
-SUITE, OURS, SOFTMAX = "serve", OUR_MODEL, "llama"
-LABELS = {OURS: "TransNormerLLM", SOFTMAX: "softmax (Llama)"}
+SUITE, OURS, RINGS, SOFTMAX = "serve", OUR_MODEL, f"{OUR_MODEL}:rings", "llama"
+LABELS = {OURS: "TransNormerLLM", RINGS: "TransNormerLLM, rings", SOFTMAX: "softmax (Llama)"}
+R = 16  # tokens that its rings hold
 FIRST_ID = 3  # the ids before it are special tokens
 _ATTENTION = "whole_static_cache"
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -36,6 +38,8 @@ _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.
 @dataclass(frozen=True)
 class Scale:
     """What to measure: every batch size at the first context, and each of ``contexts``' batch sizes at its contexts.
+
+    With rings only the first context: what a step takes does not depend on it.
 
     ``model`` holds what differs from the 385M of the releases. ``prefill_tokens`` is the same for every context, and
     no more than the shortest: else the peak of memory would be that of longer pieces, not of a longer context.
@@ -49,11 +53,12 @@ class Scale:
     steps: int = 40
     windows: int = 5
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
+    def pairs(self, implementation: str) -> list[tuple[int, int]]:
         """Batch size and context of each measurement."""
         first = min(min(contexts) for contexts in self.contexts.values())
-        found = {(B, first) for B in self.batches} | {(B, T) for B, Ts in self.contexts.items() for T in Ts}
+        found = {(B, first) for B in self.batches}
+        if implementation != RINGS:
+            found |= {(B, T) for B, Ts in self.contexts.items() for T in Ts}
         return sorted(found)
 
 
@@ -76,25 +81,28 @@ def measure(run: Run) -> None:
     """Decode steps of both models at every batch size and context of the scale, as records of the suite ``serve``.
 
     Ours is what ``lightning-attention generate --prompts`` runs: :class:`ContinuousBatch`, which has read prompts of
-    that many random tokens, with all its scheduling. The softmax model is transformers' Llama with as many weights and
-    a static cache full of random numbers of exactly the context's length, which its attention reads without a mask by
-    the fastest of PyTorch's kernels for the shape; on a GPU it replays one CUDA graph, with no scheduling at all. Both
-    have random weights, take the likeliest token, and fetch every step's tokens, on a GPU one step behind.
+    that many random tokens, with all its scheduling; without rings of recent tokens, and with. The softmax model is
+    transformers' Llama with as many weights and a static cache full of random numbers of exactly the context's length,
+    which its attention reads without a mask by the fastest of PyTorch's kernels for the shape; on a GPU it replays one
+    CUDA graph, with no scheduling at all. All have random weights, take the likeliest token, and fetch every step's
+    tokens, on a GPU one step behind.
 
     For each: ``ms`` a step (median of some windows of steps, by the clock), ``min_ms``, ``max_ms``,
     ``tokens_per_second``, ``state_bytes`` (what it keeps of the context) and, on a GPU, ``peak_bytes`` (of reading the
     prompt and generating, weights included; of the softmax model only of generating).
     """
     scale, device = run.scale, run.device
-    for name, build in ((OURS, _transnormer), (SOFTMAX, _llama)):
+    for name, (build, generation) in _MODELS.items():
+        pairs = [x for x in scale.pairs(name) if run.only is None or _name(name, *x) in run.only]
+        if not pairs:
+            continue
         torch.manual_seed(0)
         with device:
             model = build(scale).to(scale.dtype).eval()
         parameters = sum(p.numel() for p in model.parameters())
-        generation = _generate if name == OURS else _generate_softmax
         _measure(generation, model, 1, scale.prefill_tokens, scale, device)  # compiled and warm
         about = {"implementation": name, "label": LABELS[name], "parameters": parameters}
-        for B, context in scale.pairs:
+        for B, context in pairs:
             try:
                 result = _measure(generation, model, B, context, scale, device)
             except torch.OutOfMemoryError as error:
@@ -102,6 +110,15 @@ def measure(run: Run) -> None:
             run.add(SUITE, **about, B=B, context=context, dtype=scale.dtype, **result)
         del model
         _clean(device)
+
+
+def _name(implementation: str, B: int, context: int) -> str:
+    return f"{implementation}, batch {B}, context {context}"
+
+
+def rows(scale: Scale) -> Iterator[str]:
+    """Each model at its batch sizes and contexts."""
+    yield from (_name(name, *pair) for name in LABELS for pair in scale.pairs(name))
 
 
 def _transnormer(scale: Scale) -> TransnormerForCausalLM:
@@ -167,12 +184,14 @@ def _measure(
 
 @contextmanager
 def _generate(
-    model: TransnormerForCausalLM, B: int, context: int, scale: Scale, device: torch.device
+    model: TransnormerForCausalLM, B: int, context: int, scale: Scale, device: torch.device, *, recent_tokens: int
 ) -> Iterator[tuple[Step, int, dict[str, Any]]]:
     """A running batch that has read a prompt of ``context`` random tokens for each of B requests."""
     from lightning_attention.serving import ContinuousBatch, Request
 
-    batch = ContinuousBatch(model, max_batch=B, prefill_tokens=scale.prefill_tokens)
+    batch = ContinuousBatch(
+        model, max_batch=B, prefill_tokens=scale.prefill_tokens, recent_tokens=recent_tokens
+    )  # fmt: skip
     random = torch.Generator().manual_seed(context)
     for _ in range(B):
         prompt = torch.randint(FIRST_ID, model.config.vocab_size, (context,), generator=random, device="cpu")
@@ -183,7 +202,9 @@ def _generate(
         started.update(token.request for token in batch.step())
     synchronize(device)
     seconds = time.perf_counter() - start
-    yield batch.step, sum(state.nbytes for state in batch.states), {"prompt_seconds": seconds}
+    rings = [x for ring in batch.recent if ring is not None for x in (ring.k, ring.v, ring.count)]
+    kept = sum(x.nbytes for x in (*batch.states, *rings))
+    yield batch.step, kept, {"prompt_seconds": seconds, "recent_tokens": recent_tokens}
 
 
 @contextmanager
@@ -241,6 +262,13 @@ def _fastest_attention(layer: Any, device: torch.device) -> tuple[str, Any]:
     return fastest.name.lower(), sdpa_kernel(fastest)
 
 
+_MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    OURS: (_transnormer, partial(_generate, recent_tokens=0)),
+    RINGS: (_transnormer, partial(_generate, recent_tokens=R)),
+    SOFTMAX: (_llama, _generate_softmax),
+}
+
+
 def _replayed(decode: Callable[[], None], ids: Tensor) -> Step:
     """The step captured in a CUDA graph; a call starts one and fetches the tokens of the one before."""
     replay = captured(decode, ids.device)
@@ -267,7 +295,7 @@ def _clean(device: torch.device) -> None:
 
 
 def table(records: list[Record]) -> Iterator[Table]:
-    """One row a batch size and context, both models beside each other."""
+    """One row a batch size and context, the models beside each other."""
 
     def cells(r: Record) -> dict[str, str]:
         found = ["", "", "no room"]
@@ -302,11 +330,12 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
     shortest = min(r["context"] for r in drawn)
     batches = lines((r for r in drawn if r["context"] == shortest), "B", "tokens_per_second")
     contexts: list[Line] = []
+    models = [r for r in drawn if r["implementation"] != RINGS]
     sizes = sorted({r["B"] for r in drawn if r["context"] != shortest})
     for B, dash in zip(sizes, ("-", "--", ":"), strict=False):
-        mine = (r for r in drawn if r["B"] == B)
+        mine = (r for r in models if r["B"] == B)
         contexts += lines(mine, "context", "ms", lambda r: f"{r['label']}, batch {r['B']}", dash)
-    weights = " and ".join({f"{r['label']} {r['parameters'] / 1e6:.0f}M": None for r in drawn})
+    weights = " and ".join({f"{r['label']} {r['parameters'] / 1e6:.0f}M": None for r in models})
     graphs = ", CUDA graphs" if environment["device_type"] == "cuda" else ""
     setting = f"{weights} random weights, {drawn[0]['dtype']}{graphs}, transformers {environment['transformers']}"
     return Figure(
@@ -329,4 +358,4 @@ def show(report: Report) -> Iterator[Shown]:
         yield figure(records, report.environment)
 
 
-CASE = Case(measure, show, SCALES, needs=("transformers",))
+CASE = Case(measure, show, SCALES, needs=("transformers",), rows=rows)

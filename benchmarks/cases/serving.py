@@ -1,9 +1,10 @@
 """Decode, prefill and speculation over a pool of states: time, part of the copy rate, errors, peers.
 
-On a GPU a call is one CUDA graph, its L2 flushed before every replay; the implementations of a row take turns.
+On a GPU a call is one CUDA graph, where the row does not say that it is eager, its L2 flushed before every replay; the
+implementations of a row take turns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import mean
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE, Batch, Bound, pooled
+from benchmarks.harness.pool import DECODE, EAGER, PREFILL, SPECULATE, Batch, Bound, Known, pooled
 from benchmarks.harness.timing import captured, copy_rate, host_us
 from lightning_attention import (
     RecentTokens,
@@ -33,6 +34,7 @@ from lightning_attention.bench.timing import Call, time_calls
 from lightning_attention.check import relative_error
 
 SUITE, HOST = "serving", "decode, eager, CPU time"
+KEYS = {"operation": "what", "size": "size", "state": "state"}  # of the tables
 RINGS, R = "rings", 16  # an implementation, and the tokens that its rings hold
 
 
@@ -54,7 +56,7 @@ class Scale:
 
 SCALES = {
     "cuda": Scale(
-        64, 128, torch.bfloat16, (1, 8, 64, 256),
+        64, 128, torch.bfloat16, (1, 8, 32, 64, 256),
         (("8 equal prompts", (2048,) * 8, True),
          ("8 prompts, one long", (9000, 3001, 1700, 1100, 700, 500, 300, 83), True),
          ("2 chunks, 200 tokens", (1,) * 200 + (4096,) * 2, False)),
@@ -146,7 +148,9 @@ def _dense(b: Batch) -> Bound:
 
 
 #: Ours, and behind the peers what ours is held against.
-OWN = Peer(OURS, "ours", "lightning-attention", {DECODE: _decode, PREFILL: _prefill, SPECULATE: _speculate})
+OWN = Peer(OURS, "ours", "lightning-attention", {
+    DECODE: _decode, PREFILL: _prefill, EAGER: _prefill, SPECULATE: _speculate,
+})  # fmt: skip
 OTHER_WAYS = (
     Peer(RINGS, "ours, rings", "lightning-attention", {DECODE: _decode_with_rings, SPECULATE: _speculate_with_rings}),
     Peer("forward", "our forward, packed", "lightning-attention", {PREFILL: _forward}),
@@ -155,22 +159,54 @@ OTHER_WAYS = (
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """An operation, or decode's time on the host, on sequences of these lengths; ``fresh``: they start from zero."""
+
+    what: str
+    size: str
+    lengths: tuple[int, ...]
+    state: torch.dtype = torch.float32
+    fresh: bool = False
+
+    @property
+    def name(self) -> str:
+        """All that tells it from others, as ``--only`` finds it."""
+        return f"{self.what}, {self.size}, {str(self.state).removeprefix('torch.')}"
+
+    @property
+    def operation(self) -> str:
+        """The one of a peer's that it measures."""
+        return DECODE if self.what == HOST else self.what
+
+
+def rows_of(scale: Scale) -> Iterator[Row]:
+    """All rows, in the order in which they are measured."""
+    for state in (torch.float32, torch.bfloat16):
+        yield from (Row(DECODE, f"N = {N}", (1,) * N, state) for N in scale.decode)
+    yield Row(HOST, "N = 1", (1,))
+    for what in (PREFILL, EAGER):
+        yield from (Row(what, name, lengths, fresh=fresh) for name, lengths, fresh in scale.packings)
+    N, drafts = scale.drafts
+    yield Row(SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
+
+
 class Problem:
     """A batch of random numbers, and what its outputs and states must be."""
 
-    def __init__(self, scale: Scale, lengths: tuple[int, ...], state: torch.dtype, fresh: bool, device: torch.device):
+    def __init__(self, scale: Scale, row: Row, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
-        N, T = len(lengths), sum(lengths)
-        bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        N, T = len(row.lengths), sum(row.lengths)
+        bounds = torch.tensor((0, *row.lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         # Drawn in float32 whatever it is kept in, so that q, k and v are the same for both types of state.
-        pool = torch.randn(N, scale.H, scale.D, scale.D, generator=generator, device=device).to(state)
+        pool = torch.randn(N, scale.H, scale.D, scale.D, generator=generator, device=device).to(row.state)
         q, k, v = (torch.randn(T, scale.H, scale.D, generator=generator, dtype=scale.dtype, device=device)
                    for _ in range(3))  # fmt: skip
         slots = torch.randperm(N, generator=generator, device=device, dtype=torch.int32)
         log_decay = decay.alibi(scale.H).to(device)
-        self.batch = Batch(q, k, v, log_decay, pool, slots, bounds.to(device), fresh)
+        self.batch = Batch(q, k, v, log_decay, pool, slots, bounds.to(device), row.fresh)
         self._heads = sorted({0, scale.H - 1})
-        self._wanted = self._reference(lengths)
+        self._wanted = self._reference(row.lengths)
 
     def _reference(self, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Output and states in float64 of the first and last head, which forget fastest and slowest.
@@ -202,8 +238,8 @@ class Problem:
         row = b.q.numel() * b.q.itemsize
         return (6 + R - 1) * row + (1 + 1 / R) * b.pool.numel() * b.pool.itemsize
 
-    def errors(self, output: Tensor | list[Tensor], states: Tensor) -> dict[str, float]:
-        """Relative Frobenius errors.
+    def errors(self, output: Tensor | list[Tensor], states: Tensor, known: Known | None = None) -> dict[str, float]:
+        """Relative Frobenius errors. ``known``: see :class:`Bound`.
 
         Raises:
             ArithmeticError: one is past its budget. 16 bits: the roundings of three operands and of the result make
@@ -213,6 +249,8 @@ class Problem:
             output = torch.stack(output, 1)
         output = output.view(self.batch.v.shape)
         wanted_output, wanted_states = self._wanted
+        if known is not None:
+            wanted_output = known(wanted_output, self._heads)
         found = {
             "output_error": relative_error(output[:, self._heads], wanted_output),
             "state_error": relative_error(states[:, self._heads], wanted_states),
@@ -237,29 +275,23 @@ def measure(run: Run) -> None:
     scale: Scale = run.scale
     rate = copy_rate(run.device)
     run.add("copy", bytes_per_second=rate)
-    for state in (torch.float32, torch.bfloat16):
-        for N in scale.decode:
-            _row(run, rate, DECODE, f"N = {N}", (1,) * N, state=state)
-    _row(run, rate, HOST, "N = 1", (1,))
-    for name, lengths, fresh in scale.packings:
-        _row(run, rate, PREFILL, name, lengths, fresh=fresh)
-    N, drafts = scale.drafts
-    _row(run, rate, SPECULATE, f"N = {N}, {drafts} drafts", (drafts,) * N)
+    for row in rows_of(scale):
+        asked_for = run.only is None or row.name in run.only
+        if asked_for and (row.what != EAGER or any(EAGER in p.operations for p in run.peers)):
+            _measure(run, rate, row)
 
 
-def _row(run: Run, rate: float, what: str, size: str, lengths: tuple[int, ...], *,
-         state: torch.dtype = torch.float32, fresh: bool = False) -> None:  # fmt: skip
-    """An operation, or decode's time on the host, on sequences of these lengths."""
-    operation, scale, device = DECODE if what == HOST else what, run.scale, run.device
-    problem = Problem(scale, lengths, state, fresh, device)
-    able = [p for p in (OWN, *run.peers, *OTHER_WAYS) if operation in p.operations and state in p.states]
+def _measure(run: Run, rate: float, row: Row) -> None:
+    scale, device, what = run.scale, run.device, row.what
+    problem = Problem(scale, row, device)
+    able = [p for p in (OWN, *run.peers, *OTHER_WAYS) if row.operation in p.operations and row.state in p.states]
     calls: dict[str, Call] = {}
 
     def prepare(peer: Peer) -> dict[str, float]:
-        bound = peer.operations[operation](problem.batch)
+        bound = peer.operations[row.operation](problem.batch)
         output, states = bound.call(), bound.states()
-        found = {} if states is None else problem.errors(output, states)
-        calls[peer.name] = bound.call if what == HOST else captured(bound.call, device)
+        found = {} if states is None else problem.errors(output, states, bound.known)
+        calls[peer.name] = bound.call if what in (HOST, EAGER) else captured(bound.call, device)
         return found
 
     found = {p.name: result_or_error(partial(prepare, p)) for p in able}
@@ -276,10 +308,19 @@ def _row(run: Run, rate: float, what: str, size: str, lengths: tuple[int, ...], 
             # Speculation is two operations, and the other ways to do it must move other bytes; dense has no states.
             if what != SPECULATE and "state_error" in found[name]:
                 found[name]["copy_fraction"] = problem.bytes / rate / (timing.ms * 1e-3)
-    sizes = {"what": what, "size": size, "N": len(lengths), "T": sum(lengths), "H": scale.H, "D": scale.D,
-             "dtype": scale.dtype, "state": state}  # fmt: skip
+    _hold_against(able, found)
+    sizes = {"what": what, "size": row.size, "N": len(row.lengths), "T": sum(row.lengths), "H": scale.H, "D": scale.D,
+             "dtype": scale.dtype, "state": row.state}  # fmt: skip
     for p in able:
         run.add(SUITE, p, **sizes, **found[p.name])
+
+
+def _hold_against(able: Sequence[Peer], found: dict[str, dict[str, Any]]) -> None:
+    """``ratio``: the time over that of the one that a peer is held ``against``, where both have been timed."""
+    for p in able:
+        mine, theirs = _us(found[p.name]), _us(found.get(p.against or "", {}))
+        if mine and theirs:
+            found[p.name] |= {"against": p.against, "ratio": mine / theirs}
 
 
 def _over_a_turn(call: Call, device: torch.device, seconds: float) -> dict[str, float]:
@@ -293,13 +334,15 @@ def _us(record: Record) -> float | None:
     return record.get("us", record["ms"] * 1e3 if "ms" in record else None)
 
 
-def table(records: list[Record]) -> Iterator[Table]:
-    """A row an operation and size: our time and part of the copy rate, and the others' times over ours."""
-    keys = {"operation": "what", "size": "size", "state": "state"}
-    mine = {tuple(r[key] for key in keys.values()): _us(r) for r in records if r["implementation"] == OURS}
+def tables(records: list[Record]) -> Iterator[Table]:
+    """A row an operation and size: our time and part of the copy rate, and the others' times over ours.
+
+    Then the same rows with what is held against another than ours.
+    """
+    mine = {tuple(r[key] for key in KEYS.values()): _us(r) for r in records if r["implementation"] == OURS}
 
     def cells(r: Record) -> dict[str, str]:
-        us, own = _us(r), mine.get(tuple(r[key] for key in keys.values()))
+        us, own = _us(r), mine.get(tuple(r[key] for key in KEYS.values()))
         cell = "failed" if us is None else f"{us:.1f}"
         if r["implementation"] != OURS:
             slowest = f"; slowest {r['slowest_ms'] * 1e3:.1f}" if "slowest_ms" in r else ""
@@ -309,7 +352,10 @@ def table(records: list[Record]) -> Iterator[Table]:
         return {r["label"]: cell} | copied | {"our errors\noutput, state": errors}
 
     title = "Serving operations (µs; part of the copy rate; others: over our time)"
-    return pivot(title, keys, records, cells, words=3)
+    yield from pivot(title, KEYS, records, cells, words=3)
+    title = "Ours by the engines' signatures: its time over the engine's own"
+    held = [r for r in records if "ratio" in r]
+    yield from pivot(title, KEYS, held, lambda r: {f"{r['label']}\nover {r['against']}": f"{r['ratio']:.2f}"}, words=3)
 
 
 def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
@@ -326,11 +372,14 @@ def figure(records: list[Record], environment: dict[str, Any]) -> Figure:
 
 
 def show(report: Report) -> Iterator[Shown]:
-    """One table, and decode as a figure."""
+    """Tables, and decode as a figure."""
     records = report.find(SUITE)
-    yield from table(records)
+    yield from tables(records)
     if any(r["what"] == DECODE and "copy_fraction" in r for r in records):
         yield figure(records, report.environment)
 
 
-CASE = Case(measure, show, SCALES, operations=(DECODE, PREFILL, SPECULATE))
+CASE = Case(
+    measure, show, SCALES, operations=(DECODE, PREFILL, EAGER, SPECULATE),
+    rows=lambda scale: (row.name for row in rows_of(scale)),
+)  # fmt: skip

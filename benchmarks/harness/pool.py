@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 DECODE, PREFILL, SPECULATE = "decode", "prefill", "verify + commit"
+EAGER = "prefill, eager"  # a prefill as it is called where no CUDA graph is captured
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,21 @@ class Batch:
         return None if self.fresh else self.pool[self.slots.long()]
 
 
+#: From the right output of some heads, [T, heads, D], and the numbers of these: what a call gives in its place.
+Known = Callable[[Tensor, list[int]], Tensor]
+
+
 class Bound(NamedTuple):
     """A call on tensors of its own, and the states after the last one.
 
     The call gives the T·H·D numbers of the output in any shape of that order, or [N, H, D] for each step.
     ``states`` gives [N, H, D, D] in the order of the sequences, or None for a call whose numbers are not checked.
+    ``known``: for a call that is known to give another output than the right one.
     """
 
     call: Callable[[], Tensor | list[Tensor]]
     states: Callable[[], Tensor | None]
+    known: Known | None = None
 
 
 def pooled(batch: Batch, run: Callable[[Tensor], Tensor | list[Tensor]]) -> Bound:

@@ -3,7 +3,7 @@
 from functools import partial
 from types import SimpleNamespace
 
-from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE
+from benchmarks.harness.pool import DECODE, EAGER, PREFILL, SPECULATE
 from benchmarks.peers import seg_la, vllm_layer
 from lightning_attention.bench.peers import Peer
 from lightning_attention.integrations import sglang, vllm
@@ -20,9 +20,9 @@ PEERS = (
     Peer("as_sglang", "ours as SGLang's", "lightning-attention", {
         DECODE: partial(seg_la.run, _SGLANG), PREFILL: partial(seg_la.run, _SGLANG),
         SPECULATE: partial(seg_la.speculate, _SGLANG),
-    }),
+    }, against="seg_la"),
     Peer("as_vllm", "ours as vLLM's", "lightning-attention", {
         DECODE: partial(vllm_layer.decode, _VLLM), PREFILL: partial(vllm_layer.prefill, _VLLM),
-        SPECULATE: partial(vllm_layer.speculate, _VLLM),
-    }),
+        EAGER: partial(vllm_layer.prefill, _VLLM), SPECULATE: partial(vllm_layer.speculate, _VLLM),
+    }, against="vllm_layer"),
 )  # fmt: skip

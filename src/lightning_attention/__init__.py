@@ -7,6 +7,7 @@ from lightning_attention.ops.attention import LightningOutput, lightning_attenti
 from lightning_attention.ops.decode import lightning_attention_decode
 from lightning_attention.ops.fold import lightning_attention_fold
 from lightning_attention.ops.prefill import lightning_attention_prefill
+from lightning_attention.ops.quantized import QuantizedStates
 from lightning_attention.ops.recent import RecentTokens
 from lightning_attention.ops.speculative import lightning_attention_commit, lightning_attention_verify
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "INVARIANT_CHUNK",
     "LightningOutput",
+    "QuantizedStates",
     "RecentTokens",
     "decay",
     "lightning_attention",

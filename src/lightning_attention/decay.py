@@ -47,7 +47,8 @@ def minimax(num_heads: int, layer: int, num_layers: int) -> Tensor:
 def bailing(num_heads: int, layer: int, num_layers: int) -> Tensor:
     """Ring-linear-2.0, Ling and Ring 2.5 and 2.6: ALiBi slopes times (1 − (l−1)/(L−1) + 1e-5), l = 0..L−1.
 
-    The l−1, with l from 0, is what the released models were trained with: the first layer decays faster than ALiBi.
+    The l−1, with l from 0, is in the released modelling code: the first layer decays faster than ALiBi. SGLang and vLLM
+    have l in its place, and so the decays of :func:`transnormer`.
 
     Raises:
         ValueError: ``num_heads`` or ``num_layers`` is not positive, or ``layer`` is not in [0, num_layers).
@@ -65,6 +66,17 @@ def retnet(num_heads: int) -> Tensor:
     _check_heads(num_heads)
     # log1p: 1 − 2^(−5−h) rounds to 1 for h > 48, and a head that never forgets is not what was asked for.
     return _tensor([math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)])
+
+
+def fla_lightning(num_heads: int, layer: int, num_layers: int) -> Tensor:
+    """Flash-linear-attention's ``chunk_lightning_attn``: −(8/H)(1 − l/L) h, l = 0..L−1. Head 0 never forgets.
+
+    Raises:
+        ValueError: ``num_heads`` or ``num_layers`` is not positive, or ``layer`` is not in [0, num_layers).
+    """
+    _check_heads(num_heads)
+    _check_layer(layer, num_layers)
+    return _tensor([-8 / num_heads * (1 - layer / num_layers) * h for h in range(num_heads)])
 
 
 def _slopes(num_heads: int) -> list[float]:

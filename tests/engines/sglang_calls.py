@@ -43,6 +43,16 @@ MORE: dict[str, dict[str, Any]] = {
     "one draft each": {"lengths": [1, 1], "drafts": True},
     "any width": {"lengths": [5, 7], "D": 20},
     "fewer tokens than requests": {"lengths": [1, 0, 0]},
+    "trees with padding": {"lengths": [3, 3, 3], "slots": [-1, 3, -1], "parents": [-1, 0, 0, -1, -1, 1, -1, 0, 1]},
+    "tracked with padding": {"lengths": [40, 33, 5], "slots": [3, -1, 1], "track": [(32, 4), (33, 5), (5, -1)]},
+    "drafts that are all padding": {"lengths": [2, 2], "slots": [-1, -1], "drafts": True},
+    "any negative slot": {"lengths": [1, 1, 1], "slots": [-1, 3, -7]},
+    "decode of a layer's pool": {"lengths": [1, 1, 1], "slots": [3, -1, 1], "layout": "beside other layers'"},
+    "prefill of a layer's pool": {"lengths": [40, 3], "track": [(32, 4), (3, 5)], "layout": "beside other layers'"},
+    "drafts of a layer's pool": {"lengths": [3, 3], "drafts": True, "layout": "beside other layers'"},
+    "decode of a transposed pool": {"lengths": [1, 1, 1], "slots": [3, -1, 1], "layout": "transposed"},
+    "prefill of a transposed pool": {"lengths": [40, 3], "track": [(32, 4), (3, 5)], "layout": "transposed"},
+    "drafts of a transposed pool": {"lengths": [3, 3], "drafts": True, "layout": "transposed"},
 }
 
 
@@ -65,7 +75,10 @@ class Meta:
 
 @dataclass(frozen=True)
 class SegLa:
-    """Requests of these lengths over a pool of 8 rows; ``drafts`` keeps their states, ``mask`` makes trees of them."""
+    """Requests of these lengths over a pool of 8 rows; ``drafts`` keeps their states, ``mask`` makes trees of them.
+
+    q, k and v of padding are NaN. ``layout``: how the pool lies in memory.
+    """
 
     q: Tensor
     k: Tensor
@@ -79,6 +92,7 @@ class SegLa:
     parents: list[int] | None = None
     track: list[tuple[int, int]] | None = None
     scale: float | None = None
+    layout: str = "dense"
 
     @property
     def owners(self) -> list[int]:
@@ -101,6 +115,10 @@ def make(
     q, k, v = (torch.randn(sum(lengths), H, D, generator=generator).to(dtype) for _ in range(3))
     pool = torch.randn(8, H, D, D, generator=generator).to(state_dtype)
     slots = [3, 0, 6, 1, 7, 2][: len(lengths)] if slots is None else slots
+    for n, slot in enumerate(slots):
+        if slot < 0:
+            for x in (q, k, v):
+                x[sum(lengths[:n]) : sum(lengths[: n + 1])] = torch.nan
     slopes = -decay.alibi(H)[:, None, None]
     return SegLa(q, k, v, pool, slopes, lengths, slots, starts or [False] * len(lengths), **others)
 
@@ -120,6 +138,12 @@ def mask_of(parents: list[int], P: int) -> Tensor:
                 mask[n, i] = mask[n, parent]
             mask[n, i, i] = True
     return mask
+
+
+def _laid_out(pool: Tensor, layout: str) -> Tensor:
+    if layout == "beside other layers'":
+        return torch.stack([pool, pool, pool], 1)[:, 1]
+    return pool.mT.contiguous().mT if layout == "transposed" else pool.clone()
 
 
 def prepared(call: SegLa, own: bool) -> tuple[Callable[[], Tensor], Tensor, Tensor | None]:
@@ -146,7 +170,7 @@ def prepared(call: SegLa, own: bool) -> tuple[Callable[[], Tensor], Tensor, Tens
     if call.track is not None:
         at, to = zip(*call.track, strict=True)
         more |= {"track_lens": indices(list(at)), "track_state_indices": indices(list(to))}
-    pool = call.pool.clone()
+    pool = _laid_out(call.pool, call.layout)
     function = seg_la_fwd if theirs is None else theirs.seg_la_fwd
     arguments = (call.q, call.k, call.v, pool, call.slopes, meta)
     return partial(function, *arguments, **more, softmax_scale=call.scale), pool, more.get("caches")
@@ -160,8 +184,10 @@ def run(call: SegLa, own: bool = True, interpreted: bool = False) -> tuple[Tenso
         return made(), pool, caches
 
 
-def check(call: SegLa, got: tuple[Tensor, Tensor, Tensor | None], tolerance: float, state_tolerance: float) -> None:
-    """Outputs of requests with slots, and every row of the pool, against float64."""
+def check(
+    call: SegLa, got: tuple[Tensor, Tensor, Tensor | None], tolerance: float, state_tolerance: float, own: bool = True
+) -> None:
+    """Outputs, and every row of the pool, against float64. SGLang's own does not write the outputs of padding."""
     out, pool, caches = (None if x is None else x.cpu() for x in got)
     assert out is not None
     assert pool is not None
@@ -176,6 +202,8 @@ def check(call: SegLa, got: tuple[Tensor, Tensor, Tensor | None], tolerance: flo
     assert out.shape == call.v.shape
     assert out.dtype == call.v.dtype
     _close(out[used], expected[used], tolerance)
+    if own:
+        assert not out[[t for t, slot in enumerate(call.owners) if slot < 0]].any()
     for row in range(8):
         _close(pool[row], reference.states[row], state_tolerance)
     if not call.drafts:

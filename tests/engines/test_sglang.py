@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from lightning_attention.integrations import sglang as ours
-from tests.engines.sglang_calls import CALLS, MORE, Meta, absent, check, make, run
+from tests.engines.sglang_calls import CALLS, MORE, Meta, absent, check, make, on, prepared, run
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
+#: Padding and pools of other layouts, of every kind of call.
+PADDED = (
+    "prefill with padding", "trees with padding", "tracked with padding", "any negative slot",
+    "decode of a layer's pool", "prefill of a transposed pool", "drafts of a layer's pool",
+)  # fmt: skip
 TOLERANCE = {FP32: 4e-6, FP16: 2e-3, BF16: 1e-2}
 
 
@@ -26,7 +31,7 @@ def test_against_float64(name: str, state_dtype: torch.dtype):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, FP16])
-@pytest.mark.parametrize("name", ["ragged", "decode with padding", "tracked", "drafts with padding", "trees"])
+@pytest.mark.parametrize("name", ["ragged", "decode with padding", "tracked", "drafts with padding", "trees", *PADDED])
 def test_the_kernels_against_float64(interpreter: Interpreter, name: str, dtype: torch.dtype):
     call = make(**(CALLS | MORE)[name], dtype=dtype)
     check(call, interpreter.call(run, call, True, True), TOLERANCE[dtype], 2e-3 if dtype == FP16 else 4e-6)
@@ -38,7 +43,24 @@ def test_sglangs_own_agrees(interpreter: Interpreter, name: str):
     """Its function in Triton's interpreter passes the same check, a little looser: it divides by decays."""
     absent()
     call = make(**CALLS[name])
-    check(call, interpreter.call(run, call, False), 1e-4, 1e-4)
+    check(call, interpreter.call(run, call, False), 1e-4, 1e-4, own=False)
+
+
+@pytest.mark.parametrize("name", [*CALLS, *MORE])
+def test_nothing_is_read_on_the_host(name: str):
+    """Tensors without memory have nothing that could be read."""
+    call = make(**(CALLS | MORE)[name])
+    made, _, _ = prepared(on("meta", call), own=True)
+    out = made()
+    assert (out.device.type, out.shape, out.dtype) == ("meta", call.v.shape, call.v.dtype)
+
+
+def test_other_layers_states_stay():
+    call = make(**MORE["prefill of a layer's pool"])
+    made, pool, _ = prepared(call, own=True)
+    made()
+    others = pool._base[:, ::2]
+    assert torch.equal(others, call.pool[:, None].expand_as(others))
 
 
 def test_the_check_notices():

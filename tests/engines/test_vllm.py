@@ -10,7 +10,7 @@ import torch
 
 from lightning_attention.integrations import vllm as ours
 from lightning_attention.integrations.engines import _parameters
-from tests.engines.vllm_calls import STEPS, absent, check, make, metadata, run, vllm
+from tests.engines.vllm_calls import STEPS, absent, check, make, metadata, on, prepared, run, vllm
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -89,6 +89,15 @@ def test_they_take_the_place_of_the_engines_own_and_give_it_back(engine: dict[st
     ours.remove_lightning_attention()
     for name, module in engine.items():
         assert vars(module) == before[name]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_nothing_is_read_on_the_host(name: str):
+    """Tensors without memory have nothing that could be read."""
+    step = make(**STEPS[name])
+    made, _ = prepared(on("meta", step))
+    out = made()
+    assert (out.device.type, out.shape) == ("meta", step.v.flatten(1).shape)
 
 
 def test_what_is_not_known_is_refused_and_nothing_is_changed(engine: dict[str, ModuleType]):

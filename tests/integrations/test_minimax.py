@@ -1,6 +1,7 @@
 """The numbers: transformers' MiniMax with our attention against the same model without."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -159,14 +160,92 @@ def test_either_continues_what_the_other_began(pair, ids, layout, first, rest):
     assert relative_error(found, original(ids).logits[:, 20:]) < EXACT
 
 
-def test_a_bfloat16_state_is_one_the_original_can_go_on_with(pair, ids):
-    original, ours = pair("1:1", state_dtype=torch.bfloat16)
-    original, ours = original.bfloat16(), ours.bfloat16()
+def test_rings_change_nothing_but_what_is_written(pair, ids, layout):
+    """Steps, a piece, other rows, padding, and steps again; the state is whole whenever it is asked for."""
+    _, ours = pair(layout)
+    plain, ringed = LightningMiniMaxCache(), LightningMiniMaxCache(recent_tokens=4)
+    layers = [i for i, kind in enumerate(LAYOUTS[layout]) if kind == "linear_attention"]
+    rows = ids
+    with torch.no_grad():
+        for begin, end in pairwise([0, 20, *range(21, 31), 37, *range(38, 47)]):
+            if end == 37:
+                rows = rows[[2, 0, 0, 1, 1]]
+                for cache in (plain, ringed):
+                    cache.batch_select_indices(torch.tensor([2, 0, 0, 1, 1]))
+            mask = torch.ones(len(rows), end, dtype=torch.long)
+            mask[0, end - 1] = end != 42  # a token of padding
+            before = [ringed.linear_cache[i].clone() for i in layers] if end > 20 else []
+            found, wanted = (
+                ours(rows[:, begin:end], attention_mask=mask, **{CACHE: cache}, use_cache=True).logits
+                for cache in (ringed, plain)
+            )
+            assert relative_error(found, wanted) < EXACT
+            if end == 22:  # it is one head's turn of four; of the others the ring alone has the token
+                for i, state in zip(layers, before, strict=True):
+                    assert (ringed.linear_cache[i] == state).flatten(2).all(-1).sum(1).tolist() == [3] * 3
+    for i in layers:
+        assert relative_error(ringed.linear_cache[i], plain.linear_cache[i]) > 0.01
+        assert relative_error(ringed.get_linear_cache(i), plain.linear_cache[i]) < EXACT
+        assert torch.equal(ringed.get_linear_cache(i), ringed.linear_cache[i])
+    ringed.reset()
+    assert not any(ringed.get_linear_cache(i).any() for i in layers)
+
+
+def test_rings_are_copied_with_their_cache_and_read_by_the_original(pair, ids):
+    original, ours = pair("1:1")
+    cache = LightningMiniMaxCache(recent_tokens=8)
+    with torch.no_grad():
+        wanted = ours(ids).logits[:, 29:]
+        for piece in (ids[:, :20], *ids[:, 20:29].split(1, 1)):
+            ours(piece, **{CACHE: cache}, use_cache=True)
+        for model in (ours, original):
+            kept = copy.deepcopy(cache)
+            found = [model(token, **{CACHE: kept}, use_cache=True).logits for token in ids[:, 29:].split(1, 1)]
+            assert relative_error(torch.cat(found, 1), wanted) < EXACT
+
+
+def test_what_a_hook_keeps_is_whole_and_stays(pair, ids):
+    _, ours = pair("1:1")
+    states = []
+    for how in ({}, {"recent_tokens": 4}):
+        cache, kept = LightningMiniMaxCache(**how), []
+        with torch.no_grad():
+            for piece in ids.split([20, 1, 1, 1, 1, 1, 25], 1):
+                out = ours(piece, **{CACHE: cache}, use_cache=True, output_attentions=True)
+                kept.append(out.attentions[1])
+        states.append(torch.stack(kept))
+    assert relative_error(states[1], states[0]) < EXACT
+    assert relative_error(states[0][1], states[0][2]) > 0.01
+
+
+def test_rings_of_inference_mode_are_read_outside_of_it(pair, ids):
+    _, ours = pair("linear")
+    cache = LightningMiniMaxCache(recent_tokens=4)
+    with torch.inference_mode():
+        for piece in ids[:, :22].split([20, 1, 1], 1):
+            ours(piece, **{CACHE: cache}, use_cache=True)
+    with torch.no_grad():
+        found = ours(ids[:, 22:], **{CACHE: cache}, use_cache=True).logits
+        assert relative_error(found, ours(ids).logits[:, 22:]) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("length", "error"), [("16", TypeError), (1.5, TypeError), (True, TypeError), (-1, ValueError), (65, ValueError)]
+)
+def test_rings_of_no_length_are_refused(length, error):
+    with pytest.raises(error, match=r"^recent_tokens is "):
+        LightningMiniMaxCache(recent_tokens=length)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_state_of_16_bits_is_one_the_original_can_go_on_with(pair, ids, dtype):
+    original, ours = pair("1:1", state_dtype=dtype)
+    original, ours = original.to(dtype), ours.to(dtype)
     with torch.no_grad():
         whole = ours(ids).logits
         for begin, go_on in ((original, ours), (ours, original)):
             cache = begin(ids[:, :49], use_cache=True)[CACHE]
-            assert cache.linear_cache[1].dtype == torch.bfloat16
+            assert cache.linear_cache[1].dtype == dtype
             last = go_on(ids[:, 49:], **{CACHE: cache}, use_cache=True).logits
             assert relative_error(last, whole[:, 49:]) < 0.05
 

@@ -46,6 +46,16 @@ def test_the_original_does_not_reorder_its_states_with_the_beams(pair, ids):
     assert not torch.equal(found, right)
 
 
+@pytest.mark.parametrize("mode", [*MODES.values(), {"num_beams": 3}, {"prefill_chunk_size": 16}], ids=str)
+def test_rings_change_no_text(pair, ids, layout, mode):
+    """More tokens than a ring has, so that heads fold on the way; beams move rows while rings hold tokens."""
+    _, ours = pair(layout)
+    found, wanted = (
+        generate(ours, ids, **mode, **{CACHE: LightningMiniMaxCache(**how)}) for how in ({"recent_tokens": 4}, {})
+    )
+    assert torch.equal(found, wanted)
+
+
 def test_batches_with_left_padding(pair, padded, layout):
     original, ours = pair(layout)
     ids, mask = padded("left")

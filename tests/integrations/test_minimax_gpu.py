@@ -28,9 +28,10 @@ def test_a_layer_in_pieces_is_as_close_to_float64_as_the_original(dtype):
     apply_lightning_attention(ours)
     x = torch.randn(2, 700, 512, dtype=dtype, device=CUDA)
     wanted = in_float64(theirs, x, None)
-    cache = LightningMiniMaxCache()
-    pieces = [ours(piece, None, None, cache)[0] for piece in x.split([600, 1, 64, *[1] * 35], 1)]
-    for found in (torch.cat(pieces, 1), ours(x, None, None)[0]):
+    lengths, caches = [600, 1, 64, *[1] * 35], (LightningMiniMaxCache(), LightningMiniMaxCache(recent_tokens=16))
+    pieces = [torch.cat([ours(piece, None, None, cache)[0] for piece in x.split(lengths, 1)], 1) for cache in caches]
+    assert relative_error(*(cache.get_linear_cache(ours.layer_idx) for cache in caches)) < 1e-5
+    for found in (*pieces, ours(x, None, None)[0]):
         assert relative_error(found, wanted) < BUDGETS[dtype]
         if dtype == torch.bfloat16:
             assert relative_error(found, wanted) < relative_error(theirs(x, None, None)[0], wanted)

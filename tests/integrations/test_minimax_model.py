@@ -150,18 +150,20 @@ def test_a_compiled_model(ids):
     x = torch.randn(2, 24, 24)
     attention = model.model.layers[1].self_attn
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    cache, other = LightningMiniMaxCache(), LightningMiniMaxCache()
-    with torch.no_grad():
-        for piece in x.split([20, 1, 1, 2], 1):
-            torch.testing.assert_close(compiled(piece, None, None, cache)[0], attention(piece, None, None, other)[0])
+    for recent_tokens in (0, 4):
+        cache, other = (LightningMiniMaxCache(recent_tokens) for _ in range(2))
+        with torch.no_grad():
+            for piece in x.split([18, 1, 1, 2, 1, 1], 1):
+                found, wanted = compiled(piece, None, None, cache)[0], attention(piece, None, None, other)[0]
+                torch.testing.assert_close(found, wanted)
 
 
 def test_what_cannot_be_served_is_refused():
     with pytest.raises(ValueError, match="model is a Linear without a MiniMaxLightningAttention"):
         apply_lightning_attention(torch.nn.Linear(2, 2))
     model = build("1:1")
-    with pytest.raises(TypeError, match=r"state_dtype is torch.float16; it must be torch.float32 or torch.bfloat16"):
-        apply_lightning_attention(model, state_dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"state_dtype is torch.int8; it must be torch.float32 or torch.bfloat16 or"):
+        apply_lightning_attention(model, state_dtype=torch.int8)
 
     class Other(minimax.MiniMaxLightningAttention):
         pass

@@ -21,6 +21,7 @@ LAYERS: dict[str, Callable[[], LightningAttention]] = {
     "bailing": lambda: LightningAttention.bailing(HIDDEN, H, layer=1, num_layers=4, norm_groups=2),
     "minicpm_sala": lambda: LightningAttention.minicpm_sala(HIDDEN, H),
     "retnet": lambda: LightningAttention.retnet(HIDDEN, H),
+    "retnet of fla": lambda: LightningAttention.retnet(HIDDEN, H, value_dim=D, rope_base=10000.0, norm_weight=True),
     "transnormer": lambda: LightningAttention.transnormer(HIDDEN, H, layer=0, num_layers=4),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -85,6 +86,10 @@ def definition(name: str, layer: LightningAttention, x: Tensor) -> tuple[Tensor,
         q, k = (torch.view_as_real(z).flatten(-2)[..., pairs.argsort()] for z in (q, k))
         o, state = recurrence(q, k, v, -torch.log(1 - 2.0 ** (-5 - torch.arange(H).double())), scale)
         o = rms(o).flatten(-2) * u * torch.sigmoid(u)
+    elif name == "retnet of fla":
+        q, k = (rotated(z, D, 10000.0) for z in (q, k))
+        o, state = recurrence(q, k, v, -torch.log(1 - 2.0 ** (-5 - torch.arange(H).double())), scale)
+        o = rms(o).flatten(-2) * w["norm.weight"] * u * torch.sigmoid(u)
     else:
         q, k = (z * torch.sigmoid(z) for z in (q, k))
         angle = torch.arange(x.shape[1]).double()[:, None, None] * w["lrpe.theta"][:, 0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attention import (
+    QuantizedStates,
     RecentTokens,
     decay,
     lightning_attention,
@@ -66,11 +67,12 @@ def test_opcheck_attention_on_the_reference_backend():
     torch.library.opcheck(OPS.attention.default, arguments(problem, "reference", requires_grad=True))
 
 
-def serving_calls(rings: bool = False) -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict]]:
+def serving_calls(pool_of: str) -> dict[str, tuple[Callable[..., Tensor | None], tuple, dict]]:
     """Each operation on a pool with its arguments; the fifth (commit: the fourth) is the pool.
 
-    ``rings``: with rings that hold a few tokens of each row; and fold.
+    ``pool_of``: "floats"; "rings", with rings that hold a few tokens of each row, and fold; "8 bits", with rings too.
     """
+    rings = pool_of != "floats"
     torch.manual_seed(0)
     T, log_decay = 7, decay.alibi(H)
     q, k, v = torch.randn(T, H, D), torch.randn(T, H, D), torch.randn(T, H, E)
@@ -84,6 +86,9 @@ def serving_calls(rings: bool = False) -> dict[str, tuple[Callable[..., Tensor |
     }
     tree = {"parents": torch.tensor([-1, 0, 0, 1, -1, -1, 0])}
     fold = {}
+    if pool_of == "8 bits":
+        states, pool = pool, QuantizedStates.empty(S, H, D, E)
+        pool.quantize(states)
     if rings:
         keys, values = torch.randn(S, H, 4, D), torch.randn(S, H, 4, E)
         packed["recent"] = RecentTokens(keys, values, torch.tensor([3, 0, 7, 2, 5], dtype=torch.int32))
@@ -112,7 +117,7 @@ def serving_calls(rings: bool = False) -> dict[str, tuple[Callable[..., Tensor |
     return calls
 
 
-RECENT = " recent_k recent_v recent_count"
+RECENT = " recent_k recent_v recent_count state_low state_scale"
 OPERATORS = {
     "decode": "slots scale batch_invariant" + RECENT,
     "prefill": "cu_seqlens slots fresh scale snapshot_at snapshot_slots batch_invariant" + RECENT,
@@ -121,22 +126,39 @@ OPERATORS = {
     "fold": "slots" + RECENT,
 }
 OPERATORS |= {f"{name}_out": OPERATORS[name] for name in ("decode", "prefill", "verify")}
-CALLS = [(name, rings) for name in OPERATORS for rings in (False, True) if rings or name != "fold"]
+CALLS = [
+    (name, pool_of)
+    for name in OPERATORS
+    for pool_of in ("floats", "rings", "8 bits")
+    if (name, pool_of) != ("fold", "floats")
+]
 
 
-def _fold(state: Tensor, log_decay: Tensor, *, slots: Tensor, recent: RecentTokens) -> None:
+def _fold(state: Tensor | QuantizedStates, log_decay: Tensor, *, slots: Tensor, recent: RecentTokens) -> None:
     lightning_attention_fold(state, recent, log_decay, slots=slots)
 
 
-@pytest.mark.parametrize(("name", "rings"), CALLS)
-def test_opcheck_serving(name: str, rings: bool):
-    _, args, options = serving_calls(rings)[name]
+@pytest.mark.parametrize(("name", "pool_of"), CALLS)
+def test_opcheck_serving(name: str, pool_of: str):
+    _, args, options = serving_calls(pool_of)[name]
     recent = options.pop("recent")
-    if rings:
+    if recent is not None:
         options |= {"recent_k": recent.k, "recent_v": recent.v, "recent_count": recent.count}
+    for x in args:
+        if isinstance(x, QuantizedStates):
+            options |= {"state_low": x.low, "state_scale": x.scale}
+    args = tuple(x.high if isinstance(x, QuantizedStates) else x for x in args)
     rest = (options.get(option) for option in OPERATORS[name].split())
     out = (options["out"],) if "out" in options else ()
     torch.library.opcheck(getattr(OPS, name).default, (*args, *rest, "tiled", *out))
+
+
+def test_opcheck_rows_of_a_pool_in_8_bits():
+    states, slots = torch.randn(3, H, D, E), torch.tensor([3, -1, 0])
+    planes = torch.zeros(S, H, D, E, dtype=torch.int8), torch.zeros(S, H, D, E, dtype=torch.int8), torch.zeros(S, H, E)
+    for rows in (slots, None):
+        torch.library.opcheck(OPS.dequantize.default, (*planes, rows, "tiled"))
+    torch.library.opcheck(OPS.quantize.default, (states, *planes, slots, "tiled"))
 
 
 def _equal(got: Solution, expected: Solution):
@@ -164,19 +186,20 @@ def test_compiles_whole_forward_and_backward(case: str, monkeypatch: pytest.Monk
 
 def _written(args: tuple, options: dict) -> list[Tensor]:
     """The pool and its rings."""
-    state, recent = next(x for x in args if x.ndim == 4), options["recent"]
-    return [state] if recent is None else [state, recent.k, recent.v, recent.count]
+    state, recent = next(x for x in args if isinstance(x, QuantizedStates) or x.ndim == 4), options["recent"]
+    planes = [state] if isinstance(state, Tensor) else [*vars(state).values()]
+    return planes if recent is None else [*planes, recent.k, recent.v, recent.count]
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(("name", "rings"), CALLS)
-def test_serving_compiles_whole(name: str, rings: bool):
-    run, args, options = serving_calls(rings)[name]
-    _, same, same_options = serving_calls(rings)[name]
+@pytest.mark.parametrize(("name", "pool_of"), CALLS)
+def test_serving_compiles_whole(name: str, pool_of: str):
+    run, args, options = serving_calls(pool_of)[name]
+    _, same, same_options = serving_calls(pool_of)[name]
     expected = run(*same, **same_options)
     out = torch.compile(run, fullgraph=True, backend="aot_eager")(*args, **options)
     assert (out is None and expected is None) or torch.equal(out, expected)
-    got, untouched = _written(args, options), _written(*serving_calls(rings)[name][1:])
+    got, untouched = _written(args, options), _written(*serving_calls(pool_of)[name][1:])
     for a, b in zip(got, _written(same, same_options), strict=True):
         assert torch.equal(a, b)  # written through the compiled graph
     for name_of_written in {"out", "snapshots"} & set(options):
@@ -277,16 +300,16 @@ def test_autocast_does_not_reach_the_backward():
     _equal(got, expected)
 
 
-@pytest.mark.parametrize(("name", "rings"), CALLS)
-def test_autocast_serving(name: str, rings: bool):
-    run, args, options = serving_calls(rings)[name]
-    _, same, same_options = serving_calls(rings)[name]
+@pytest.mark.parametrize(("name", "pool_of"), CALLS)
+def test_autocast_serving(name: str, pool_of: str):
+    run, args, options = serving_calls(pool_of)[name]
+    _, same, same_options = serving_calls(pool_of)[name]
     for given in (options, same_options):
         if "out" in given:
             given["out"] = given["out"].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = run(*args, **options)
-    tokens = next(i for i, x in enumerate(args) if x.ndim != 3)
+    tokens = next(i for i, x in enumerate(args) if not isinstance(x, Tensor) or x.ndim != 3)
     expected = run(*(x.bfloat16() for x in same[:tokens]), *same[tokens:], **same_options)
     assert (out is None and expected is None) or torch.equal(out, expected)
     assert out is None or out.dtype == torch.bfloat16

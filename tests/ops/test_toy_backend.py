@@ -115,7 +115,7 @@ def test_serving():
     q, k, v = torch.randn(3, 2, 2, 4)
     pool, log_decay = torch.randn(2, 2, 4, 4), decay.alibi(2)
     same = pool.clone()
-    rest = None, 0.5, False, None, None, None
+    rest = None, 0.5, False, None, None, None, None, None
     got = OPS.decode(q, k, v, log_decay, pool, *rest, "toy")
     assert CALLS == ["decode"]
     assert relative_error(got, OPS.decode(q, k, v, log_decay, same, *rest, "tiled")) <= 1e-6

@@ -209,15 +209,30 @@ def test_a_last_size_of_one_has_any_stride():
 @each(list(OPERATIONS))
 def test_log_decay(of: Callable):
     _fails(of, ValueError, "log_decay has shape [3]; it must be [H] = [2], one per head of v", log_decay=torch.zeros(3))
-    _fails(of, ValueError, "log_decay has shape [2, 1, 1]; it must be [H]", log_decay=torch.zeros(2, 1, 1))
+    _fails(of, ValueError, "of slopes log_decay is -slopes.flatten()", log_decay=torch.zeros(2, 1, 1))
     _fails(of, TypeError, "log_decay has dtype bfloat16; it must be float32", log_decay=torch.zeros(2).bfloat16())
     _fails(of, TypeError, "log_decay has dtype float64; it must be float32", log_decay=torch.zeros(2).double())
 
 
 @each([attention, packed_attention, decode, prefill, verify])
-@pytest.mark.parametrize("scale", ["1", None, torch.ones(())], ids=type)
+@pytest.mark.parametrize("scale", ["1", torch.ones(())], ids=type)
 def test_scale(of: Callable, scale: object):
-    _fails(of, TypeError, f"scale is a {type(scale).__name__}; it must be a float", scale=scale)
+    _fails(of, TypeError, f"scale is a {type(scale).__name__}; it must be a float or None", scale=scale)
+
+
+@pytest.mark.parametrize("factor", [0.25, None])
+@each([attention, packed_attention, decode, prefill, verify])
+def test_the_scale_of_softmax_attention(of: Callable, factor: float | None):
+    arguments = of()
+    result = []
+    for scale in (factor, D**-0.5):
+        given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in arguments.items()} | {"scale": scale}
+        for seed, name in enumerate(("q", "k", "v")):
+            given[name] = torch.randn(given[name].shape, generator=torch.Generator().manual_seed(seed))
+        out = OPERATIONS[of](**given)
+        result.append(out.output if isinstance(out, tuple) else out)
+    assert result[0].any()
+    assert torch.equal(*result) is (factor is None)
 
 
 # whole sequences

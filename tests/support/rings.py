@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention import (
+    QuantizedStates,
     RecentTokens,
     decay,
     lightning_attention_commit,
@@ -36,9 +37,12 @@ def by_backend(name: str | None) -> Iterator[None]:
         yield
 
 
+Pool = Tensor | QuantizedStates
+
+
 @dataclass(frozen=True)
 class Walk:
-    """Sizes and types of a pool, and what is done to it."""
+    """Sizes and types of a pool, and what is done to it; ``state_dtype`` int8: QuantizedStates."""
 
     S: int = 5
     H: int = 4
@@ -57,6 +61,13 @@ class Walk:
         none, slow = torch.full((self.H,), -torch.inf), torch.full((self.H,), -1e-6)
         return {"none": None, "alibi": decay.alibi(self.H), "no memory": none, "slow": slow}[self.rate]
 
+    def pool(self, states: Tensor, device: str = "cpu") -> Pool:
+        if self.state_dtype != torch.int8:
+            return states.to(device, self.state_dtype, copy=True)
+        pool = QuantizedStates.empty(*states.shape, device=device)
+        pool.quantize(states.to(device))
+        return pool
+
     def rings(self, device: str = "cpu") -> RecentTokens:
         """Empty, and NaN all over."""
         recent = RecentTokens.empty(self.S, self.H, self.D, self.E, self.R, self.ring_dtype, device)
@@ -69,51 +80,63 @@ def copied(recent: RecentTokens) -> RecentTokens:
     return RecentTokens(recent.k.clone(), recent.v.clone(), recent.count.clone())
 
 
-def whole(pool: Tensor, recent: RecentTokens, log_decay: Tensor | None) -> Tensor:
+def tensors(pool: Pool) -> list[Tensor]:
+    """What a pool consists of."""
+    return [pool] if isinstance(pool, Tensor) else [pool.high, pool.low, pool.scale]
+
+
+def whole(pool: Pool, recent: RecentTokens, log_decay: Tensor | None) -> Tensor:
     """The states that a pool and its rings mean, which stay as they are."""
-    pool = pool.clone()
+    pool = pool.clone() if isinstance(pool, Tensor) else QuantizedStates(*(x.clone() for x in tensors(pool)))
     lightning_attention_fold(pool, copied(recent), log_decay)
-    return pool
+    return pool if isinstance(pool, Tensor) else pool.dequantize()
 
 
 def walk(
     of: Walk, steps: int, seed: int = 0, backend: str | None = None, device: str = "cpu", tolerance: float = 5e-6,
-    look_every: int = 1,
+    look_every: int = 1, state_tolerance: float | None = None,
 ) -> None:  # fmt: skip
-    """So many operations; every ``look_every`` the states that they leave are looked at."""
+    """So many operations; every ``look_every`` the states that they leave are looked at.
+
+    ``tolerance`` is that of outputs and, where there is no ``state_tolerance``, of states.
+    """
     with by_backend(backend):
-        _walk(of, steps, seed, device, tolerance, look_every)
+        _walk(of, steps, seed, device, tolerance, look_every, state_tolerance or tolerance)
 
 
-def _walk(of: Walk, steps: int, seed: int, device: str, tolerance: float, look_every: int) -> None:
+def _walk(
+    of: Walk, steps: int, seed: int, device: str, tolerance: float, look_every: int, state_tolerance: float
+) -> None:
     torch.manual_seed(seed)
     rng, log_decay = random.Random(seed), of.log_decay()
-    pool = torch.randn(of.S, of.H, of.D, of.E).to(of.state_dtype)
-    reference = ReferencePool(pool.clone(), log_decay, 0.5)
-    pool, recent, log_decay = pool.to(device), of.rings(device), None if log_decay is None else log_decay.to(device)
+    states = torch.randn(of.S, of.H, of.D, of.E)
+    pool, recent = of.pool(states, device), of.rings(device)
+    reference = ReferencePool(pool.to("cpu", copy=True) if isinstance(pool, Tensor) else states, log_decay, 0.5)
+    log_decay = None if log_decay is None else log_decay.to(device)
+    all_tensors = [*tensors(pool), recent.k, recent.v, recent.count]
     for step in range(steps):
         operation = rng.choice(of.operations)
-        before = [x.clone() for x in (pool, recent.k, recent.v, recent.count)]
+        before = [x.clone() for x in all_tensors]
         touched = _operate(of, operation, rng, pool, recent, log_decay, reference, tolerance)
         assert int(recent.count.min()) >= 0
         assert int(recent.count.max()) < 2 * of.R
         for slot in set(range(of.S)) - touched:
-            for x, old in zip((pool, recent.k, recent.v, recent.count), before, strict=True):
+            for x, old in zip(all_tensors, before, strict=True):
                 torch.testing.assert_close(x[slot], old[slot], rtol=0, atol=0, equal_nan=True)
         if operation == "verify":
-            assert torch.equal(pool, before[0])
-            assert torch.equal(recent.count, before[3])
+            for x, old in zip([*tensors(pool), recent.count], [*before[:-3], before[-1]], strict=True):
+                assert torch.equal(x, old)
         if step % look_every == look_every - 1:
             error = relative_error(whole(pool, recent, log_decay).cpu(), reference.stacked())
-            assert error <= tolerance, (step, operation, error)
+            assert error <= state_tolerance, (step, operation, error)
 
 
 def _operate(
-    of: Walk, operation: str, rng: random.Random, pool: Tensor, recent: RecentTokens, log_decay: Tensor | None,
+    of: Walk, operation: str, rng: random.Random, pool: Pool, recent: RecentTokens, log_decay: Tensor | None,
     reference: ReferencePool, tolerance: float,
 ) -> set[int]:  # fmt: skip
     """One operation, its outputs checked; the slots that it may have changed."""
-    device, rows = pool.device, rng.sample(range(of.S), of.S)
+    device, rows = recent.k.device, rng.sample(range(of.S), of.S)
     N = rng.randint(1, min(3, of.S - 1))
     slots = [row if rng.random() < 0.8 else -1 for row in rows[:N]]
     owned = {slot for slot in slots if slot >= 0}

@@ -29,6 +29,7 @@ class Peer:
 
     ``heads_first``: attention takes [B, H, T, D] instead of [B, T, H, D]. ``softmax``: it computes softmax attention,
     so its time grows with T² and its numbers are not compared. ``states``: the types of state that it takes.
+    ``against``: the name of the one that its time is held against, where that is measured too.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Peer:
     softmax: bool = False
     states: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    against: str | None = None
 
     def attention(self) -> Forward:
         """The forward pass, its package imported."""

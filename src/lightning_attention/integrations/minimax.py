@@ -8,8 +8,8 @@ Parameters, buffers and their names stay as they are. docs/integrations.md says 
 not.
 """
 
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from transformers.models.minimax.modeling_minimax import (
 from lightning_attention.models.arguments import check_keywords, given_cache
 from lightning_attention.ops.attention import lightning_attention
 from lightning_attention.ops.decode import lightning_attention_decode
+from lightning_attention.ops.fold import lightning_attention_fold
+from lightning_attention.ops.recent import LONGEST, RecentTokens
+from lightning_attention.ops.validation import STATES, integer
 
 
 def apply_lightning_attention(model: nn.Module, *, state_dtype: torch.dtype = torch.float32) -> None:
@@ -32,17 +35,17 @@ def apply_lightning_attention(model: nn.Module, *, state_dtype: torch.dtype = to
 
     Args:
         model: a model of transformers' models/minimax, or anything that contains its ``MiniMaxLightningAttention``.
-        state_dtype: dtype in which the cache keeps the states, [B, H, D, E] a layer: float32 or bfloat16. float32 is
-            what the states are summed in. In bfloat16 they take half the memory and every call rounds them, as the
-            original module does in a bfloat16 model, and only then can that module go on with them. A float64 model
-            keeps float64.
+        state_dtype: dtype in which the cache keeps the states, [B, H, D, E] a layer: float32, bfloat16 or float16.
+            float32 is what the states are summed in. In 16 bits they take half the memory and every call rounds them,
+            as the original module does in a model of that dtype, and only then can that module go on with them. A
+            float64 model keeps float64.
 
     Raises:
-        TypeError: ``state_dtype`` is neither float32 nor bfloat16.
+        TypeError: ``state_dtype`` is none of those.
         ValueError: there is no such module, or one has a class or a forward pass that is not transformers' own.
     """
-    if state_dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"state_dtype is {state_dtype}; it must be torch.float32 or torch.bfloat16")
+    if state_dtype not in STATES:
+        raise TypeError(f"state_dtype is {state_dtype}; it must be {' or '.join(map(str, STATES))}")
     found = [m for m in model.modules() if isinstance(m, MiniMaxLightningAttention)]
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without a MiniMaxLightningAttention")
@@ -102,7 +105,8 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
             **kwargs: what the model hands to every kind of layer and changes nothing in this one, by name.
 
         Returns:
-            The output, [B, T, hidden_size], and the state after it.
+            The output, [B, T, hidden_size], and the state after it; of a module without forward hooks it lacks what the
+            cache has in rings.
 
         Raises:
             TypeError: ``cache`` is another kind of cache, or a keyword is not known. Boundaries of packed documents
@@ -118,14 +122,15 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         log_decay = -self.slope_rate.flatten().to(exact)
 
         held = None if cache is None else _state(cache, self.layer_idx)
-        if held is not None and q.shape[1] == 1 and _can_update(held, q):
-            state = held
-            mixed = lightning_attention_decode(q[:, 0], k[:, 0], v[:, 0], log_decay, state)
+        if cache is not None and held is not None and q.shape[1] == 1 and _can_update(held, q):
+            state, (q, k, v) = held, (x[:, 0] for x in (q, k, v))
+            recent = cache.ring(self.layer_idx, k, log_decay) if isinstance(cache, LightningMiniMaxCache) else None
+            mixed = lightning_attention_decode(q, k, v, log_decay, state, recent=recent)
             # A hook that keeps what a module returns (output_attentions) must not see it change at the next token.
             if self._forward_hooks:
-                state = held.clone()
+                state = cache.get_linear_cache(self.layer_idx).clone()
         else:
-            initial = None if held is None else held.to(exact)
+            initial = None if cache is None or held is None else cache.get_linear_cache(self.layer_idx).to(exact)
             mixed, final = lightning_attention(q, k, v, log_decay, initial_state=initial, output_final_state=True)
             assert final is not None
             state = final.to(self.state_dtype) if exact == torch.float32 else final
@@ -151,9 +156,47 @@ class LightningMiniMaxCache(MiniMaxCache):
     The original asks layer 0 for the length, and an empty softmax layer stands in for every linear one: with a linear
     layer first, as published, it counts no tokens, so that several tokens at once get the mask and the positions of a
     first chunk. It also leaves the states where they are when beams are reordered and when it is reset.
+
+    Args:
+        recent_tokens: how many tokens are kept in rings beside the states, so that a step of one token need not write
+            these, from 1 to 64; 0: none. They are worth having where a step waits for the GPU's memory: many rows, and
+            no time lost on the host. A state in ``linear_cache`` then lacks what its ring holds;
+            :meth:`get_linear_cache` makes it whole.
+
+    Raises:
+        TypeError, ValueError: ``recent_tokens`` is no integer, or not from 0 to 64.
     """
 
     linear_cache: list[Any]  # a state, or [] where the layer is a softmax one
+
+    # Of one that was transformers' own too, which knew of no rings.
+    _recent_tokens = 0
+    _rings: Mapping[int, tuple[RecentTokens, Tensor]] = MappingProxyType({})  # by layer, with its log_decay
+
+    def __init__(self, recent_tokens: int = 0) -> None:
+        super().__init__()
+        self._recent_tokens = integer("recent_tokens", recent_tokens, least=0, most=LONGEST)
+
+    def ring(self, layer_idx: int, k: Tensor, log_decay: Tensor) -> RecentTokens | None:
+        """A layer's ring, empty at first, for a step with these k [B, H, D]; None where there are none."""
+        if self._recent_tokens and layer_idx not in self._rings:
+            B, H, D, E = self.linear_cache[layer_idx].shape
+            ring = RecentTokens.empty(B, H, D, E, self._recent_tokens, k.dtype, k.device)
+            self._rings = {**self._rings, layer_idx: (ring, log_decay)}
+        return self._rings[layer_idx][0] if layer_idx in self._rings else None
+
+    def get_linear_cache(self, layer_idx: int) -> Any:
+        """A layer's state, [B, H, D, E], with what its ring holds; [] of a softmax layer, None past the last."""
+        if layer_idx in self._rings:
+            # No other mode may write to states that were made in inference mode.
+            with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
+                lightning_attention_fold(self.linear_cache[layer_idx], *self._rings[layer_idx])
+        return super().get_linear_cache(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """Keep a layer's state, which is whole."""
+        super().set_linear_cache(layer_idx, linear_cache)
+        self._rings = {layer: ring for layer, ring in self._rings.items() if layer != layer_idx}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, 0 where no layer counts them."""
@@ -189,11 +232,16 @@ class LightningMiniMaxCache(MiniMaxCache):
         return next((i for i, layer in enumerate(self.layers) if layer.is_initialized), layer_idx)
 
     def _map_states(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.linear_cache = [fn(state) if isinstance(state, Tensor) else state for state in self.linear_cache]
+        states = [self.get_linear_cache(layer_idx) for layer_idx in range(len(self.linear_cache))]
+        self.linear_cache = [fn(state) if isinstance(state, Tensor) else state for state in states]
+        self._rings = {}
 
 
 def _state(cache: MiniMaxCache, layer_idx: int) -> Tensor | None:
-    """The layer's state, [B, H, D, E], or None before its first token; the cache becomes one of ours."""
+    """The layer's state, [B, H, D, E], as it is beside its ring, or None before its first token.
+
+    The cache becomes one of ours.
+    """
     # The compiler refuses the change of a class: a compiled model wants a LightningMiniMaxCache from the start.
     if type(cache) is MiniMaxCache and not torch.compiler.is_compiling():
         cache.__class__ = LightningMiniMaxCache
@@ -207,7 +255,7 @@ def _can_update(state: Tensor, q: Tensor) -> bool:
         return False
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return state.dtype in (torch.float32, torch.bfloat16) and q.dtype != torch.float64
+    return state.dtype in STATES and q.dtype != torch.float64
 
 
 def _is_own(module: nn.Module, classes: tuple[type, ...]) -> bool:

@@ -93,16 +93,24 @@ class Backend:
     #: (k [T, Hk, D], v, log_decay, state, cu_seqlens, accepted, slots); the pool is written to
     commit: Callable[[Tensor, Tensor, Optional, Tensor, Tensor, Tensor, Optional], None]
 
-    #: The four over a pool with rings: their arguments, then k [S, H, R, D], v [S, H, R, E] and count [S] of
-    #: ``RecentTokens``. kernels/recent.py says what these hold, and which heads of a state a step folds them into.
+    #: The four over a pool with rings: their arguments but ``out``, then k [S, H, R, D], v [S, H, R, E] and count [S]
+    #: of ``RecentTokens``, then low and scale of ``QuantizedStates`` where ``state`` is its high, else None, then
+    #: ``out``. kernels/recent.py says what rings hold, and which heads of a state a step folds them into;
+    #: kernels/quantized.py, what the 8 bits mean. A prefill over a pool in 8 bits may be without rings.
     decode_recent: Callable[..., Optional]
     prefill_recent: Callable[..., Optional]
     verify_recent: Callable[..., Optional]
     commit_recent: Callable[..., None]
 
-    #: (state, log_decay, slots, fresh [N] or None, k, v, count): what the rings hold goes into the states, but where
-    #: ``fresh``, and the rings are empty
-    fold: Callable[[Tensor, Optional, Optional, Optional, Tensor, Tensor, Tensor], None]
+    #: (state, log_decay, slots, fresh [N] or None, k, v, count, low, scale): what the rings hold goes into the states,
+    #: but where ``fresh``, and the rings are empty
+    fold: Callable[[Tensor, Optional, Optional, Optional, Tensor, Tensor, Tensor, Optional, Optional], None]
+
+    #: (high, low, scale, slots) -> [N, H, D, E] float32, zero at padding: rows of a pool in 8 bits
+    dequantize: Callable[[Tensor, Tensor, Tensor, Optional], Tensor]
+
+    #: (states [N, H, D, E] float32, high, low, scale, slots); the pool in 8 bits is written to
+    quantize: Callable[[Tensor, Tensor, Tensor, Tensor, Optional], None]
 
     #: (q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, ranks) -> output, the
     #: state after the last slice, the one before this rank's, and how many tokens each rank has of each sequence,

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels import pool
+from lightning_attention.kernels import pool, quantized
 from lightning_attention.kernels.decays import carried, rate_of
+from lightning_attention.kernels.quantized import Stored
 
 Run = Callable[..., Tensor | None]
 
@@ -47,10 +48,14 @@ def _since(rings: Rings, counts: Tensor) -> Tensor:
     return (counts[:, None] + spread) % R
 
 
+def _held(rings: Rings) -> Tensor:
+    """[N, H]: how many tokens each head holds."""
+    return torch.minimum(rings.counts[:, None], _since(rings, rings.counts))
+
+
 def _whole(states: Tensor, rings: Rings, rate: Tensor, batch_invariant: bool = False) -> Tensor:
     """States [N, H, D, E] with what the sequences' rings hold folded in."""
-    R, counts = rings.k.shape[2], rings.counts
-    held = torch.minimum(counts[:, None], _since(rings, counts))
+    R, counts, held = rings.k.shape[2], rings.counts, _held(rings)
     age = (counts[:, None] - 1 - torch.arange(R, device=counts.device)) % R  # of each place, 0 for the newest token
     used = (age[:, None] < held[..., None])[..., None]  # [N, H, R, 1]
     weight = (rate[:, None, None] * age[:, None, :, None]).exp()
@@ -66,8 +71,8 @@ def _whole(states: Tensor, rings: Rings, rate: Tensor, batch_invariant: bool = F
     return carried(rate, held, states, new)
 
 
-def _append(states: Tensor, whole: Tensor, rings: Rings, k: Tensor, v: Tensor, taken: Tensor) -> tuple[Tensor, Rings]:
-    """States and rings after a token of each sequence that is ``taken`` [N], which ``whole`` has in it already."""
+def _append(rings: Rings, k: Tensor, v: Tensor, taken: Tensor) -> tuple[Rings, Tensor]:
+    """Rings after a token of each sequence that is ``taken`` [N], and which heads [N, H] fold then."""
     R, counts = rings.k.shape[2], rings.counts
     here = taken[:, None] & (torch.arange(R, device=counts.device) == counts[:, None] % R)
     keys, values = (
@@ -76,8 +81,7 @@ def _append(states: Tensor, whole: Tensor, rings: Rings, k: Tensor, v: Tensor, t
     )
     counts = counts + taken
     folds = taken[:, None] & (_since(rings, counts) == 0)
-    states = torch.where(folds[..., None, None], whole, states)
-    return states, Rings(keys, values, torch.where(counts == 2 * R, R, counts))
+    return Rings(keys, values, torch.where(counts == 2 * R, R, counts)), folds
 
 
 def _places(slots: Tensor | None) -> Tensor | None:
@@ -103,7 +107,8 @@ def rows_of_prefill(
 class OverRings:
     """A backend's operations over states with rings, by its ``decode``, ``prefill`` and ``verify`` over states.
 
-    ``sums``: the type in which states and sums are computed for inputs like this one.
+    ``low`` and ``state_scale``: of a pool in 8 bits. ``sums``: the type in which states and sums are computed for
+    inputs like this one.
     """
 
     def __init__(self, decode: Run, prefill: Run, verify: Run, sums: Callable[[Tensor], torch.dtype]) -> None:
@@ -111,50 +116,86 @@ class OverRings:
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None,
-        scale: float, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, out: Tensor | None = None,
+        scale: float, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor, low: Tensor | None,
+        state_scale: Tensor | None, out: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        rings, rate = Rings(ring_k, ring_v, count), self._rate(log_decay, v, v.shape[1])
-        states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
-        whole = _whole(states, own, rate, batch_invariant)
-        made = self._decode(q, k, v, log_decay, whole, _places(slots), scale, batch_invariant, out)
-        all_of_them = torch.ones_like(own.counts, dtype=torch.bool)
-        states, own = _append(states, whole, own, pool.repeated(k, v), v, all_of_them)
-        pool.write(state, slots, states)
+        stored, rings, rate = (
+            Stored(state, low, state_scale), Rings(ring_k, ring_v, count), self._rate(log_decay, v, v.shape[1])
+        )  # fmt: skip
+        states, own, places = stored.read(slots, rate.dtype), _read(rings, slots), _places(slots)
+        seen = stored.seen(slots, states)
+        whole = _whole(seen, own, rate, batch_invariant)
+        made = self._decode(q, k, v, log_decay, whole, places, scale, batch_invariant, out)
+        if seen is not states:  # the output is of what is seen, and what is folded of all
+            whole = _whole(states, own, rate, batch_invariant)
+            self._decode(q, k, v, log_decay, whole, places, scale, batch_invariant, None)
+        own, folds = _append(own, pool.repeated(k, v), v, torch.ones_like(own.counts, dtype=torch.bool))
+        stored.write(slots, torch.where(folds[..., None, None], whole, states), folds)
         _write(rings, slots, own)
         return made
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
         slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
-        snapshot_slots: Tensor | None, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
-        out: Tensor | None = None,
+        snapshot_slots: Tensor | None, batch_invariant: bool, ring_k: Tensor | None, ring_v: Tensor | None,
+        count: Tensor | None, low: Tensor | None, state_scale: Tensor | None, out: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """From whole states, and to them: no ring must outlive the state that it belongs to."""
-        self.fold(state, log_decay, *rows_of_prefill(slots, fresh, snapshot_slots), ring_k, ring_v, count)
+        rings = None if ring_k is None or ring_v is None or count is None else Rings(ring_k, ring_v, count)
+        if low is not None:
+            return self._prefill_over_copies(
+                q, k, v, log_decay, Stored(state, low, state_scale), rings, cu_seqlens, slots, fresh, scale,
+                snapshot_at, snapshot_slots, batch_invariant, out,
+            )  # fmt: skip
+        assert rings is not None
+        self.fold(state, log_decay, *rows_of_prefill(slots, fresh, snapshot_slots), *rings, None, None)
         return self._prefill(
             q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
             out,
         )  # fmt: skip
 
+    def _prefill_over_copies(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, stored: Stored, rings: Rings | None,
+        cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,
+        snapshot_slots: Tensor | None, batch_invariant: bool, out: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """In floats, so that a state in 8 bits is rounded once."""
+        rate = self._rate(log_decay, v, v.shape[1])
+        rows, places, snapshots = quantized.rows_of_prefill(slots, cu_seqlens, snapshot_at, snapshot_slots)
+        states = stored.read(slots, rate.dtype, fresh)
+        if rings is not None:
+            whole = _whole(states, _read(rings, slots), rate)
+            states = whole if fresh is None else torch.where(fresh[:, None, None, None], states, whole)
+            pool.write(rings.counts, rows, torch.zeros_like(rows))
+        states = torch.cat([states, states.new_zeros(len(rows) - len(places), *states.shape[1:])])
+        made = self._prefill(
+            q, k, v, log_decay, states, cu_seqlens, places, None, scale, snapshot_at, snapshots, batch_invariant, out
+        )
+        stored.write(rows, states)
+        return made
+
     def verify(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
         slots: Tensor | None, parents: Tensor | None, scale: float, ring_k: Tensor, ring_v: Tensor, count: Tensor,
-        out: Tensor | None = None,
+        low: Tensor | None, state_scale: Tensor | None, out: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        rate = self._rate(log_decay, v, v.shape[1])
-        whole = _whole(pool.read(state, slots, rate.dtype), _read(Rings(ring_k, ring_v, count), slots), rate)
+        rate, stored = self._rate(log_decay, v, v.shape[1]), Stored(state, low, state_scale)
+        seen = stored.seen(slots, stored.read(slots, rate.dtype))
+        whole = _whole(seen, _read(Rings(ring_k, ring_v, count), slots), rate)
         return self._verify(q, k, v, log_decay, whole, cu_seqlens, _places(slots), parents, scale, None, None, out)
 
     def commit(
         self, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, accepted: Tensor,
-        slots: Tensor | None, *ring: Tensor,
+        slots: Tensor | None, ring_k: Tensor, ring_v: Tensor, count: Tensor, low: Tensor | None,
+        state_scale: Tensor | None,
     ) -> None:  # fmt: skip
         """One after the other, as decode appends them."""
         if k.shape[0] == 0:
             return
-        k, rings, rate = pool.repeated(k, v), Rings(*ring), self._rate(log_decay, v, v.shape[1])
-        states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
-        whole = _whole(states, own, rate)
+        k, rings, rate = pool.repeated(k, v), Rings(ring_k, ring_v, count), self._rate(log_decay, v, v.shape[1])
+        stored = Stored(state, low, state_scale)
+        states, own = stored.read(slots, rate.dtype), _read(rings, slots)
+        whole, changed = _whole(states, own, rate), torch.zeros_like(_held(own), dtype=torch.bool)
         order, packed = pool.packed_together(accepted, cu_seqlens)
         lengths = packed.diff()
         # On the CPU the most that were accepted bound the loop; elsewhere they are not read.
@@ -164,17 +205,22 @@ class OverRings:
             token = order[(packed[:-1] + step).clamp(max=k.shape[0] - 1)]
             new = k[token].to(rate.dtype)[..., None] * v[token].to(rate.dtype)[..., None, :]
             whole = torch.where(taken[:, None, None, None], carried(rate, 1, whole, new), whole)
-            states, own = _append(states, whole, own, k[token], v[token], taken)
-        pool.write(state, slots, states)
+            own, folds = _append(own, k[token], v[token], taken)
+            states, changed = torch.where(folds[..., None, None], whole, states), changed | folds
+        stored.write(slots, states, changed)
         _write(rings, slots, own)
 
     def fold(
-        self, state: Tensor, log_decay: Tensor | None, slots: Tensor | None, fresh: Tensor | None, *ring: Tensor
-    ) -> None:
-        rings, rate = Rings(*ring), self._rate(log_decay, state, state.shape[1])
-        states, own = pool.read(state, slots, rate.dtype), _read(rings, slots)
-        whole = _whole(states, own, rate)
-        pool.write(state, slots, whole if fresh is None else torch.where(fresh[:, None, None, None], states, whole))
+        self, state: Tensor, log_decay: Tensor | None, slots: Tensor | None, fresh: Tensor | None, ring_k: Tensor,
+        ring_v: Tensor, count: Tensor, low: Tensor | None, state_scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        rings, rate = Rings(ring_k, ring_v, count), self._rate(log_decay, ring_v, state.shape[1])
+        stored = Stored(state, low, state_scale)
+        states, own = stored.read(slots, rate.dtype), _read(rings, slots)
+        folds = _held(own) > 0
+        if fresh is not None:
+            folds &= ~fresh[:, None]
+        stored.write(slots, torch.where(folds[..., None, None], _whole(states, own, rate), states), folds)
         pool.write(rings.counts, slots, torch.zeros_like(own.counts))
 
     def _rate(self, log_decay: Tensor | None, like: Tensor, H: int) -> Tensor:

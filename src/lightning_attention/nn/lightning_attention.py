@@ -134,7 +134,7 @@ class LightningAttention(FixedDecayAttention):
         """Ring-linear-2.0, Ling and Ring 2.5 and 2.6: QK-norm, rope on half a head, group RMSNorm, sigmoid gate.
 
         ``norm_groups`` and ``rope_base`` are ``group_norm_size`` and ``rope_theta`` of their configurations; the
-        defaults are Ring-mini-linear-2.0's.
+        defaults are Ring-mini-linear-2.0's, Ling-2.5 has 8 and 6,000,000.
         """
         slopes, head_dim = decay.bailing(num_heads, layer, num_layers), _head_dim(hidden_size, num_heads, head_dim)
         return cls(
@@ -149,17 +149,28 @@ class LightningAttention(FixedDecayAttention):
         return cls(hidden_size, num_heads, slopes, head_dim=head_dim, qk_norm=True, rope_dim=head_dim, scale=None)
 
     @classmethod
-    def retnet(cls, hidden_size: int, num_heads: int) -> "LightningAttention":
+    def retnet(
+        cls,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        rope_base: float | None = None,
+        norm_weight: bool = False,
+    ) -> "LightningAttention":
         """RetNet, the same on every layer: rope, values twice as wide, RMSNorm per head without weight, silu gate.
 
-        The authors' frequencies end at 1/10000, those of :func:`rope` a step before; a larger base makes them equal.
-        They pair neighbouring channels, which is another order of the rows of W_q and W_k.
+        The authors' frequencies end at 1/10000, those of :func:`rope` a step before; a larger base, the one that None
+        stands for, makes them equal. They pair neighbouring channels, which is another order of the rows of W_q and
+        W_k. Flash-linear-attention's layer has neither: its base is 10000, and its norm has a weight.
         """
-        slopes, head_dim = decay.retnet(num_heads), _head_dim(hidden_size, num_heads, None)
+        slopes, head_dim = decay.retnet(num_heads), _head_dim(hidden_size, num_heads, head_dim)
         return cls(
-            hidden_size, num_heads, slopes, value_dim=2 * head_dim, rope_dim=head_dim,
-            rope_base=10000.0 ** (head_dim / max(head_dim - 2, 1)), scale=None,
-            norm_groups=num_heads, norm_weight=False, gate="silu",
+            hidden_size, num_heads, slopes, head_dim=head_dim,
+            value_dim=2 * head_dim if value_dim is None else value_dim, rope_dim=head_dim,
+            rope_base=10000.0 ** (head_dim / max(head_dim - 2, 1)) if rope_base is None else rope_base, scale=None,
+            norm_groups=num_heads, norm_weight=norm_weight, gate="silu",
         )  # fmt: skip
 
     @classmethod

@@ -26,7 +26,7 @@ def lightning_attention(
     v: Tensor,
     log_decay: Tensor | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -54,7 +54,8 @@ def lightning_attention(
         log_decay: [H] float32 (or float64 for float64 inputs), natural logarithm of the decay per token, at
             most 0, which is checked on the CPU, where reading it costs nothing; −inf: no memory. None for no decay.
             May require grad. ``lightning_attention.decay`` has the schedules of published models.
-        scale: factor on the output; the papers use 1.
+        scale: factor on the output; the papers of lightning attention use 1, and None is D^(-1/2), as in softmax
+            attention.
         initial_state: [N, H, D, E] float32, bfloat16 or float16 (or float64 for float64 inputs), the state before the
             first token of each sequence; None for zero. May require grad.
         output_final_state: whether to return the state after the last token of each sequence.
@@ -87,8 +88,7 @@ def lightning_attention(
     """
     q, k, v = cast_for_autocast(q, k, v)
     validation.check_inputs(q, k, v, log_decay, "BT")
-    validation.check_scale(scale)
-    scale = scale * 1.0  # an integer would compile kernels for one, and a float then be taken for it
+    scale = validation.checked_scale(scale, q)
     num_sequences = q.shape[0]
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens, q)

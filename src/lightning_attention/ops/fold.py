@@ -4,11 +4,16 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, nothing
+from lightning_attention.ops.quantized import QuantizedStates, check_has_rings, planes
 from lightning_attention.ops.recent import WRITTEN, RecentTokens, check_rings
 
 
 def lightning_attention_fold(
-    state: Tensor, recent: RecentTokens, log_decay: Tensor | None, *, slots: Tensor | None = None
+    state: Tensor | QuantizedStates,
+    recent: RecentTokens,
+    log_decay: Tensor | None,
+    *,
+    slots: Tensor | None = None,
 ) -> None:
     """Make rows of a pool whole, in place, as if there had been no rings: S ← λ^n S + Σ_j λ^(n−j) k_jᵀ v_j.
 
@@ -17,7 +22,8 @@ def lightning_attention_fold(
 
     Args:
         state: [S, H, D, E] float32, bfloat16 or float16 or, with float64 rings, float64, the pool; a row that has
-            tokens in its ring is rounded once.
+            tokens in its ring is rounded once. Or QuantizedStates, the pool in 8 bits, of which those heads are written
+            that hold a token.
         recent: the pool's rings; those of the rows are then empty.
         log_decay: [H] float32, natural logarithm of the decay, at most 0 (checked on the CPU); −inf: no memory.
             None for no decay.
@@ -29,22 +35,24 @@ def lightning_attention_fold(
         ValueError: a shape, stride or device does not fit, or an input requires grad; on the CPU also
             a slot past the pool or given twice.
     """
-    check_rings(state, recent, log_decay)
+    pool, low, state_scale = planes(state)
+    check_has_rings(state, recent)
+    check_rings(pool, recent, log_decay, low is not None)
     if slots is not None:
         validation.check_tensor("slots", slots)
-        validation.check_index("slots", slots, (slots.numel(),), "[N]", state)
-    validation.check_no_grad(state=state, log_decay=log_decay)
-    backend = backends.choose(None, state.device)
-    fold(state, log_decay, slots, recent.k, recent.v, recent.count, backend)
+        validation.check_index("slots", slots, (slots.numel(),), "[N]", pool)
+    validation.check_no_grad(state=pool, log_decay=log_decay)
+    backend = backends.choose(None, pool.device)
+    fold(pool, log_decay, slots, recent.k, recent.v, recent.count, low, state_scale, backend)
 
 
 def _fold(
     state: Tensor, log_decay: Tensor | None, slots: Tensor | None, recent_k: Tensor, recent_v: Tensor,
-    recent_count: Tensor, backend: str,
+    recent_count: Tensor, state_low: Tensor | None, state_scale: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     validation.check_slot_values(slots, state.shape[0])
     validation.check_log_decay_values(log_decay)
-    backends.get(backend).fold(state, log_decay, slots, None, recent_k, recent_v, recent_count)
+    backends.get(backend).fold(state, log_decay, slots, None, recent_k, recent_v, recent_count, state_low, state_scale)
 
 
 fold = Operation(_fold, nothing, writes=WRITTEN)

@@ -2,16 +2,20 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
 
+from lightning_attention.alike import Alike
 from lightning_attention.ops import transforms, validation
 
 _library = torch.library.Library("lightning_attention", "DEF")
 
 Run = Callable[..., Any]
+
+_IS_NESTED, _NO = repeat("is_nested"), repeat(False)
 
 
 def absent(like: Tensor) -> Tensor:
@@ -69,6 +73,7 @@ class Operation:
 
     def __init__(self, run: Run, fake: Run, writes: Sequence[str] = (), *, into_out: bool = False) -> None:
         self.name = run.__name__.removeprefix("_") + "_out" * into_out
+        self._right: Alike[Run] = Alike()
         self._first = next(iter(inspect.signature(run).parameters))
         _library.define(self.name + _schema(run, writes, into_out))
         self.operator = getattr(torch.ops.lightning_attention, self.name).default
@@ -86,7 +91,7 @@ class Operation:
                 return results
             return tuple(absent(inputs[0]) if x is None else x for x in results)
 
-        self.run = run_without_autocast
+        self._bare, self.run = run, run_without_autocast
         _library.impl(self.name, operator, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lightning_attention::{self.name}", fake, lib=_library)
         self.register()
@@ -97,6 +102,23 @@ class Operation:
 
     def __call__(self, *inputs: Any) -> Any:
         return self.dispatch(*inputs) if _watched(inputs[0]) else self.run(*inputs)
+
+    def known(self, tensors: tuple[Any, ...]) -> Run | None:
+        """What runs the operation, if tensors like these were found right before and nobody watches; or None.
+
+        The checks of tensors ask for nothing that tensors which are alike do not have in common, and nor does the
+        operation's way.
+        """
+        if _modes_watch() or True in map(getattr, tensors, _IS_NESTED, _NO):
+            return None
+        return self._right.find(tensors)
+
+    def checked(self, tensors: tuple[Any, ...]) -> Run:
+        """What runs the operation, of tensors that were found right: this is remembered when they come again."""
+        if not _watched(tensors[0]) and self._right.comes_again(tensors):
+            # Tensors that are alike are so under autocast, or without it.
+            self._right.keep(tensors, self.run if torch._C._is_any_autocast_enabled() else self._bare)
+        return self
 
     def dispatch(self, *inputs: Any) -> Any:
         """The operator itself."""
@@ -164,10 +186,18 @@ def like_v(*inputs: Any) -> Tensor:
 def _watched(x: Tensor) -> bool:
     """Whether a compiler, a mode, a transform or a tensor subclass wants to see the operator itself."""
     return (
-        torch.compiler.is_compiling()
+        _modes_watch()
         or type(x) not in (Tensor, torch.nn.Parameter)
         or x.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or transforms.active()
+    )
+
+
+def _modes_watch() -> bool:
+    """Whether somebody does whom ``Alike`` does not notice."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or transforms.forward_ad._current_level >= 0
     )

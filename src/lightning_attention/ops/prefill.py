@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_attention.ops import backends, validation
 from lightning_attention.ops.operation import Operation, cast_for_autocast, like_v, nothing
+from lightning_attention.ops.quantized import QuantizedStates, planes
 from lightning_attention.ops.recent import WRITTEN, RecentTokens, check_recent, tensors
 
 
@@ -13,12 +14,12 @@ def lightning_attention_prefill(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    state: Tensor,
+    state: Tensor | QuantizedStates,
     *,
     cu_seqlens: Tensor,
     slots: Tensor | None = None,
     fresh: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     snapshot_at: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     batch_invariant: bool = False,
@@ -39,13 +40,14 @@ def lightning_attention_prefill(
             None for no decay.
         state: [S, H, D, E] float32, bfloat16 or float16 or, for float64 inputs, float64, the pool; a 16-bit row is
             rounded once, at the end of the call. On a GPU each [D, E] must be contiguous, or the transpose of a
-            contiguous [E, D].
+            contiguous [E, D]. Or QuantizedStates, the pool in 8 bits: the call works on float32 copies of its rows,
+            (N + N·P) · H·D·E numbers, and rounds each once, at its end.
         cu_seqlens: [N+1] int32 or int64, 0 = c_0 ≤ … ≤ c_N ≤ T: sequence i is tokens c_i to c_{i+1}, one token or
             many or none. Tokens past c_N are padding: never read.
         slots: [N] int32 or int64, the row of ``state`` that each sequence owns; negative: all of it is padding, no
             state is touched. A slot given twice is an error, found only on the CPU. None: row i, S = N.
         fresh: [N] bool, True for a sequence that starts from zero, whatever its slot holds; None: none does.
-        scale: factor on the output.
+        scale: factor on the output; None for D^(-1/2).
         snapshot_at: [N, P] int32 or int64: the state after this many tokens of the call (0 to the sequence's length)
             is written to the slot in ``snapshot_slots``, for prefix caching. Other values write nothing.
         snapshot_slots: [N, P] int32 or int64, distinct rows of ``state``, none of them in ``slots``; negative: none.
@@ -70,28 +72,39 @@ def lightning_attention_prefill(
             the numbers in cu_seqlens and the slots.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    N = validation.check_packed(q, k, v, log_decay, state, cu_seqlens, slots, scale)
-    if fresh is not None:
-        validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
-    validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
-    check_recent(recent, state, q)
+    pool, low, state_scale = planes(state)
+    operation = prefill if out is None else prefill_out
+    ring = tensors(recent)
+    given = (
+        q, k, v, log_decay, pool, cu_seqlens, slots, fresh, snapshot_at, snapshot_slots, *ring, low, state_scale, out
+    )  # fmt: skip
+    run = operation.known(given)
+    if run is None:
+        N = validation.check_packed(q, k, v, log_decay, pool, cu_seqlens, slots, low is not None)
+        if fresh is not None:
+            validation.check_index("fresh", fresh, (N,), "[N]", q, (torch.bool,))
+        validation.check_snapshots(snapshot_at, snapshot_slots, N, q)
+        check_recent(recent, pool, q)
+        if out is not None:
+            validation.check_out(out, v)
+        run = operation.checked(given)
+    scale = validation.checked_scale(scale, q)
     backend = backends.choose(None, q.device)
     inputs = (
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale * 1.0, snapshot_at, snapshot_slots, batch_invariant,
-        *tensors(recent), backend,
+        q, k, v, log_decay, pool, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant,
+        *ring, low, state_scale, backend,
     )  # fmt: skip
     if out is None:
-        return prefill(*inputs)
-    validation.check_out(out, v)
-    prefill_out(*inputs, out)
+        return run(*inputs)
+    run(*inputs, out)
     return out
 
 
 def _prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     fresh: Tensor | None, scale: float, snapshot_at: Tensor | None, snapshot_slots: Tensor | None,
-    batch_invariant: bool, recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None, backend: str,
-    out: Tensor | None = None,
+    batch_invariant: bool, recent_k: Tensor | None, recent_v: Tensor | None, recent_count: Tensor | None,
+    state_low: Tensor | None, state_scale: Tensor | None, backend: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     validation.check_cu_seqlens_values(cu_seqlens, q.shape[0])
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
@@ -100,9 +113,11 @@ def _prefill(
     args = (
         q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
     )  # fmt: skip
-    if recent_count is None:  # what either returns is None where out is given
+    if recent_count is None and state_low is None:  # what either returns is None where out is given
         return run.prefill(*args, out)  # type: ignore[return-value]
-    return run.prefill_recent(*args, recent_k, recent_v, recent_count, out)  # type: ignore[return-value]
+    return run.prefill_recent(  # type: ignore[return-value]
+        *args, recent_k, recent_v, recent_count, state_low, state_scale, out
+    )
 
 
 prefill = Operation(_prefill, like_v, writes=WRITTEN)

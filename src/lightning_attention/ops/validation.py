@@ -1,18 +1,34 @@
 """Every check of an argument, once. Errors name the argument, what came and what is wanted."""
 
+import operator
 from itertools import pairwise
 from sys import float_info
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_attention.ops import transforms
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
-_STATES = (torch.float32, torch.bfloat16, torch.float16)
-_STATES_OF_FLOAT64 = (*_STATES, torch.float64)
+STATES = (torch.float32, torch.bfloat16, torch.float16)
+_STATES_OF_FLOAT64 = (*STATES, torch.float64)
+
+
+def integer(name: str, value: SupportsIndex, least: int | None = None, most: int | None = None) -> int:
+    """The value as an int. Raises a TypeError for a bool or what is no integer, a ValueError out of the range."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be an integer") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}; it must be at least {least}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} is {number}; it must be at most {most}")
+    return number
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -130,11 +146,15 @@ def check_no_grad(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} requires grad; this operation has no derivative, call it under torch.no_grad()")
 
 
-def check_scale(scale: float) -> None:
+def checked_scale(scale: float | None, q: Tensor) -> float:
+    """The factor on the output, as a float: D^(-1/2) for None."""
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
     if not isinstance(scale, (float, int)):
-        raise TypeError(f"scale is a {type(scale).__name__}; it must be a float")
+        raise TypeError(f"scale is a {type(scale).__name__}; it must be a float or None, for D^(-1/2)")
     if not abs(scale) <= float_info.max:
         raise ValueError(f"scale is {scale if isinstance(scale, float) else 'too large'}; it must be a finite float")
+    return scale * 1.0  # an integer would compile kernels for one, and a float then be taken for it
 
 
 def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
@@ -143,7 +163,10 @@ def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
     check_tensor("log_decay", log_decay)
     H = v.shape[-2]
     if log_decay.shape != (H,):
-        raise ValueError(f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of v")
+        slopes = ", and of slopes log_decay is -slopes.flatten()" if log_decay.shape == (H, 1, 1) else ""
+        raise ValueError(
+            f"log_decay has shape {list(log_decay.shape)}; it must be [H] = [{H}], one per head of v{slopes}"
+        )
     # float64 only where everything is: gradcheck perturbs it by less than float32 resolves.
     wanted = (torch.float32,) if v.dtype != torch.float64 else (torch.float32, torch.float64)
     check_dtype("log_decay", log_decay, wanted)
@@ -152,13 +175,13 @@ def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
 
 def check_log_decay_values(log_decay: Tensor | None) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
-    if log_decay is None or log_decay.device.type != "cpu":
+    if log_decay is None or not log_decay.is_cpu:
         return
     for head, value in enumerate(log_decay.tolist()):
         if not value <= 0:
             raise ValueError(
                 f"log_decay[{head}] is {value}; it must be at most 0, the natural logarithm of a decay λ in [0, 1] per "
-                "token (-inf: no memory)"
+                "token (-inf: no memory). Of slopes, which other libraries take, log_decay is the negative"
             )
 
 
@@ -168,7 +191,7 @@ def state_dtype(q: Tensor) -> torch.dtype:
 
 
 def _state_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
-    return _STATES_OF_FLOAT64 if q.dtype == torch.float64 else _STATES
+    return _STATES_OF_FLOAT64 if q.dtype == torch.float64 else STATES
 
 
 def check_initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, num_sequences: int) -> None:
@@ -191,7 +214,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
 
 def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    if cu_seqlens is None or not cu_seqlens.is_cpu:
         return
     cuts = cu_seqlens.tolist()  # a list: for the few numbers of a call a tenth of the time of tensor operations
     if cuts[0] != 0 or any(stop < start for start, stop in pairwise(cuts)):
@@ -200,9 +223,17 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
         raise ValueError(f"cu_seqlens ends at {cuts[-1]}; it must not pass the {num_tokens} tokens of q")
 
 
-def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int) -> None:
-    """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own."""
-    _check_states("state", state, "S", q, v)
+def check_pool(
+    state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int, is_quantized: bool = False
+) -> None:
+    """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own.
+
+    ``is_quantized``: ``state`` is the first plane of QuantizedStates.
+    """
+    if is_quantized:
+        _check_states("state.high", state, "S", q, v, (torch.int8,))
+    else:
+        _check_states("state", state, "S", q, v, _state_dtypes(q))
     if slots is None:
         if state.shape[0] != num_sequences:
             raise ValueError(
@@ -212,12 +243,14 @@ def check_pool(state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_se
     check_index("slots", slots, (num_sequences,), "[N]", q)
 
 
-def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor) -> None:
+def _check_states(
+    name: str, states: Tensor, rows: str, q: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:  # fmt: skip
     check_tensor(name, states)
     if states.ndim != 4 or states.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[{rows}, H, D, E] = [{rows}, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
         raise ValueError(f"{name} has shape {list(states.shape)}; it must be {wanted}")
-    check_dtype(name, states, _state_dtypes(q))
+    check_dtype(name, states, dtypes)
     check_device(name, states, q)
     if any(stride == 0 and size > 1 for stride, size in zip(states.stride(), states.shape, strict=True)):
         raise ValueError(f"{name} has strides {list(states.stride())}; its numbers must each have a place of their own")
@@ -246,15 +279,14 @@ def check_index(
 
 def check_packed(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
-    scale: float,
+    is_quantized: bool,
 ) -> int:  # fmt: skip
     """What operations on packed sequences [T, H, *] and a pool have in common; returns N."""
     check_inputs(q, k, v, log_decay, "T")
     check_cu_seqlens(cu_seqlens, q)
     check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
     N = cu_seqlens.shape[0] - 1
-    check_pool(state, q, v, slots, N)
-    check_scale(scale)
+    check_pool(state, q, v, slots, N, is_quantized)
     return N
 
 
@@ -281,7 +313,7 @@ def check_draft_snapshots(
         raise ValueError("snapshots came without snapshot_slots; states after drafts want both")
     if snapshots is None:
         raise ValueError("snapshot_slots came without snapshots; states after drafts want both")
-    _check_states("snapshots", snapshots, "R", q, v)
+    _check_states("snapshots", snapshots, "R", q, v, _state_dtypes(q))
     check_no_grad(snapshots=snapshots)
     check_tensor("snapshot_slots", snapshot_slots)
     wanted = (num_sequences, snapshot_slots.shape[-1] if snapshot_slots.ndim else 0)
@@ -301,7 +333,7 @@ def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tens
 
 def check_draft_snapshot_values(snapshot_slots: Tensor | None, snapshots: Tensor | None, cu_seqlens: Tensor) -> None:
     """The numbers themselves, of drafts that are there, only where reading them costs no synchronisation."""
-    if snapshot_slots is None or snapshots is None or snapshot_slots.device.type != "cpu":
+    if snapshot_slots is None or snapshots is None or not snapshot_slots.is_cpu:
         return
     there = torch.arange(snapshot_slots.shape[1], device="cpu") < cu_seqlens.diff()[:, None]
     _distinct("snapshot_slots", snapshot_slots[there], snapshots.shape[0], "snapshots")
@@ -309,7 +341,7 @@ def check_draft_snapshot_values(snapshot_slots: Tensor | None, snapshots: Tensor
 
 def _distinct(name: str, slots: Tensor, num_slots: int, pool: str = "state") -> set[int]:
     """The slots that are not padding; none where they are not on the CPU."""
-    if slots.device.type != "cpu":
+    if not slots.is_cpu:
         return set()
     given = slots.flatten().tolist()
     owned = [slot for slot in given if slot >= 0]
@@ -323,7 +355,7 @@ def _distinct(name: str, slots: Tensor, num_slots: int, pool: str = "state") -> 
 
 def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
     """The numbers themselves, only where reading them costs no synchronisation."""
-    if parents is None or parents.device.type != "cpu":
+    if parents is None or not parents.is_cpu:
         return
     given = parents.tolist()
     for start, stop in pairwise(cu_seqlens.tolist()):
@@ -336,7 +368,7 @@ def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
 
 def check_accepted_values(accepted: Tensor, parents: Tensor | None, cu_seqlens: Tensor, slots: Tensor | None) -> None:
     """That the accepted drafts of a sequence are one path from its state, only where reading them is free."""
-    if accepted.device.type != "cpu":
+    if not accepted.is_cpu:
         return
     taken = accepted.tolist()
     given = None if parents is None else parents.tolist()
@@ -359,47 +391,3 @@ def check_accepted_values(accepted: Tensor, parents: Tensor | None, cu_seqlens: 
 
 def _shown(values: list[int]) -> str:
     return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
-
-
-def is_decodable(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, slots: Tensor | None
-) -> bool:
-    """All of what ``check_no_grad``, ``check_inputs`` and ``check_pool`` want, in one look.
-
-    A decoding step of one sequence is so short that the time to find out what is wrong would show.
-    """
-    try:
-        if not (_is_right(q, k, v, log_decay, 3) and isinstance(state, Tensor)):
-            return False
-        pool, strides = state.shape, state.stride()
-    except (RuntimeError, NotImplementedError):
-        return False
-    (N, H, E), D, device, dtype = v.shape, q.shape[2], q.device, q.dtype
-    return (
-        len(pool) == 4
-        and 0 not in strides
-        and pool == (N if slots is None else pool[0], H, D, E)
-        and (state.dtype in _STATES or state.dtype == dtype == torch.float64)
-        and state.device == device
-        and (
-            slots is None
-            or (
-                isinstance(slots, Tensor)
-                and slots.dtype in INDICES
-                and slots.layout == torch.strided
-                and slots.shape == (N,)
-                and slots.device == device
-            )
-        )
-        and forward_ad._current_level < 0
-        and not (
-            torch.is_grad_enabled()
-            and (
-                q.requires_grad
-                or k.requires_grad
-                or v.requires_grad
-                or state.requires_grad
-                or (log_decay is not None and log_decay.requires_grad)
-            )
-        )
-    )

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_attention.ops.recent import LONGEST
+from lightning_attention.ops.validation import integer
 from lightning_attention.serving.cuda_graphs import capture
 from lightning_attention.serving.model import DecoderModel
-from lightning_attention.serving.request import Request, check_vocabulary, integer, token_ids
+from lightning_attention.serving.request import Request, check_vocabulary, token_ids
 from lightning_attention.serving.sampling import sample
 from lightning_attention.serving.scheduler import Finished, RunningSequence, Scheduler
 
@@ -58,8 +59,8 @@ class ContinuousBatch:
         max_batch: requests that run at the same time, S rows in the pools. The others wait.
         prefill_tokens: tokens of prompts in a step, at most. A larger number reads prompts faster, a smaller one keeps
             steps short.
-        state_dtype: of the recurrent states, float32 or bfloat16 or, of a float64 model (on a CPU), float64. None: the
-            widest.
+        state_dtype: of the recurrent states, float32, bfloat16 or float16, or of a float64 model (on a CPU) float64.
+            None: the widest.
         suppress: token ids that are never generated, in a collection, tensor or array.
         recent_tokens: how many tokens the blocks that can keep beside their states, so that a decode step need not
             write these: from 1 to 64, or 0 for none. None: 16 on a GPU where a block has 2,048 float32 states or more;
@@ -277,7 +278,7 @@ def _sampled(controls: list[list[float]]) -> bool:
 def _is_worth_rings(state: Any) -> bool:
     """Whether steps are faster with rings. H200, a step of the 385M: 256 requests 2.96 ms for 3.19, 64 1.76 for 1.75.
 
-    With bfloat16 states reading a ring takes longer than writing the state.
+    With 16-bit states reading a ring takes longer than writing the state.
     """
     return (
         isinstance(state, Tensor)
@@ -290,7 +291,7 @@ def _is_worth_rings(state: Any) -> bool:
 
 def _state_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:
     wide = torch.float64 if model == torch.float64 else torch.float32
-    if asked not in (None, wide, torch.float32, torch.bfloat16):
-        known = " or ".join(dict.fromkeys(map(str, (wide, torch.float32, torch.bfloat16))))
-        raise TypeError(f"state_dtype is {asked}; for a model in {model} it must be {known}")
+    known = tuple(dict.fromkeys((wide, torch.float32, torch.bfloat16, torch.float16)))
+    if asked not in (None, *known):
+        raise TypeError(f"state_dtype is {asked}; for a model in {model} it must be {' or '.join(map(str, known))}")
     return wide if asked is None else asked

@@ -1,13 +1,14 @@
 """A request: a prompt to continue, and how; checked when it is made."""
 
 import math
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
+
+from lightning_attention.ops.validation import integer
 
 #: What a torch.Generator takes as a seed.
 _SEEDS = (-(1 << 63), (1 << 64) - 1)
@@ -81,21 +82,6 @@ def check_vocabulary(name: str, ids: Collection[int], size: int) -> None:
     """Raise a ValueError where an id is ``size`` or more."""
     if ids and max(ids) >= size:
         raise ValueError(f"{name} has token {max(ids)}; ids must be from 0 to {size - 1}")
-
-
-def integer(name: str, value: SupportsIndex, least: int | None = None, most: int | None = None) -> int:
-    """The value as an int. Raises a TypeError for a bool or what is no integer, a ValueError out of the range."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be an integer") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name} is {number}; it must be at least {least}")
-    if most is not None and number > most:
-        raise ValueError(f"{name} is {number}; it must be at most {most}")
-    return number
 
 
 def _number(name: str, value: float, most: float) -> float:

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.cases import host
 from benchmarks.harness import find
-from benchmarks.harness.pool import DECODE
+from benchmarks.harness.pool import DECODE, PREFILL
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape
 from lightning_attention.bench.peers import OURS
 
@@ -14,9 +14,13 @@ def test_host_gives_microseconds_or_why_not(report, run, monkeypatch):
     host.measure(run(5, find.peers()["fla"]))
     assert all(1 < r["us"] < 1e6 for r in report.find("host", implementation=OURS))
     assert all("ModuleNotFoundError" in r["error"] for r in report.find("host", implementation="fla"))
-    assert [r["pass"] for r in report.find("host", implementation=OURS)] == [FORWARD, BOTH, DECODE]
+    operations = [DECODE, PREFILL, "verify", "commit"]
+    assert [r["pass"] for r in report.find("host", implementation=OURS)] == [
+        FORWARD, BOTH, *operations, *[f"{name}, rings" for name in operations]
+    ]  # fmt: skip
     assert all(0 < r["busy_us"] < 1e6 for r in report.find("host") if "us" in r)
-    (table,) = host.show(report)
+    table, pool = host.show(report)
+    assert (pool.columns, [row[0] for row in pool.rows]) == (["", "without rings", "rings"], operations)
     assert [row[0] for row in table.rows] == [
         "lightning attention",
         "an empty autograd.Function",

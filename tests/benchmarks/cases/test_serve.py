@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks.cases import serve
-from benchmarks.cases.serve import OURS, SCALES, SOFTMAX, SUITE, Scale
+from benchmarks.cases.serve import OURS, RINGS, SCALES, SOFTMAX, SUITE, Scale
 from lightning_attention.bench.case import Run
 from lightning_attention.bench.report import Report, environment
 from lightning_attention.serving.engine import ContinuousBatch
@@ -27,14 +27,18 @@ def measured(tmp_path_factory):
 def test_both_models_at_every_batch_size_and_context(measured):
     pairs = [(1, 8), (1, 32), (3, 8), (3, 16)]
     assert [(r["implementation"], r["B"], r["context"]) for r in measured] == [
-        (name, *pair) for name in (OURS, SOFTMAX) for pair in pairs
-    ]
+        *((OURS, *pair) for pair in pairs), (RINGS, 1, 8), (RINGS, 3, 8), *((SOFTMAX, *pair) for pair in pairs)
+    ]  # fmt: skip
     for r in measured:
         assert r["min_ms"] <= r["ms"] <= r["max_ms"]
         assert r["tokens_per_second"] == pytest.approx(r["B"] * 1e3 / r["ms"], rel=1e-4)
         # float32. Ours: 2 heads of 32 × 16 in the first layer, with LRPE, and of 16 × 16 in the second.
-        kept = 4 * 2 * (32 * 16 + 16 * 16) if r["implementation"] == OURS else 4 * 2 * 2 * 32 * r["context"]
-        assert r["state_bytes"] == r["B"] * kept
+        # Rings: 16 keys and values of each head, and a count.
+        states = 4 * 2 * (32 * 16 + 16 * 16)
+        rings = 4 * 2 * 16 * (32 + 16 + 16 + 16) + 2 * 4
+        kept = {OURS: states, RINGS: states + rings, SOFTMAX: 4 * 2 * 2 * 32 * r["context"]}
+        assert r["state_bytes"] == r["B"] * kept[r["implementation"]]
+        assert r.get("recent_tokens") == {OURS: 0, RINGS: 16, SOFTMAX: None}[r["implementation"]]
 
 
 def test_the_models_are_of_one_size(measured):
@@ -60,9 +64,20 @@ def test_contexts_are_really_read_and_their_steps_taken(report, run, monkeypatch
     monkeypatch.setattr(ContinuousBatch, "_decode", watch)
     serve.measure(run(replace(TINY, batches=(1,), contexts={1: (8, 30)})))
     steps = 3 + 2 * 2
-    warm_up, short, long = (positions[i * steps : (i + 1) * steps] for i in range(3))
+    warm_up, short, long, *rings = (positions[i : i + steps] for i in range(0, len(positions), steps))
     assert warm_up == short == [[8 + i] for i in range(steps)]
     assert long == [[30 + i] for i in range(steps)]
+    assert rings == [short, short]
+
+
+def test_only_the_rows_that_are_asked_for(report, run):
+    names = list(serve.CASE.rows(TINY))
+    assert names[:2] == ["transnormer, batch 1, context 8", "transnormer, batch 1, context 32"]
+    assert len(set(names)) == len(names) == 10
+    at_work = run(TINY)
+    at_work.only = [name for name in names if "transnormer" in name and "batch 3, context 8" in name]
+    serve.measure(at_work)
+    assert [(r["implementation"], r["B"], r["context"]) for r in report.find(SUITE)] == [(OURS, 3, 8), (RINGS, 3, 8)]
 
 
 def test_the_softmax_model_attends_to_its_whole_cache(cpu):

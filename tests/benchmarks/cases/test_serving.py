@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.cases import serving
-from benchmarks.cases.serving import HOST, RINGS, SUITE, Problem, Scale
+from benchmarks.cases.serving import HOST, RINGS, SUITE, Problem, Row, Scale, rows_of
 from benchmarks.harness import find
-from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE
+from benchmarks.harness.pool import DECODE, EAGER, PREFILL, SPECULATE
 from benchmarks.peers import _sglang, engines, vllm_layer
 from lightning_attention import decay, lightning_attention
 from lightning_attention.bench.peers import OURS
@@ -135,7 +135,7 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tm
     assert r["slowest_ms"] >= r["ms"]
 
     records = report.find(SUITE)
-    assert len(next(serving.table(records)).rows) == 8
+    assert len(next(serving.tables(records)).rows) == 8
     serving.figure(records, report.environment).save(tmp_path / "decode.png")
     assert matplotlib.image.imread(tmp_path / "decode.png").shape[1] > 1500
 
@@ -156,22 +156,104 @@ def test_the_peers_signatures_give_the_same_functions(report, run):
     assert found[SPECULATE, "float32"] == [OURS, "seg_la", RINGS, "decodes"]
 
 
-def test_ours_by_the_engines_signatures(report, run, monkeypatch):
-    """And, with ours in the place of vLLM's own, that these are called as vLLM calls them."""
-    theirs = SimpleNamespace(minimax=engines._VLLM, bailing=SimpleNamespace())
+def _vllms_prefill(q, k, v, kv_cache, rows, meta, slopes, block_size, decode_fn, _, layer_idx=None):
+    """Its loop over prompts, from their definition: token i of a block, from 0, weighs what is older by λ^i."""
+    slots, decay_of_heads = meta.state_indices_tensor_p, torch.exp(-slopes)[:, None, None]
+    bounds, out = meta.query_start_loc[meta.num_decodes :].tolist(), []
+    for n in range(meta.num_prefills):
+        states = kv_cache[slots[n].item()]
+        state, older, within = states.clone(), states, torch.zeros_like(states)
+        for t in range(bounds[n], bounds[n + 1]):
+            i = (t - bounds[n]) % block_size
+            if i == 0:
+                older, within = state, torch.zeros_like(states)
+            new = k[t][:, :, None] * v[t][:, None, :]
+            state, within = state * decay_of_heads + new, within * decay_of_heads + new
+            out.append(torch.einsum("hd,hde->he", q[t], within + decay_of_heads**i * older).flatten())
+        states.copy_(state)
+    decoded = [decode_fn(q, k, v, kv_cache, rows, meta)] if meta.num_decodes else []
+    return torch.cat([*decoded, torch.stack(out)])
+
+
+def _clear(kv_cache, rows, meta):
+    slots = meta.state_indices_tensor_p
+    lengths, read = meta.query_start_loc.diff()[meta.num_decodes :], meta.seq_lens[meta.num_decodes :]
+    for n in range(meta.num_prefills):
+        if lengths[n] == read[n]:
+            kv_cache[slots[n].item()] = 0
+
+
+@pytest.fixture
+def vllms(monkeypatch):
+    """Functions that do what vLLM's do, in their place."""
+    functions = {**vars(engines._VLLM), "linear_attention_prefill_and_mix": _vllms_prefill,
+                 "clear_linear_attention_cache_for_new_sequences": _clear}  # fmt: skip
+    theirs = SimpleNamespace(minimax=SimpleNamespace(**functions), bailing=SimpleNamespace())
     monkeypatch.setattr(vllm_layer, "vllm", lambda: theirs)
-    tokens_first = replace(SCALE, packings=(("equal", (5,) * 8, True), ("mixed", (1, 1, 40, 23), False)))
-    serving.measure(run(tokens_first, peers("engines", "vllm_layer")))
+    return theirs.minimax
+
+
+TOKENS_FIRST = replace(SCALE, packings=(("equal", (5,) * 8, True), ("mixed", (1, 1, 600, 23), False)))
+
+
+@pytest.mark.usefixtures("vllms", "stand_ins")
+def test_ours_by_the_engines_signatures_beside_the_engines(report, run):
+    serving.measure(run(TOKENS_FIRST, peers("seg_la", "vllm_layer", "engines")))
     assert not [r for r in report.find(SUITE) if "error" in r]
     for what in (DECODE, PREFILL, SPECULATE):
         found = {r["implementation"] for r in report.find(SUITE, what=what)}
-        assert {"as_sglang", "as_vllm", "vllm_layer"} <= found
+        assert {"seg_la", "vllm_layer", "as_sglang", "as_vllm"} <= found
+    eager = [r["implementation"] for r in report.find(SUITE, what=EAGER)]
+    assert eager == [OURS, "vllm_layer", "as_vllm"] * 2
     for r in report.find(SUITE):
-        if r["implementation"] in ("as_sglang", "as_vllm"):
-            assert r["output_error"] < 1e-6
-            assert r["state_error"] < (1e-6 if r["state"] == "float32" else 3e-3)
-        if r["implementation"] == "vllm_layer":
-            assert ("output_error" in r) == (r["what"] != PREFILL)
+        if r["implementation"] in ("as_sglang", "as_vllm", "vllm_layer"):
+            assert r["output_error"] < 2e-6
+            assert r["state_error"] < (2e-6 if r["state"] == "float32" else 3e-3)
+
+
+@pytest.mark.usefixtures("vllms", "stand_ins")
+def test_ours_is_held_against_the_engines_own(report, run):
+    serving.measure(run(TOKENS_FIRST, peers("seg_la", "vllm_layer", "engines")))
+    held = {"as_sglang": "seg_la", "as_vllm": "vllm_layer"}
+    for r in report.find(SUITE):
+        assert r.get("against") == held.get(r["implementation"])
+        if "ratio" in r:
+            of_row = {key: r[key] for key in ("what", "size", "state")}
+            (own,) = report.find(SUITE, **of_row, implementation=r["against"])
+            unit = "us" if r["what"] == HOST else "ms"
+            assert r["ratio"] == pytest.approx(r[unit] / own[unit], rel=1e-3)
+    _, ratios = serving.tables(report.find(SUITE))
+    assert ratios.columns[3:] == ["ours as SGLang's\nover seg_la", "ours as vLLM's\nover vllm_layer"]
+    assert len(ratios.rows) == 10
+    assert all(row[3] for row in ratios.rows if row[0] != EAGER)
+    assert all(row[4] for row in ratios.rows)
+
+
+def test_vllms_layer_gets_float32_and_is_checked_by_what_it_is_known_to_give(report, run, vllms):
+    """Its kernels for prompts do not compile for 16 bits; its layers make q, k and v float32."""
+    taken = []
+    decode = vllms.linear_attention_decode
+    vllms.linear_attention_decode = lambda q, *rest: (taken.append(q.dtype), decode(q, *rest))[1]
+    serving.measure(run(replace(TOKENS_FIRST, dtype=torch.bfloat16), peers("vllm_layer")))
+    assert set(taken) == {torch.float32}
+    assert not [r for r in report.find(SUITE, implementation="vllm_layer") if "error" in r]
+    vllms.linear_attention_prefill_and_mix = engines._VLLM.linear_attention_prefill_and_mix  # the right output
+    serving.measure(run(TOKENS_FIRST, peers("vllm_layer")))
+    wrong = [r for r in report.find(SUITE, implementation="vllm_layer") if "error" in r]
+    assert [(r["what"], r["size"]) for r in wrong] == [(PREFILL, "mixed"), (EAGER, "mixed")]  # it has older tokens
+    assert all(r["error"].startswith("ArithmeticError: output_error") for r in wrong)
+
+
+def test_only_the_rows_that_are_asked_for(report, run):
+    at_work = run(SCALE)
+    at_work.only = ["decode, N = 3, bfloat16", "prefill, mixed, float32"]
+    serving.measure(at_work)
+    assert {(r["what"], r["size"], r["state"]) for r in report.find(SUITE)} == {
+        (DECODE, "N = 3", "bfloat16"), (PREFILL, "mixed", "float32")
+    }  # fmt: skip
+    names = [row.name for row in rows_of(SCALE)]
+    assert list(serving.CASE.rows(SCALE)) == names
+    assert len(set(names)) == len(names)
 
 
 def test_a_missing_peer_is_reported_and_the_others_are_measured(report, run, monkeypatch):
@@ -186,7 +268,7 @@ def test_a_missing_peer_is_reported_and_the_others_are_measured(report, run, mon
     assert missing[2]["error"].startswith("ModuleNotFoundError")
     assert all("ms" in r or "us" in r for r in report.find(SUITE, implementation=OURS))
     assert any("sglang is not installed" in line for line in said)
-    assert "failed" in str(next(serving.table(report.find(SUITE))))
+    assert "failed" in str(next(serving.tables(report.find(SUITE))))
 
 
 def test_a_wrong_peer_is_not_timed(report, run, stand_ins):
@@ -205,7 +287,7 @@ def test_our_own_wrong_numbers_are_a_failure(report, run, monkeypatch):
 
 
 def test_a_state_in_the_wrong_slot_is_past_the_budget(cpu):
-    problem = Problem(SCALE, (3, 1, 7), torch.float32, False, cpu)
+    problem = Problem(SCALE, Row(PREFILL, "", (3, 1, 7)), cpu)
     b = problem.batch
     out, final = lightning_attention(
         b.q[None], b.k[None], b.v[None], decay.alibi(2), initial_state=b.initial(), cu_seqlens=b.cu_seqlens,
@@ -220,5 +302,5 @@ def test_a_state_in_the_wrong_slot_is_past_the_budget(cpu):
 
 def test_the_gpu_scale_has_the_sizes_that_are_reported():
     scale = serving.SCALES["cuda"]
-    assert (scale.H, scale.D, scale.dtype, scale.decode) == (64, 128, torch.bfloat16, (1, 8, 64, 256))
+    assert (scale.H, scale.D, scale.dtype, scale.decode) == (64, 128, torch.bfloat16, (1, 8, 32, 64, 256))
     assert [(len(lengths), sum(lengths)) for _, lengths, _ in scale.packings] == [(8, 16384), (8, 16384), (202, 8392)]

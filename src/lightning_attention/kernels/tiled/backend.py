@@ -2,6 +2,7 @@
 
 from lightning_attention.kernels.backend import Backend
 from lightning_attention.kernels.pool import accumulator
+from lightning_attention.kernels.quantized import dequantize, quantize
 from lightning_attention.kernels.recent import OverRings
 from lightning_attention.kernels.tiled.attention import attention, attention_backward
 from lightning_attention.kernels.tiled.cross_entropy import cross_entropy
@@ -16,5 +17,6 @@ BACKEND = Backend(
     name="tiled", attention=attention, attention_backward=attention_backward, states=states, decode=decode,
     prefill=prefill, verify=verify, commit=commit, decode_recent=_over_rings.decode, prefill_recent=_over_rings.prefill,
     verify_recent=_over_rings.verify, commit_recent=_over_rings.commit, fold=_over_rings.fold,
+    dequantize=dequantize, quantize=quantize,
     cross_entropy=cross_entropy,
 )  # fmt: skip

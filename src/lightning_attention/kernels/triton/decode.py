@@ -48,13 +48,13 @@ def layout(state: Tensor, strides: tuple[int, ...], D: int, E: int) -> tuple[boo
 
 
 @cache
-def _constants(D: int, E: int, group: int, columns: int, aligned: bool, columns_first: bool) -> tuple[StateTile]:
+def tile_constants(D: int, E: int, group: int, columns: int, aligned: bool, columns_first: bool) -> tuple[StateTile]:
     return (StateTile(D, E, tiling.padded(D), columns, aligned, columns_first, group),)
 
 
 def over_states(
     kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
-    widest: int = 0, *, written: Tensor | None = None, ring: tuple[Any, ...] = (), programs: int = 0,
+    widest: int = 0, *, written: Tensor | None = None, ring: tuple[Any, ...] = (), programs: int = 0, warps: int = 4,
     registers: Callable[[int], int] = lambda columns: 0,  # noqa: ARG005
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
@@ -70,9 +70,9 @@ def over_states(
     if written is not None and layout(written, written.stride(), D, E) != lie:
         lie = False, False
     dispatch.run(
-        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, _constants(D, E, group, TILE, *lie) + ring, 4,
+        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, tile_constants(D, E, group, TILE, *lie) + ring, warps,
         state.get_device(),
-        lambda: [_constants(D, E, group, columns, *lie) + ring for columns in (16, 32, 64, 128) if columns <= widest],
+        lambda: [tile_constants(D, E, group, columns, *lie) + ring for columns in (16, 32, 64, 128) if columns <= widest],
         lambda constants: registers(constants[0].columns),
     )  # fmt: skip
 

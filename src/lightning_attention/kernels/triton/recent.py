@@ -1,6 +1,6 @@
 """Launches of the operations over states with rings of recent tokens."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_attention.kernels.recent import rows_of_prefill
 from lightning_attention.kernels.triton import dispatch, tiling
 from lightning_attention.kernels.triton import prefill as without_rings
-from lightning_attention.kernels.triton.decode import columns, narrower, over_states
+from lightning_attention.kernels.triton.decode import columns, layout, narrower, over_states, tile_constants
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.ring import (
     RingTile,
@@ -19,34 +19,37 @@ from lightning_attention.kernels.triton.ring import (
     part_kernel,
     verify_recent_kernel,
 )
+from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES, decode_ring_kernel
+from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-REGISTERS = {4: 0, 2: 168}  # of a thread of such a program, by the size of a state's numbers; 0: any
+TUNE = {"verify": (64, 2), "commit": (64, 2)}
 
 
 @cache
-def _constants(places: int, aligned_k: bool, aligned_v: bool) -> tuple[RingTile]:
-    return (RingTile(places, tiling.padded(places), aligned_k, aligned_v),)
+def _constants(places: int, aligned_k: bool, aligned_v: bool, heads: int, warps: int) -> tuple[RingTile]:
+    is_amd = torch.version.hip is not None
+    precision, threads = ("ieee", 64 * warps) if is_amd else ("tf32x3", 32 * warps)
+    return (RingTile(places, tiling.padded(places), aligned_k, aligned_v, precision, threads, heads),)
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether every row of a ring [S, H, R, width] can be read 16 bytes at a time."""
-    slot, head, row, _ = x.stride()
-    return not ((slot | head | row) * x.itemsize | x.data_ptr()) & 15
+    """Whether every row of x [..., width], whose rows are contiguous, can be read 16 bytes at a time."""
+    strides = x.stride()
+    together = strides[0] | strides[1] | strides[-2]
+    return not (together * x.itemsize | x.data_ptr()) & 15
 
 
-def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[RingTile]]:
+def _ring(k: Tensor, v: Tensor, count: Tensor, warps: int = 4) -> tuple[tuple[Any, ...], tuple[RingTile]]:
     """A ring as the kernels' arguments, and as their constant."""
-    return (k, *k.stride()[:2], v, *v.stride()[:2], count), _constants(k.shape[2], _aligned(k), _aligned(v))
+    constants = _constants(k.shape[2], _aligned(k), _aligned(v), k.shape[1], warps)
+    return (k, *k.stride()[:2], v, *v.stride()[:2], count), constants
 
 
 def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_invariant: bool) -> tuple[int, int]:
-    """Columns of a program of decode, and the most that other calls like it take.
-
-    Where there are states enough, all of a state's: what is done for the ring is most of a program's instructions (875
-    a warp with 64 columns and 1,100 with 128), and without that of a second program.
-    """
+    """Columns of a program of decode, and the most that other calls like it take; all of a state's where there are
+    states enough: what is done for the ring is most of a program's instructions."""
     widest = columns(D, E, q.dtype)
     if batch_invariant:
         return widest, widest
@@ -54,17 +57,32 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
     return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
 
 
-def _registers(state: Tensor, TILE: int) -> int:
-    """What lets three programs of 64 columns, or four of fewer, run on a multiprocessor at once.
+def _read_as_used(N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple[int, ...], ring: RingTile) -> bool:
+    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, of sizes that its lanes share out."""
+    D, E = k.shape[-1], v.shape[-1]
+    return (
+        tiling.device(state)[0] >= (8, 0)
+        and N < 1 << 16  # programs in the second direction of a grid
+        and D in (64, 128)
+        and E % COLUMNS.value == 0
+        and ring.places <= PLACES.value
+        and ring.aligned_k
+        and ring.aligned_v
+        and layout(state, strides, D, E) == (True, False)
+        and _aligned(q)
+        and _aligned(k)
+        and _aligned(v)
+    )
 
-    The compiler would take up to all, for nothing: by these nothing spills but where D is over 128, and where a head
-    folds all of a bfloat16 state at once. All of a float32 one wants all of them.
-    """
-    if torch.version.hip is not None or tiling.device(state)[0] < (8, 0) or state.shape[2] > 128:
-        return 0
-    if TILE == WHOLE:
-        return REGISTERS[state.itemsize]
-    return 168 if TILE > 32 else 128
+
+def _run_as_used(
+    kernel: Any, N: int, H: int, D: int, E: int, group: int, args: tuple[Any, ...], ring: tuple[RingTile],
+    state: Tensor,
+) -> None:  # fmt: skip
+    parts = H * (E // COLUMNS.value)
+    _check_programs(parts)
+    tile = tile_constants(D, E, group, COLUMNS.value, True, False)
+    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device())
 
 
 def _check_programs(programs: int) -> None:
@@ -103,15 +121,15 @@ def _decode(
     if N == 0:
         return
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
-    args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears),
-    )  # fmt: skip
+    before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state)
+    after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears))
+    if _read_as_used(N, q, k, v, state, strides, constants[0]):
+        args = (*before, *strides[:2], *after)
+        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+        return
+    args = (*before, *strides, *after)
     _check_programs(H * -(-E // TILE))
-    over_states(
-        decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants,
-        registers=partial(_registers, state),
-    )  # fmt: skip
+    over_states(decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, ring=constants)
 
 
 @recorded
@@ -163,15 +181,16 @@ def verify(
     if T == 0:
         return made
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
-    args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
-        dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), *ring, N, T,
-        H, scale, int(made is not None),
-    )  # fmt: skip
-    over_states(
-        verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants,
-        registers=partial(_registers, state),
-    )  # fmt: skip
+    before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state)
+    slots, log_decay, cuts = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous()
+    after = (*ring, N, T, H, scale, int(made is not None))
+    is_short = q.dtype == ring_k.dtype != torch.float32
+    if parents is None and is_short and _read_as_used(N, q, k, v, state, strides, constants[0]):
+        args = (*before, *strides[:2], slots, log_decay, cuts, *after)
+        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+        return made
+    args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
+    over_states(verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants)
     return made
 
 
@@ -181,18 +200,19 @@ def commit(
     slots: Tensor | None, ring_k: Tensor, ring_v: Tensor, count: Tensor,
 ) -> None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
-    TILE = columns(D, E, k.dtype)
+    TILE, warps = columns(D, E, k.dtype), 4
+    if D == E == 128:
+        TILE, warps = TUNE["commit"]
     if T == 0:
         return
-    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count, warps)
     args = (
         k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots), dispatch.dense(log_decay),
         cu_seqlens.contiguous(), accepted.contiguous(), *ring, H,
     )  # fmt: skip
     _check_programs(H)
     over_states(
-        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H,
-        registers=partial(_registers, state),
+        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H, warps=warps,
     )  # fmt: skip
 
 

@@ -6,17 +6,17 @@ arguments but for the addresses. docs/performance.md has what that saves. A coll
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, reduce, wraps
 from inspect import signature
-from typing import Any, NamedTuple, TypeVar
+from operator import itemgetter, or_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_attention.alike import Alike
 from lightning_attention.kernels.triton import dispatch
-
-MOST = 1024  # recordings of a function: of so many shapes
 
 _EMPTY = (
     torch.ops.aten.empty.memory_format,
@@ -34,15 +34,15 @@ def _is_current(device: int) -> bool:
     return device >= 0 and device == torch._C._cuda_getDevice()  # the interpreter has tensors on the CPU, -1
 
 
-class _Allocation(NamedTuple):
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+def _maker(x: Tensor, device: int) -> Callable[[], Tensor]:
+    """Allocates another like x."""
+    if _empty_strided is not None:
+        return partial(_empty_strided, tuple(x.shape), x.stride(), x.dtype)
+    return partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=torch.device("cuda", device))
 
-    def make(self, device: int) -> Tensor:
-        if _empty_strided is None:
-            return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=torch.device("cuda", device))
-        return _empty_strided(*self)
+
+#: A call made again: its allocations and launches, over inputs at these addresses.
+Recording = Callable[[list[int]], Any]
 
 
 class _Recorder(TorchDispatchMode):
@@ -110,7 +110,7 @@ class _Recorder(TorchDispatchMode):
             raise LookupError
         return found[0], x.data_ptr() - self.tensors[found[0]].data_ptr()
 
-    def recording(self, device: int, results: Any) -> "_Recording | None":
+    def recording(self, device: int, results: Any) -> Recording | None:
         """What can be made again, if that is all."""
         several = isinstance(results, tuple)
         kept: list[int | None] = []
@@ -120,8 +120,20 @@ class _Recorder(TorchDispatchMode):
             kept.append(alike[0] - self.count if alike else None)
         if not self.complete:
             return None
-        made = [_Allocation(tuple(x.shape), x.stride(), x.dtype) for x in self.tensors[self.count :]]
-        return _Recording(device, made, self.launches, kept, several)
+        makers = [_maker(x, device) for x in self.tensors[self.count :]]
+        launches, only = self.launches, kept[0]
+
+        def again(addresses: list[int]) -> Any:
+            made: list[Any] = [make() for make in makers]
+            addresses += [x.data_ptr() for x in made]
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            for launch in launches:
+                launch(stream, addresses, made)
+            if several:
+                return tuple([None if i is None else made[i] for i in kept])
+            return None if only is None else made[only]
+
+        return again
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
@@ -129,27 +141,12 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
-class _Recording(NamedTuple):
-    """Launches and allocations of a call; ``kept``: which of these it returns, ``several``: in a tuple."""
-
-    device: int
-    made: list[_Allocation]
-    launches: list[dispatch.Again]
-    kept: list[int | None]
-    several: bool
-
-    def __call__(self, addresses: list[int]) -> Any:
-        made: list[Any] = [x.make(self.device) for x in self.made]
-        addresses += [x.data_ptr() for x in made]
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for launch in self.launches:
-            launch(stream, addresses, made)
-        if not self.several:
-            return None if self.kept[0] is None else made[self.kept[0]]
-        return tuple([None if i is None else made[i] for i in self.kept])
-
-
 Result = TypeVar("Result")
+
+
+def _taken(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """These of some arguments, in C where there are several."""
+    return itemgetter(*places) if len(places) > 1 else lambda args: tuple([args[i] for i in places])
 
 
 def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
@@ -158,13 +155,11 @@ def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
     It is run on the device of its first argument. The second call of a shape is recorded, and the third is made from
     that: a shape that never comes again is not.
     """
-    recordings: dict[tuple[Any, ...], _Recording | None] = {}
-    seen: set[tuple[Any, ...]] = set()
-    unknown = object()
+    recordings: Alike[Callable[..., Any]] = Alike()
     parameters = list(signature(run).parameters.values())
-    tensors = [i for i, x in enumerate(parameters) if x.annotation in (Tensor, Tensor | None)]
-    defaults = [x.default for x in parameters]
-    options = [i for i in range(len(parameters)) if i not in tensors]
+    places = [i for i, x in enumerate(parameters) if x.annotation in (Tensor, Tensor | None)]
+    tensors_of, options_of = _taken(places), _taken([i for i in range(len(parameters)) if i not in places])
+    defaults = tuple(x.default for x in parameters)
     on_its_device = dispatch.on_its_device(run)
 
     @wraps(run)
@@ -172,43 +167,34 @@ def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
         device = args[0].get_device()
         if not _is_current(device):
             return on_its_device(*args)
-        if len(args) < len(defaults):
-            args += tuple(defaults[len(args) :])
-        key: list[Any] = [args[i] for i in options]
-        key += device, args[0].dtype is torch.float32 and torch.get_float32_matmul_precision()
-        addresses = []
-        for i in tensors:
-            x = args[i]
-            if x is None:
-                key.append(None)
-            else:
-                address = x.data_ptr()
-                addresses.append(address)
-                key += x.shape, x.stride(), x.dtype, address & 15
-        call = tuple(key)
-        recording = recordings.get(call, unknown)
-        if recording is unknown:
-            return record(call, device, addresses, args)
-        if recording is None or dispatch.hooked():
+        args += defaults[len(args) :]
+        tensors = tensors_of(args)
+        addresses = [x.data_ptr() for x in tensors if x is not None]
+        # Whether numbers can be read 16 bytes at a time: nearly always all can.
+        alignment = reduce(or_, addresses) & 15 and tuple([x & 15 for x in addresses])
+        precision = args[0].dtype is torch.float32 and torch.get_float32_matmul_precision()
+        key = *options_of(args), alignment, precision
+        recording = recordings.find(tensors, key)
+        if recording is None:
+            return record(device, tensors, key, addresses, args)
+        if recording is run or dispatch.hooked():
             return run(*args)
         dispatch.ensure_context(device)
-        return recording(addresses)  # type: ignore[operator]
+        return recording(addresses)
 
-    def record(call: tuple[Any, ...], device: int, addresses: list[int], args: tuple[Any, ...]) -> Any:
+    def record(
+        device: int, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], addresses: list[int],
+        args: tuple[Any, ...],
+    ) -> Any:  # fmt: skip
         # Of two inputs in one place nobody could say which of them a kernel is given.
-        if call not in seen or len(set(addresses)) < len(addresses):
-            if len(seen) >= MOST:
-                seen.clear()
-            seen.add(call)
+        if not recordings.comes_again(tensors, key) or len(set(addresses)) < len(addresses):
             return run(*args)
         dispatch.ensure_context(device)
-        recorder = _Recorder([args[i] for i in tensors if args[i] is not None])
+        recorder = _Recorder([x for x in tensors if x is not None])
         with dispatch.recorded_by(recorder), recorder:
             results = run(*args)
         if not recorder.compiles:
-            if len(recordings) >= MOST:
-                recordings.clear()
-            recordings[call] = recorder.recording(device, results)
+            recordings.keep(tensors, recorder.recording(device, results) or run, key)
         return results
 
     return launched

@@ -51,11 +51,16 @@ class States(NamedTuple):
 
 
 @triton.jit
-def place(H, TILE: tl.constexpr):
-    """Sequence, head and first column of this program; those of one state are neighbours."""
+def place_of(item, H, TILE: tl.constexpr):
+    """Sequence, head and first column of a piece of work; those of one state are neighbours."""
     tiles: tl.constexpr = (TILE.E + TILE.columns - 1) // TILE.columns
-    program = tl.program_id(0)
-    return program // tiles // H, program // tiles % H, program % tiles * TILE.columns
+    return item // tiles // H, item // tiles % H, item % tiles * TILE.columns
+
+
+@triton.jit
+def place(H, TILE: tl.constexpr):
+    """Sequence, head and first column of this program."""
+    return place_of(tl.program_id(0), H, TILE)
 
 
 @triton.jit
@@ -71,8 +76,14 @@ def slot_of(slots, n):
 @triton.jit
 def state_tile(states, slot, head, column, TILE: tl.constexpr):
     """Where a program's part of a state lies, and which of it exists."""
+    return columns_at(states, slot, head, column, TILE, TILE.columns)
+
+
+@triton.jit
+def columns_at(states, slot, head, column, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where some columns of a state lie, and which of them exist."""
     row = tl.arange(0, TILE.rows)
-    col = column + tl.arange(0, TILE.columns)
+    col = column + tl.arange(0, COLUMNS)
     base = states.pointer + slot * states.slot_stride + head * states.head_stride
     if TILE.aligned and TILE.columns_first:
         where = tl.multiple_of(base + row[:, None] + col[None, :] * TILE.D, [16, 16])

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from lightning_attention.models.transnormer.configuration import TransnormerConfig
 from lightning_attention.ops.fold import lightning_attention_fold
 from lightning_attention.ops.recent import LONGEST, RecentTokens
+from lightning_attention.ops.validation import integer
 
 if TYPE_CHECKING:
     from lightning_attention.models.transnormer.mixer import TransnormerMixer
@@ -94,11 +95,7 @@ class TransnormerCache(Cache):
         super().__init__(layers=[_RecurrentState() for _ in range(config.decoder_layers)])
         self.positions: Tensor | None = None
         self._columns = 0
-        if isinstance(recent_tokens, bool) or not isinstance(recent_tokens, int):
-            raise TypeError(f"recent_tokens is a {type(recent_tokens).__name__}; it must be an integer")
-        if not 0 <= recent_tokens <= LONGEST:
-            raise ValueError(f"recent_tokens is {recent_tokens}; it must be from 0 to {LONGEST}")
-        self._recent_tokens = recent_tokens
+        self._recent_tokens = integer("recent_tokens", recent_tokens, least=0, most=LONGEST)
 
     @property
     def is_linear(self) -> list[bool]:

@@ -1,0 +1,169 @@
+"""Decode over states with rings on NVIDIA chips, in Gluon: what ``decode_recent_kernel`` computes, with fewer waits.
+
+Triton passes each row that it loads through shared memory, to give it the layout of what it is multiplied with: the
+threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state and
+needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q, k and of the
+ring's keys. States come by way of shared memory, where they wait without taking registers: so all loads of a program
+are on their way at once, and three or more programs a multiprocessor.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from lightning_attention.kernels.triton import dispatch
+from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
+from lightning_attention.kernels.triton.recurrent import slot_of
+from lightning_attention.kernels.triton.ring import arrive, count_among, power, top_bits
+
+COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has
+FOLDED = gl.constexpr(32)  # rows of a state, at once
+PLACES = gl.constexpr(16)  # of a ring, at most
+
+
+@gluon.constexpr_function
+def width_of(dtype):
+    """Numbers of a state that a lane has side by side: 16 bytes, and no more than 8."""
+    return min(8, 128 // dtype.primitive_bitwidth)
+
+
+@gluon.constexpr_function
+def tile_layout(rows, width):
+    """A tile [rows, 32] of a state, or of values: each group of lanes has rows one after another."""
+    lanes = 32 // width
+    groups = 32 // lanes
+    return gl.BlockedLayout([rows // groups, width], [groups, lanes], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def keys_layout(D, width):
+    """A ring's keys [16, D]: a lane has the rows of its group in ``tile_layout`` as its part of D."""
+    lanes = 32 // width
+    dims = D * lanes // 32
+    powers = [1 << i for i in range(8)]
+    registers = [[0, i] for i in powers if i < dims] + [[i, 0] for i in powers if lanes <= i < 16]
+    in_lanes = [[i, 0] for i in powers if i < lanes] + [[0, i] for i in powers if dims <= i < D]
+    return gl.DistributedLinearLayout(registers, in_lanes, [], [], [16, D])
+
+
+@gluon.jit
+def row(x, start, at):
+    """Numbers of a row in float32, that are read 16 bytes at a time."""
+    return gl.load(gl.multiple_of(x + start + at, 16)).to(gl.float32)
+
+
+@gluon.jit
+def add_product(a, b, c):
+    """c + a b as exact as float32, in TF32; a of 16 bits, which TF32 holds, or float32."""
+    top = top_bits(b)
+    left = a.to(gl.float32)
+    if a.dtype == gl.float32:
+        left = top_bits(a)
+        c = mma_v2(a - left, top, c, input_precision="tf32")
+    c = mma_v2(left, b - top, c, input_precision="tf32")
+    return mma_v2(left, top, c, input_precision="tf32")
+
+
+@dispatch.unspecialized(gluon.jit)
+def decode_ring_kernel(
+        q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
+        v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64", slots, log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64",
+        ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale,
+        clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
+    """Arguments and their meaning are those of ``decode_recent_kernel``; D, E, R and all rows as ``takes`` says."""
+    D: gl.constexpr = TILE.D
+    E: gl.constexpr = TILE.E
+    WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
+    LAYOUT: gl.constexpr = tile_layout(D, WIDTH)
+    VALUES: gl.constexpr = tile_layout(PLACES, WIDTH)
+    KEYS: gl.constexpr = keys_layout(D, WIDTH)
+    n = gl.program_id(1)
+    head = gl.program_id(0) // (E // COLUMNS)
+    column = gl.program_id(0) % (E // COLUMNS) * COLUMNS
+    slot = slot_of(slots, n)
+    rows = gl.arange(0, D, layout=gl.SliceLayout(1, LAYOUT))
+    cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    token = n.to(gl.int64)
+    if cu_seqlens is not None:
+        token = gl.load(cu_seqlens + n).to(gl.int64)
+        token = gl.where(slot >= 0, token, 0)  # padding may have none
+    q_row = row(q, token * q_token_stride + head // TILE.group * q_head_stride, rows)
+    k_row = row(k, token * k_token_stride + head // TILE.group * k_head_stride, rows)
+    v_row = row(v, token * v_token_stride + head * v_head_stride, cols)
+    out += (token * H + head) * E
+    if slot < 0:
+        if clears != 0:
+            gl.store(out + cols, gl.zeros([COLUMNS], gl.float32, layout=gl.SliceLayout(0, LAYOUT)))
+        return
+    shared = gl.allocate_shared_memory(state.dtype.element_ty, [D, COLUMNS],
+                                       gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # fmt: skip
+    state += slot * slot_stride + head * head_stride
+    where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
+    count = count_among(counts, slot, gl.program_id(0))
+    x = natural_decay(log_decay, head)
+    async_copy.async_copy_global_to_shared(shared, where)
+    async_copy.commit_group()
+    gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
+
+    since = (count + head * RING.places // RING.heads) % RING.places
+    tokens = gl.minimum(count, since)
+    ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
+    ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride
+    at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, KEYS))
+    age = (count - 1 - at + PLACES * RING.places) % RING.places
+    is_used = (at < RING.places) & (age < tokens)
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
+    keys = gl.load(gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16]), mask=is_used[:, None], other=0.0)
+    value_at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, VALUES))
+    value_age = (count - 1 - value_at + PLACES * RING.places) % RING.places
+    is_value = (value_at < RING.places) & (value_age < tokens)
+    value_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, VALUES))
+    values = gl.load(gl.multiple_of(ring_v + value_at[:, None] * E + value_cols[None, :], [16, 16]),
+                     mask=is_value[:, None], other=0.0)  # fmt: skip
+    # All programs of the head read its keys, and one writes. Nobody wants what was in that place: before it gets
+    # another token a head holds R − 1 at most.
+    place = count % RING.places
+    if column == 0:
+        gl.store(gl.multiple_of(ring_k + place * D + rows, 16), k_row.to(ring_k.dtype.element_ty))
+    gl.store(gl.multiple_of(ring_v + place * E + cols, 16), v_row.to(ring_v.dtype.element_ty))
+
+    query = gl.convert_layout(q_row, gl.SliceLayout(0, KEYS), assert_trivial=True)
+    weight = gl.sum(keys.to(gl.float32) * query[None, :], 1) * power(x, gl.where(is_used, age, 0) + 1)
+    weight = gl.convert_layout(weight, gl.SliceLayout(1, VALUES))
+    read = gl.sum(weight[:, None] * values.to(gl.float32), 0)
+    read = gl.convert_layout(read, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
+    read += gl.sum(q_row * k_row, 0) * v_row
+    async_copy.wait_group(0)
+    S = shared.load(LAYOUT).to(gl.float32)
+    read += gl.sum(q_row[:, None] * S, 0) * power(x, tokens + 1)
+    gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
+    gl.thread_barrier()  # all warps have read the count
+    arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)
+
+    if since == RING.places - 1:
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+        OLD_KEYS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
+        OLD_VALUES: gl.constexpr = gl.DotOperandLayout(1, MMA, 1)
+        old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, OLD_VALUES))
+        old_age = (count - 1 - old + PLACES * RING.places) % RING.places
+        is_old = (old < RING.places) & (old_age < tokens)
+        old_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OLD_VALUES))
+        old_values = gl.load(ring_v + old[:, None] * E + old_cols[None, :], mask=is_old[:, None], other=0.0)
+        old_values = old_values.to(gl.float32) * power(x, gl.where(is_old, old_age, 0) + 1)[:, None]
+        token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, OLD_KEYS))
+        is_token = (token_of < RING.places) & ((count - 1 - token_of + PLACES * RING.places) % RING.places < tokens)
+        old_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, OLD_KEYS))
+        old_keys = ring_k + token_of[None, :] * D + old_rows[:, None]
+        part_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, MMA))
+        part_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
+        k_parts = k + token * k_token_stride + head // TILE.group * k_head_stride + part_rows
+        v_part = gl.load(v + token * v_token_stride + head * v_head_stride + part_cols).to(gl.float32)
+        whole, rest = whole_and_rest(x * (tokens + 1).to(gl.float32))
+        for start in gl.static_range(0, D, FOLDED):
+            keys_part = gl.load(old_keys + start, mask=is_token[None, :], other=0.0)
+            k_part = gl.load(k_parts + start).to(gl.float32)
+            part = shared.slice(start, FOLDED, dim=0).load(MMA).to(gl.float32)
+            part = add_product(keys_part, old_values, part * whole + part * rest)
+            part += k_part[:, None] * v_part[None, :]
+            whither = gl.multiple_of(state + (start + part_rows)[:, None] * E + part_cols[None, :], [16, 16])
+            gl.store(whither, part.to(state.dtype.element_ty))

@@ -1,0 +1,214 @@
+"""Flash-linear-attention's functions: ours against float64 and, where fla is installed, against its own."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_attention import decay
+from lightning_attention.integrations import flash_linear_attention as ours
+from tests.dropins.fla_calls import (
+    LAYER,
+    LAYERS,
+    MODULES,
+    PACKED,
+    RECURRENT,
+    Call,
+    absent,
+    check,
+    exactly,
+    interpreted_original,
+    make,
+    of_the_grid,
+    original,
+    original_parameters,
+    parameters,
+    run,
+    run_ours,
+)
+from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+
+FP32, FP16 = torch.float32, torch.float16
+TOLERANCE = {FP32: 3e-6, FP16: 2e-3}
+CUTS = [0, 20, 20, 57, 58]
+
+
+@pytest.mark.parametrize(("name", "B", "T", "H", "K", "ratio", "scale", "normalizer"), of_the_grid(per=8))
+def test_the_grid_of_flas_tests_in_small(
+    name: str, B: int, T: int, H: int, K: int, ratio: int, scale: Any, normalizer: Any
+):
+    call = make(name, B, T, H, K, ratio, scale, normalizer)
+    check(run_ours(call), exactly(call), TOLERANCE[FP32])
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_packed(name: str, dtype: torch.dtype):
+    for H, K, ratio, cuts in PACKED:
+        call = make(name, H=H, K=K, ratio=ratio, cu_seqlens=[-(-cut // 8) for cut in cuts], dtype=dtype)
+        check(run_ours(call), exactly(call), TOLERANCE[dtype])
+
+
+#: What only some of the functions take: the arguments, and which do.
+OPTIONS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
+    "without states": ({"states": False}, lambda name: True),
+    "reverse": ({"reverse": True}, lambda name: name in RECURRENT),
+    "reverse, packed": ({"reverse": True, "cu_seqlens": CUTS}, lambda name: name in RECURRENT),
+    "normalize": ({"normalize": True}, lambda name: "linear_attn" in name),
+    "no normalize": ({"normalize": False}, lambda name: "linear_attn" in name),
+    "normalize, reverse, packed": (
+        {"normalize": True, "reverse": True, "cu_seqlens": [0, 20, 57, 58]},
+        lambda name: name == "fused_recurrent_linear_attn",
+    ),
+    "state_v_first": ({"state_v_first": True, "ratio": 2}, lambda name: takes(name, "state_v_first")),
+    "head_first": ({"head_first": True}, lambda name: takes(name, "kwargs")),
+    "chunk_size": ({"chunk_size": 32}, lambda name: takes(name, "kwargs")),
+}
+
+
+def takes(name: str, parameter: str) -> bool:
+    return parameter in [found[0] for found in parameters(ours, name)]
+
+
+WITH_OPTIONS = [(name, option) for option, (_, fits) in OPTIONS.items() for name in MODULES if fits(name)]
+
+
+def with_option(name: str, option: str) -> Call:
+    return make(name, **OPTIONS[option][0])
+
+
+@pytest.mark.parametrize(("name", "option"), WITH_OPTIONS)
+def test_options(name: str, option: str):
+    call = with_option(name, option)
+    check(run_ours(call), exactly(call), TOLERANCE[FP32])
+
+
+#: fla's chunked kernels do not run in the interpreter (they ask an int for its type); its tests hold them to these.
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name, option in WITH_OPTIONS
+        if name in RECURRENT and option not in ("head_first", "chunk_size")
+    ],
+)
+def test_flas_own_agrees(interpreter: Interpreter, name: str, option: str):
+    absent()
+    call = make(name, B=1, T=30, H=2, **OPTIONS[option][0])
+    check(interpreter.call(interpreted_original, call), run_ours(call), TOLERANCE[FP32])
+
+
+def _definition(module: str) -> Callable[..., Any]:
+    """What fla holds its kernels to, with the arguments of a function of ours."""
+    naive = getattr(original(f"{module}.naive"), f"naive_{'' if module == 'retention' else 'recurrent_'}{module}")
+    if module == "simple_gla":
+        return lambda q, g_gamma, **rest: naive(q, g=g_gamma.expand(q.shape[:3]), **rest)
+    if module == "retention":
+        return lambda q, k, v, scale: (naive(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), None)
+    return naive
+
+
+@pytest.mark.parametrize("name", ["chunk_simple_gla", "chunk_retention", "chunk_linear_attn"])
+def test_flas_definitions_agree(name: str):
+    absent()
+    call = make(name, states=name != "chunk_retention")
+    check(run(call, _definition(MODULES[name])), run_ours(call), TOLERANCE[FP32])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_signatures_are_flas(name: str):
+    absent()
+    assert parameters(ours, name) == original_parameters(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_check_notices(name: str):
+    call = make(name, T=140, cu_seqlens=[0, 70, 140])
+    wrong = [{n: x * 1.0001} for n, x in call.tensors.items() if n not in "qk" or not call.options.get("normalize")]
+    wrong += [{n: x.roll(1, 0 if n == "initial_state" else 1)} for n, x in call.tensors.items() if n != "sum_of_k"]
+    for tensors in wrong:
+        with pytest.raises(AssertionError):
+            check(run_ours(replace(call, tensors=call.tensors | tensors)), exactly(call), TOLERANCE[FP32])
+
+
+def test_the_decays_are_those_of_decay():
+    q = torch.zeros(1, 1, 40, 2)
+    torch.testing.assert_close(ours._retnet(q), decay.retnet(40), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours._lightning(q, LAYER, LAYERS), decay.fla_lightning(40, LAYER, LAYERS))
+
+
+def test_gamma_may_be_learned():
+    """In fla it has no gradient."""
+    call = make("chunk_simple_gla")
+    g_gamma = call.options["g_gamma"].requires_grad_()
+    out, _ = ours.chunk_simple_gla(**call.tensors, g_gamma=g_gamma)
+    out.square().sum().backward()
+    assert g_gamma.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla"])
+def test_decays_of_tokens_are_refused(name: str):
+    q = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(NotImplementedError, match=r"g is given, .* one decay per head, g_gamma \[H\]"):
+        getattr(ours, name)(q, q, q, torch.zeros(1, 2, 1))
+
+
+def test_other_arguments_that_are_not_served():
+    q = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(NotImplementedError, match="no scores are computed here"):
+        ours.parallel_retention(q, q, q, output_attentions=True)
+    with pytest.raises(TypeError, match="head_frist is no argument"):
+        ours.chunk_retention(q, q, q, head_frist=True)
+    with pytest.raises(ValueError, match="the sum of k is for normalize=True"):
+        ours.chunk_linear_attn(
+            q, q, q, initial_state=(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 1, 16)), normalize=False
+        )
+    with pytest.raises(ValueError, match=r"cu_seqlens is .*; it must start at 0"):
+        ours.fused_recurrent_retention(q, q, q, reverse=True, cu_seqlens=torch.tensor([0, 2, 1]))
+
+
+@pytest.mark.parametrize("name", ["fused_recurrent_simple_gla", "fused_recurrent_retention"])
+def test_the_former_name_of_state_v_first(name: str):
+    call = make(name, ratio=2)
+    function, start = getattr(ours, name), call.tensors.pop("initial_state").mT
+    options = call.options | {"initial_state": start}
+    with pytest.warns(DeprecationWarning, match="now called state_v_first"):
+        _, former = function(**call.tensors, **options, transpose_state_layout=True)
+    assert torch.equal(former, function(**call.tensors, **options, state_v_first=True)[1])
+    with pytest.raises(ValueError, match="both given"):
+        function(**call.tensors, **options, state_v_first=True, transpose_state_layout=True)
+
+
+def test_a_normalised_call_is_taken_up_where_it_ended():
+    call = make("chunk_linear_attn", states=False)
+    q, k, v = (call.tensors[n] for n in "qkv")
+    whole, _ = ours.chunk_linear_attn(q, k, v)
+    first, state = ours.chunk_linear_attn(q[:, :40], k[:, :40], v[:, :40], output_final_state=True)
+    rest, (final, _) = ours.chunk_linear_attn(q[:, 40:], k[:, 40:], v[:, 40:], initial_state=state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-5, atol=1e-5)
+    assert final is None
+
+
+def test_strides_and_compilation():
+    """Rows that are not dense are copied, as in fla; a call compiles as one graph."""
+    q, k, v = (torch.randn(2, 3, 8, 50).transpose(1, 3).transpose(2, 3) for _ in range(3))
+    assert q.stride(-1) != 1
+    out, _ = ours.chunk_retention(q, k, v)
+    torch.testing.assert_close(out, ours.chunk_retention(*(x.contiguous() for x in (q, k, v)))[0])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q, k, v):
+        a, _ = ours.fused_recurrent_retention(q, k, v, reverse=True)
+        b, _ = ours.chunk_lightning_attn(q, k, v, 0, 4)
+        c, _ = ours.chunk_linear_attn(q.exp(), k.exp(), v)
+        return a + b + c
+
+    torch.testing.assert_close(
+        compiled(q, k, v),
+        ours.fused_recurrent_retention(q, k, v, reverse=True)[0]
+        + ours.chunk_lightning_attn(q, k, v, 0, 4)[0]
+        + ours.chunk_linear_attn(q.exp(), k.exp(), v)[0],
+    )
