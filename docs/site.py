@@ -14,7 +14,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-UNWRITTEN = {"Migrating": "migrating.md"}
 FIGURES = "benchmarks/results"
 LINK = re.compile(r"(?P<image>!?)\[(?P<label>(?:[^\]\\]|\\.)*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:class|func|meth|mod|data):<code>(?:~[\w.]*\.)?([\w.]+)</code>")
@@ -75,12 +74,6 @@ def of_docstrings(html: str, up: str) -> str:
     ``up``: the way from the page to the root of the site.
     """
     return PAGE.sub(rf'<a href="{up}\1/">docs/\1.md</a>', ROLE.sub(r"<code>\1</code>", html))
-
-
-def on_config(config):
-    """Leave out of the navigation what is not written yet: mkdocs.yml has a place for it."""
-    config.nav = [item for item in config.nav if item != UNWRITTEN or (ROOT / "docs" / UNWRITTEN["Migrating"]).exists()]
-    return config
 
 
 def on_files(files, config):
