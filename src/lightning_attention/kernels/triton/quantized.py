@@ -16,6 +16,7 @@ from lightning_attention.kernels import quantized
 from lightning_attention.kernels.triton import dispatch, recent, tiling
 from lightning_attention.kernels.triton import prefill as over_floats
 from lightning_attention.kernels.triton.decode import columns
+from lightning_attention.kernels.triton.numerics import natural_decay
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import (
     States,
@@ -27,7 +28,6 @@ from lightning_attention.kernels.triton.recurrent import (
     store_row,
     zero_state,
 )
-from lightning_attention.kernels.triton.numerics import natural_decay
 from lightning_attention.kernels.triton.ring import RingTile, held_by, held_keys, held_values, ring_of, taken_up
 from lightning_attention.kernels.triton.work import starts_from_initial
 

@@ -24,13 +24,13 @@ from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-TUNE = {"verify": (64, 2), "commit": (64, 2)}
+#: Of a thread, nothing spilled, so that 16 and 10 programs run on a multiprocessor at once.
+REGISTERS = {"decode": 128, "verify": 184}
 
 
 @cache
-def _constants(places: int, aligned_k: bool, aligned_v: bool, heads: int, warps: int) -> tuple[RingTile]:
-    is_amd = torch.version.hip is not None
-    precision, threads = ("ieee", 64 * warps) if is_amd else ("tf32x3", 32 * warps)
+def _constants(places: int, aligned_k: bool, aligned_v: bool, heads: int) -> tuple[RingTile]:
+    precision, threads = ("tf32x3", 128) if torch.version.hip is None else ("ieee", 256)  # of four warps
     return (RingTile(places, tiling.padded(places), aligned_k, aligned_v, precision, threads, heads),)
 
 
@@ -41,15 +41,16 @@ def _aligned(x: Tensor) -> bool:
     return not (together * x.itemsize | x.data_ptr()) & 15
 
 
-def _ring(k: Tensor, v: Tensor, count: Tensor, warps: int = 4) -> tuple[tuple[Any, ...], tuple[RingTile]]:
+def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[RingTile]]:
     """A ring as the kernels' arguments, and as their constant."""
-    constants = _constants(k.shape[2], _aligned(k), _aligned(v), k.shape[1], warps)
+    constants = _constants(k.shape[2], _aligned(k), _aligned(v), k.shape[1])
     return (k, *k.stride()[:2], v, *v.stride()[:2], count), constants
 
 
 def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_invariant: bool) -> tuple[int, int]:
     """Columns of a program of decode, and the most that other calls like it take; all of a state's where there are
-    states enough: what is done for the ring is most of a program's instructions."""
+    states enough: what is done for the ring is most of a program's instructions.
+    """
     widest = columns(D, E, q.dtype)
     if batch_invariant:
         return widest, widest
@@ -57,8 +58,10 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
     return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
 
 
-def _read_as_used(N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple[int, ...], ring: RingTile) -> bool:
-    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, of sizes that its lanes share out."""
+def _read_as_used(
+    N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, strides: tuple[int, ...], ring: RingTile
+) -> bool:
+    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, sizes that its lanes share out."""
     D, E = k.shape[-1], v.shape[-1]
     return (
         tiling.device(state)[0] >= (8, 0)
@@ -77,12 +80,13 @@ def _read_as_used(N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, stride
 
 def _run_as_used(
     kernel: Any, N: int, H: int, D: int, E: int, group: int, args: tuple[Any, ...], ring: tuple[RingTile],
-    state: Tensor,
+    state: Tensor, registers: int,
 ) -> None:  # fmt: skip
+    """Launch a program for each 32 columns of a state, with so many registers a thread."""
     parts = H * (E // COLUMNS.value)
     _check_programs(parts)
     tile = tile_constants(D, E, group, COLUMNS.value, True, False)
-    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device())
+    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device(), registers=lambda _: registers)
 
 
 def _check_programs(programs: int) -> None:
@@ -125,7 +129,7 @@ def _decode(
     after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, H, scale, int(clears))
     if _read_as_used(N, q, k, v, state, strides, constants[0]):
         args = (*before, *strides[:2], *after)
-        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, args, constants, state, REGISTERS["decode"])
         return
     args = (*before, *strides, *after)
     _check_programs(H * -(-E // TILE))
@@ -187,7 +191,7 @@ def verify(
     is_short = q.dtype == ring_k.dtype != torch.float32
     if parents is None and is_short and _read_as_used(N, q, k, v, state, strides, constants[0]):
         args = (*before, *strides[:2], slots, log_decay, cuts, *after)
-        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, args, constants, state)
+        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, args, constants, state, REGISTERS["verify"])
         return made
     args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
     over_states(verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants)
@@ -200,19 +204,17 @@ def commit(
     slots: Tensor | None, ring_k: Tensor, ring_v: Tensor, count: Tensor,
 ) -> None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
-    TILE, warps = columns(D, E, k.dtype), 4
-    if D == E == 128:
-        TILE, warps = TUNE["commit"]
+    TILE = columns(D, E, k.dtype)
     if T == 0:
         return
-    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count, warps)
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     args = (
         k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots), dispatch.dense(log_decay),
         cu_seqlens.contiguous(), accepted.contiguous(), *ring, H,
     )  # fmt: skip
     _check_programs(H)
     over_states(
-        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H, warps=warps,
+        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H,
     )  # fmt: skip
 
 

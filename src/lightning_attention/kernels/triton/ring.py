@@ -323,8 +323,8 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
             new_keys = load_rows(k, keys.token_stride, draft, draft < last, 0, TILE.D, TILE.rows, False)
             new_values = load_rows(v, values.token_stride, draft, draft < last, column, TILE.E, TILE.columns, False)
             sees = draft[None, :] <= token[:, None]
-            age = tl.where(sees, token[:, None] - draft[None, :], 0).to(tl.int32)
-            weights = tl.where(sees, product(rows, tl.trans(new_keys), RING) * power(x, age), 0.0)
+            ahead = tl.where(sees, token[:, None] - draft[None, :], 0).to(tl.int32)
+            weights = tl.where(sees, product(rows, tl.trans(new_keys), RING) * power(x, ahead), 0.0)
             # A NaN times a weight of 0 would be NaN in the drafts before it: who sees one is told by a product of
             # ones and zeros.
             is_finite = tl.abs(new_values.to(tl.float32)) < float("inf")

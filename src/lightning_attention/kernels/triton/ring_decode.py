@@ -81,10 +81,11 @@ def add_product(a, b, c):
 @dispatch.unspecialized(gluon.jit)
 def decode_ring_kernel(
         q, q_token_stride: "i64", q_head_stride: "i64", k, k_token_stride: "i64", k_head_stride: "i64", v,
-        v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64", slots, log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64",
-        ring_k_head_stride: "i64", ring_v, ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale,
-        clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    """Arguments and their meaning are those of ``decode_recent_kernel``; D, E, R and all rows as ``takes`` says."""
+        v_token_stride: "i64", v_head_stride: "i64", out, state, slot_stride: "i64", head_stride: "i64", slots,
+        log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v,
+        ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, H, scale, clears, TILE: gl.constexpr,
+        RING: gl.constexpr):  # fmt: skip
+    """The arguments are those of ``decode_recent_kernel``, of calls that ``recent._read_as_used`` is true of."""
     D: gl.constexpr = TILE.D
     E: gl.constexpr = TILE.E
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
@@ -147,7 +148,7 @@ def decode_ring_kernel(
     read = gl.sum(weight[:, None] * values.to(gl.float32), 0)
     read = gl.convert_layout(read, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
     read += gl.sum(q_row * k_row, 0) * v_row
-    if TYPE == q.dtype.element_ty and TYPE != gl.float32:
+    if q.dtype.element_ty == TYPE and gl.float32 != TYPE:
         # Of 16 bits both: in the tensor cores, with the query as the first of 16 rows.
         first = gl.arange(0, 16, layout=gl.SliceLayout(1, LEFT_HALF))
         parts = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT_HALF))

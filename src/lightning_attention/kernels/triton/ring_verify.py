@@ -1,7 +1,7 @@
 """Chains of drafts after states with rings on NVIDIA chips, in Gluon: what ``verify_recent_kernel`` computes.
 
 As in ``ring_decode.py`` a program is a warp with 32 columns of a state, which waits in shared memory. Up to 16 drafts
-of a sequence are the rows of one product each with the state, with the ring's keys and values, and with the drafts' own.
+of a sequence are the rows of a product with the state, and of others with keys and values, the ring's and their own.
 """
 
 from triton.experimental import gluon
@@ -149,7 +149,7 @@ def verify_ring_kernel(
             read = gl.where(spoilt > 0.0, float("nan"), read)
         async_copy.wait_group(0)
         of_state = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
-        if TYPE == q.dtype.element_ty:
+        if q.dtype.element_ty == TYPE:
             of_state = mma_v2(queries, shared.load(RIGHT_HALF), of_state)
         else:
             for start in gl.static_range(0, D, FOLDED):
