@@ -15,6 +15,10 @@ from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
 from lightning_attention.kernels.triton.ring import arrive, count_among, power, top_bits
+from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
+
+#: From global to shared memory; called async_copy_global_to_shared before Triton 3.8.
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has
 FOLDED = gl.constexpr(32)  # rows of a state, at once
@@ -116,9 +120,9 @@ def decode_ring_kernel(
     where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
     count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
-    async_copy.async_copy_global_to_shared(shared, where)
+    copy(shared, where)
     async_copy.commit_group()
-    gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
+    barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
@@ -163,7 +167,7 @@ def decode_ring_kernel(
         of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
     read += of_state * power(x, tokens + 1)
     gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
-    gl.thread_barrier()  # all warps have read the count
+    barrier()  # all warps have read the count
     arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)
 
     if since == RING.places - 1:

@@ -22,6 +22,8 @@ from lightning_attention.kernels.triton.ring_decode import (
     RIGHT,
     RIGHT_HALF,
     add_product,
+    barrier,
+    copy,
     swizzled,
     tile_layout,
     width_of,
@@ -96,9 +98,9 @@ def verify_ring_kernel(
     rows = gl.arange(0, D, layout=gl.SliceLayout(1, LAYOUT))
     cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     where = state + slot * slot_stride + head * head_stride + rows[:, None] * E + cols[None, :]
-    async_copy.async_copy_global_to_shared(shared, gl.multiple_of(where, [16, 16]))
+    copy(shared, gl.multiple_of(where, [16, 16]))
     async_copy.commit_group()
-    gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
+    barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
     if clears != 0:
         clear(out, gl.load(cu_seqlens + N).to(gl.int64) + n, T, N, H, E)
