@@ -19,13 +19,14 @@ from lightning_attention.kernels.triton.ring import (
     part_kernel,
     verify_recent_kernel,
 )
+from lightning_attention.kernels.triton.ring_commit import commit_ring_kernel
 from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES, decode_ring_kernel
 from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-#: Of a thread, nothing spilled, so that 16 and 10 programs run on a multiprocessor at once.
-REGISTERS = {"decode": 128, "verify": 184}
+#: Of a thread, nothing spilled, so that 16, 10 and, of four warps, 4 programs run on a multiprocessor at once.
+REGISTERS = {"decode": 128, "verify": 184, "commit": 128}
 
 
 @cache
@@ -207,15 +208,20 @@ def commit(
     TILE = columns(D, E, k.dtype)
     if T == 0:
         return
-    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
-    args = (
-        k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots), dispatch.dense(log_decay),
-        cu_seqlens.contiguous(), accepted.contiguous(), *ring, H,
-    )  # fmt: skip
     _check_programs(H)
-    over_states(
-        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H,
-    )  # fmt: skip
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    before = k, *k.stride()[:2], v, *v.stride()[:2], state
+    after = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), *ring
+    is_plain = E in (32, 64, 128, 256) and k.dtype == ring_k.dtype
+    if is_plain and _read_as_used(N, k, k, v, state, strides, constants[0]):
+        args, tile = (*before, *strides[:2], *after), tile_constants(D, E, H // Hk, COLUMNS.value, True, False)
+        dispatch.run(
+            commit_ring_kernel, (H, N, 1), args, tile + constants, E // COLUMNS.value, state.get_device(),
+            registers=lambda _: REGISTERS["commit"],
+        )  # fmt: skip
+        return
+    args = (*before, *strides, *after, H)
+    over_states(commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, ring=constants, programs=N * H)
 
 
 @recorded

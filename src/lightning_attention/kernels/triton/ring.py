@@ -85,22 +85,27 @@ def count_of(counts, slot):
 
 
 @triton.jit
-def take_ticket(counts, slot, RING: tl.constexpr):
-    """How many programs of a slot, whose count this one has read, had done so before.
-
-    In one of as many lanes as there are threads: for a single number, which all threads get, they would wait for each
-    other. And what is found is wanted at the end only: it takes as long as a load.
-    """
-    tl.debug_barrier()  # all threads have read it
-    lane = tl.arange(0, RING.threads)
-    return tl.atomic_add(counts + slot + lane * 0, TICKET, mask=lane == 0, sem="relaxed") // TICKET
+def count_after(count, RING: tl.constexpr):
+    """A count as it is kept: any that are as many past R places say the same."""
+    return tl.where(count < 2 * RING.places, count, RING.places + count % RING.places)
 
 
 @triton.jit
-def give(counts, slot, count, ticket, programs, RING: tl.constexpr):
+def take_ticket(counts, slot, lane):
+    """How many programs of a slot, whose count this one has read, had done so before.
+
+    In the first ``lane`` of as many as there are threads: for a single number, which all threads get, they would wait
+    for each other. And what is found is wanted at the end only: it takes as long as a load. The others have addresses
+    of their own, for which nothing is done: else the assembler would add up for all lanes, and wait.
+    """
+    tl.debug_barrier()  # all threads have read it
+    return tl.atomic_add(counts + slot + lane, lane * 0 + TICKET, mask=lane == 0, sem="relaxed") // TICKET
+
+
+@triton.jit
+def give(counts, slot, count, ticket, programs, lane, RING: tl.constexpr):
     """Write a slot's next count, by the last of its programs."""
-    lane = tl.arange(0, RING.threads)
-    kept = tl.where(count < 2 * RING.places, count, RING.places + count % RING.places)
+    kept = count_after(count, RING)
     is_last = (lane == 0) & (ticket == programs - 1)
     tl.atomic_xchg(counts + slot + lane * 0, kept + lane * 0, mask=is_last, sem="relaxed")
 
@@ -407,7 +412,8 @@ def commit_recent_kernel(
     if (slot < 0) | (taken == 0):
         return
     count = count_of(counts, slot)
-    ticket = take_ticket(counts, slot, RING)
+    lane = tl.arange(0, RING.threads)
+    ticket = take_ticket(counts, slot, lane)
     ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride, ring_v_head_stride, slot,
                    head)  # fmt: skip
     held = held_by(count, head, RING)
@@ -448,7 +454,7 @@ def commit_recent_kernel(
         for column in tl.range(0, TILE.E, TILE.columns, num_stages=1):
             values = load_rows(v, v_token_stride, new.token, is_kept, column, TILE.E, TILE.columns, False)
             store_rows(ring.v, TILE.E, at, is_kept, column, values, TILE.columns)
-    give(counts, slot, count + taken, ticket, H, RING)
+    give(counts, slot, count + taken, ticket, H, lane, RING)
 
 
 @dispatch.unspecialized(triton.jit)
@@ -461,7 +467,8 @@ def fold_kernel(state, slot_stride: "i64", head_stride: "i64", row_stride: "i64"
     if slot < 0:
         return
     count = count_of(counts, slot)
-    ticket = take_ticket(counts, slot, RING)
+    lane = tl.arange(0, RING.threads)
+    ticket = take_ticket(counts, slot, lane)
     held = held_by(count, head, RING)
     if (held.tokens > 0) & starts_from_initial(fresh, n):
         states = States(state, slot_stride, head_stride, row_stride, column_stride)
@@ -474,4 +481,4 @@ def fold_kernel(state, slot_stride: "i64", head_stride: "i64", row_stride: "i64"
         S = taken_up(S, held_keys(ring, held, TILE, RING), old_values, held.age, held.tokens, x, RING)
         tl.store(where, S, mask=exists)
     tiles: tl.constexpr = (TILE.E + TILE.columns - 1) // TILE.columns
-    give(counts, slot, count * 0, ticket, H * tiles, RING)
+    give(counts, slot, count * 0, ticket, H * tiles, lane, RING)

@@ -169,8 +169,9 @@ def test_what_it_does_not_take():
 
 
 def launched(
-    chip: str, width: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, S: int = 9
-) -> list[Launch]:
+    chip: str, width: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, S: int = 9,
+    only_commit: bool = False,
+) -> list[Launch]:  # fmt: skip
     """Decode, verify as chains and as trees, commit, fold, and what a prefill has beside that."""
     H, T, R = 64, 4 * N, 16
 
@@ -184,16 +185,19 @@ def launched(
     ring = RecentTokens(*(tensor(S, H, R, width) for _ in range(2)), tensor(S, dtype=torch.int32))
     ring = ring.k, ring.v, ring.count
 
+    def commit() -> None:
+        launches.commit(k, v, log_decay, state, cuts, accepted, slots, *ring)
+
     def run() -> None:
         launches.decode(q[:N], k[:N], v[:N], log_decay, state, slots, 1.0, False, *ring)
         launches.verify(q, k, v, log_decay, state, cuts, slots, None, 1.0, *ring)
         launches.verify(q, k, v, log_decay, state, cuts, slots, parents, 1.0, *ring)
-        launches.commit(k, v, log_decay, state, cuts, accepted, slots, *ring)
+        commit()
         launches.fold(state, log_decay, slots, None, *ring)
         launches._parted(cuts, slots, None)
         launches._decode_singles(q, k, v, log_decay, state, slots, cuts, 1.0, *ring, torch.empty_like(v))
 
-    found = launched_by(run, CHIPS[chip])
+    found = launched_by(commit if only_commit else run, CHIPS[chip])
     for launch in found:
         print(launch)
     return found
@@ -234,6 +238,17 @@ def test_on_hopper(width: int, state_dtype: torch.dtype):
 def test_widths_of_the_portable_kernels(width: int):
     found = launched("sm_90", width, BF16, FP32)
     assert [x.name for x in found] == names("decode_recent_kernel", "verify_recent_kernel")
+
+
+@pytest.mark.parametrize("state_dtype", [FP32, BF16])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_commit_on_nvidia_chips(chip: str, state_dtype: torch.dtype):
+    """Four programs a multiprocessor, in registers alone."""
+    (commit,) = launched(chip, 128, BF16, state_dtype, only_commit=True)
+    assert commit.name == "commit_ring_kernel"
+    assert commit.registers <= 128
+    assert commit.shared == 0
+    assert commit.stack <= (8 if chip == "sm_80" else 0)
 
 
 def test_another_batch_or_pool_compiles_nothing():
