@@ -203,23 +203,22 @@ def launched(
     return found
 
 
-def names(decode: str, verify: str) -> list[str]:
-    """What they launch, with these for decode and for chains of drafts."""
-    return [
-        decode, verify, "verify_recent_kernel", "commit_recent_kernel", "fold_kernel", "part_kernel", decode,
-    ]  # fmt: skip
+def names(kind: str) -> list[str]:
+    """What they launch, with kernels of this kind where there are two."""
+    decode, verify, commit = (f"{x}_{kind}_kernel" for x in ("decode", "verify", "commit"))
+    return [decode, verify, "verify_recent_kernel", commit, "fold_kernel", "part_kernel", decode]
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_compiles_and_fits(chip: str):
     found = launched(chip, 128, BF16, FP32)
-    assert [x.name for x in found] == names("decode_ring_kernel", "verify_ring_kernel")
+    assert [x.name for x in found] == names("ring")
     assert all(x.shared <= 24576 and x.stack <= 96 for x in found)
 
 
 def test_compiles_for_amd():
     found = launched("gfx942", 128, BF16, FP32)
-    assert [x.name for x in found] == names("decode_recent_kernel", "verify_recent_kernel")
+    assert [x.name for x in found] == names("recent")
     assert all(x.shared <= 65536 for x in found)
 
 
@@ -237,7 +236,7 @@ def test_on_hopper(width: int, state_dtype: torch.dtype):
 @pytest.mark.parametrize("width", [20, 256])
 def test_widths_of_the_portable_kernels(width: int):
     found = launched("sm_90", width, BF16, FP32)
-    assert [x.name for x in found] == names("decode_recent_kernel", "verify_recent_kernel")
+    assert [x.name for x in found] == names("recent")
 
 
 @pytest.mark.parametrize("state_dtype", [FP32, BF16])
