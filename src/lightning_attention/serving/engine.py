@@ -276,17 +276,10 @@ def _sampled(controls: list[list[float]]) -> bool:
 
 
 def _is_worth_rings(state: Any) -> bool:
-    """Whether steps are faster with rings. H200, a step of the 385M: 256 requests 2.96 ms for 3.19, 64 1.76 for 1.75.
-
-    With 16-bit states reading a ring takes longer than writing the state.
-    """
-    return (
-        isinstance(state, Tensor)
-        and state.device.type != "cpu"
-        and state.dtype == torch.float32
-        and state.ndim == 4
-        and state.shape[0] * state.shape[1] >= 2048
-    )
+    """Whether steps are faster with rings: by docs/performance.md from some 512 float32 states on, or 2,048 smaller."""
+    if not isinstance(state, Tensor) or state.device.type == "cpu" or state.ndim != 4:
+        return False
+    return state.shape[0] * state.shape[1] >= {torch.float32: 512}.get(state.dtype, 2048)
 
 
 def _state_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:
