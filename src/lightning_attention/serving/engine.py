@@ -276,10 +276,11 @@ def _sampled(controls: list[list[float]]) -> bool:
 
 
 def _is_worth_rings(state: Any) -> bool:
-    """Whether steps are faster with rings: by docs/performance.md from some 512 float32 states on, or 2,048 smaller."""
+    """Whether steps are faster with rings: by docs/performance.md from 512 float32 states on, or 2,048 of 16 bits."""
     if not isinstance(state, Tensor) or state.device.type == "cpu" or state.ndim != 4:
         return False
-    return state.shape[0] * state.shape[1] >= {torch.float32: 512}.get(state.dtype, 2048)
+    least = {torch.float32: 512, torch.bfloat16: 2048, torch.float16: 2048}
+    return state.shape[0] * state.shape[1] >= least.get(state.dtype, float("inf"))
 
 
 def _state_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:
