@@ -18,7 +18,7 @@ define install  # environment, constraints, options
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) $(3) -e '.[dev]'
 endef
 
-.PHONY: help demo test test-oldest test-newest test-gpu lint format bench clean
+.PHONY: help demo docs test test-oldest test-newest test-gpu lint format bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ demo: $(STAMP)  ## check, measure, train for two minutes and generate (under six
 	@echo "speed and memory: $$(ls demo/bench/*.png)"
 	@echo "loss:             demo/run/loss.png"
 	@echo "checkpoint:       $$(ls -d demo/run/checkpoints/step_* | tail -1)"
+
+docs: $(STAMP)  ## the documentation as a site, in runs/docs; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(STAMP)  ## run the tests (GPU tests skip where there is no GPU)
 	$(BIN)/python -m pytest -n 2

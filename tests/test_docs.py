@@ -1,39 +1,68 @@
-"""Every python snippet of the documents runs, on a CPU and without a warning, and every link between them leads."""
+"""Every python snippet of the documents runs, on a CPU and without a warning, and every link between them leads.
+
+The commands of the tutorials run too, small; those of the other documents name options that exist.
+"""
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from lightning_attention.bench import lengths
 from lightning_attention.bench.case import Run
 from lightning_attention.bench.report import Report, environment
+from lightning_attention.cli.app import app, main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = [d for d in DOCUMENTS if d.parent.name == "tutorials"]
+SMALL = ["--layers", "1", "--width", "32", "--heads", "2", "--vocab-size", "300", "--seq-len", "64"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
-def snippets(document: Path) -> Iterator[str]:
-    """The snippets, each with as many empty lines before it as there are in the document, for tracebacks."""
+def snippets(document: Path, *languages: str) -> Iterator[tuple[str, str]]:
+    """The snippets in one of the languages, each after as many empty lines as the document has, for tracebacks."""
     text = document.read_text(encoding="utf-8")
     for match in FENCE.finditer(text):
-        yield "\n" * text.count("\n", 0, match.start(1)) + match[1]
+        if match[1] in languages:
+            yield match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2]
 
 
-def run(document: Path) -> int:
-    """Run a document's snippets one after the other, in one namespace; how many there were."""
+def has_python(document: Path) -> bool:
+    return any(snippets(document, "python"))
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The words of each call of `lightning-attention`, by itself or under torchrun, that a snippet has."""
+    for line in code.replace("\\\n", " ").splitlines():
+        called = re.search(r"(?:^(?:\$ )?lightning-attention|-m lightning_attention_command)\b(.*)", line)
+        if called:
+            yield shlex.split(re.split(r" [>|] ", called[1])[0], comments=True)
+
+
+def run(document: Path, *languages: str) -> int:
+    """Run a document's snippets one after the other, python in one namespace; how many there were."""
     names: dict[str, object] = {"__name__": document.stem}
-    codes = list(snippets(document))
-    for code in codes:
-        exec(compile(code, str(document), "exec"), names)
-    return len(codes)
+    found = list(snippets(document, *languages))
+    for language, code in found:
+        if language == "python":
+            exec(compile(code, str(document), "exec"), names)
+            continue
+        for words in commands(code):
+            words = [str(int(w) // 50) if words[i - 1] == "--steps" else w for i, w in enumerate(words)]
+            words += SMALL if words[0] == "train" and "--resume" not in words else []
+            with pytest.raises(SystemExit) as ended:
+                main(words)
+            assert ended.value.code in (0, None), words
+    return len(found)
 
 
 def measured(folder: Path) -> None:
@@ -48,31 +77,63 @@ def measured(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 # The examples of distributed.md are programs for several processes: tests/distributed runs them.
 @pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if d.name != "distributed.md" and any(snippets(d))], ids=lambda d: d.name
+    "document",
+    [d for d in DOCUMENTS if d.name != "distributed.md" and has_python(d)],
+    ids=lambda d: str(d.relative_to(ROOT)),
 )
 def test_snippets_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if document.name == "transformers.md":
+    if document.name in ("transformers.md", "fine-tune.md"):
         pytest.importorskip("accelerate")
         pytest.importorskip("peft")
     measured(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert run(document) > 0
+    assert run(document, "python", *(["bash"] if document in TUTORIALS else [])) > 0
 
 
 def test_snippets_are_found():
-    with_snippets = {d.name for d in DOCUMENTS if any(snippets(d))}
+    with_snippets = {d.name for d in DOCUMENTS if has_python(d)}
     assert {"README.md", "algorithm.md", "numerics.md", "serving.md", "benchmarks.md"} <= with_snippets
+    assert [d.name for d in TUTORIALS if has_python(d)] == ["fine-tune.md", "layer.md", "serve.md", "train.md"]
 
 
 def test_a_wrong_snippet_fails_at_its_line(tmp_path: Path):
     document = tmp_path / "wrong.md"
     document.write_text("# Title\n\n```python\nx = 1\n```\n\ntext\n\n```python\nassert x == 1\nassert x == 2\n```\n")
     with pytest.raises(AssertionError) as caught:
-        run(document)
+        run(document, "python")
     assert caught.traceback[-1].lineno + 1 == 11
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def unknown_options(words: list[str]) -> set[str]:
+    """The options of a command line that its command does not have."""
+    command = typer.main.get_command(app)
+    if not words[0].startswith("-"):
+        command = command.commands[words[0]]  # type: ignore[attr-defined]
+    known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return {word.partition("=")[0] for word in words if word.startswith("--")} - known
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_commands_name_options_that_exist(document: Path):
+    for _, code in snippets(document, "", "bash"):
+        for words in commands(code):
+            assert unknown_options(words) == set(), words
+
+
+def test_a_wrong_command_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "```bash\n$ lightning-attention train x --stepz 3 \\\n  --out y > log\n```\n"
+    document = tmp_path / "wrong.md"
+    document.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    ((_, code),) = snippets(document, "bash")
+    (words,) = commands(code)
+    assert words == ["train", "x", "--stepz", "3", "--out", "y"]
+    assert unknown_options(words) == {"--stepz"}
+    with pytest.raises(AssertionError, match="stepz"):
+        run(document, "bash")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path):
     targets = LINK.findall(document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (document.parent / target).exists()]

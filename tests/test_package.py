@@ -36,6 +36,13 @@ def test_public_names():
         assert getattr(lightning_attention, name).__doc__, name
 
 
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    cited = re.findall(r"^version: (.+)$", (root / "CITATION.cff").read_text(), re.MULTILINE)
+    assert [project["version"], *cited] == [lightning_attention.__version__] * 2
+
+
 def test_importing_it_adds_little_to_torch():
     """Under 0.3 s, and no other package; what torch itself imports is there before."""
     program = (

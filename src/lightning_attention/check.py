@@ -38,7 +38,7 @@ def budget(dtype: torch.dtype, kind: str) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the worst of the quantities named by ``what``, against its own budget."""
+    """One line of the table: the worst of the quantities in ``what``, each against its own budget."""
 
     device: str
     backend: str

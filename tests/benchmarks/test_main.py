@@ -14,8 +14,8 @@ from lightning_attention.bench.report import Report
 
 RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
 WITH_A_FIGURE = next(path for path in RESULTS if path.stem == "h200-lengths")
-CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "packed", "scaling", "sequence_parallel", "serve",
-         "serving", "shapes", "training"]  # fmt: skip
+CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "numerics", "packed", "scaling",
+         "sequence_parallel", "serve", "serving", "shapes", "training"]  # fmt: skip
 
 
 def test_a_case_is_a_file():
@@ -36,7 +36,7 @@ def test_results_that_stand_are_shown(path, tmp_path, capsys):
     assert "nan" not in out
     rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
             "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3, "cases": 68, "lrpe": 2,
-            "training": 1, "scaling": 4}  # fmt: skip
+            "training": 1, "scaling": 4, "numerics": 105}  # fmt: skip
     shown = [r for name in suites if name in rows for r in [rows[name]]]
     tables = [line for line in out.splitlines() if line and set(line) == {"─"}]
     assert len(tables) == sum(

@@ -417,10 +417,12 @@ def test_a_vocabulary_that_has_grown_is_known(model) -> None:
         batch.submit(Request([103], 1))
 
 
-def test_rings_are_for_many_float32_states_on_a_gpu():
+def test_rings_are_for_many_states_on_a_gpu():
     def pool(rows, dtype=torch.float32, device="meta"):
         return torch.empty(rows, 8, 16, 16, dtype=dtype, device=device)
 
-    assert engine._is_worth_rings(pool(256))
-    for other in (pool(255), pool(256, torch.bfloat16), pool(256, device="cpu"), None, [pool(256)]):
+    assert engine._is_worth_rings(pool(64))
+    assert engine._is_worth_rings(pool(256, torch.bfloat16))
+    others = pool(63), pool(255, torch.float16), pool(256, torch.float64), pool(256, device="cpu"), None, [pool(256)]
+    for other in others:
         assert not engine._is_worth_rings(other)

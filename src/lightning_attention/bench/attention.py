@@ -53,7 +53,7 @@ class Problem:
         return [*(x.detach().requires_grad_(grad) for x in qkv), do]
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        """The same with other tensors, what ``change`` makes of each; ``sizes`` stay those of the whole."""
+        """The same problem with ``change`` applied to each tensor; ``sizes`` stay those of the whole."""
         found = copy(self)
         found.tensors = [change(x) for x in self.tensors]
         return found
@@ -88,7 +88,7 @@ class Problem:
 
 
 def result_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a measurement gives, or ``{"error": why}``: a peer that is missing, out of memory or broken is a result."""
+    """The result of a measurement, or ``{"error": why}``: also for a peer that is missing or broken."""
     try:
         return measure()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A case: something to measure, and what is shown of its records. One way to run every one of them."""
+"""A case: something to measure, and how its records are shown; and one way to run all cases."""
 
 import os
 import re
@@ -45,7 +45,7 @@ class Run:
     only: Collection[str] | None = None
 
     def add(self, suite: str, peer: Peer | None = None, **record: Any) -> None:
-        """Put a record, of an implementation if given, into the report; say what it is of and what came out."""
+        """Put a record, of an implementation if given, into the report, and print it."""
         if peer is not None:
             record = {"implementation": peer.name, "label": peer.label} | record
         words = []
@@ -59,11 +59,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """``measure`` adds records to a run's report, and ``show`` makes of them tables, sentences and at most one figure.
+    """``measure`` adds records to a report, and ``show`` turns them into tables, sentences and at most one figure.
 
     ``scales``: the sizes for ``"cpu"`` and ``"cuda"``, and for ``"cpu quick"`` and ``"cuda quick"`` where ``--quick``
-    means something. ``operations``: what a peer must have to take part. ``peers``: the names of those that take part
-    when none are named. ``backends``: whether ``--backend`` means something. ``needs``: packages beside torch.
+    applies. ``operations``: those that a peer must have to take part. ``peers``: the names of those that take part
+    when none are named. ``backends``: whether ``--backend`` applies. ``needs``: packages besides torch.
     ``ranks``: it wants several processes, started by torchrun. ``rows``: the names of a scale's rows, from which
     ``--only`` chooses.
     """

@@ -1,4 +1,4 @@
-"""Time and memory per token against sequence length: that softmax attention's grows and ours does not."""
+"""Time and memory per token against sequence length: softmax attention's time grows, ours does not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ EXPLANATION = (
 class Sweep:
     """Sequence lengths to go through at B·T = ``tokens`` (B = 1 where that is less than T).
 
-    A peer is left out from the length on at which one call is expected to take more than ``limit_s``: the time at
+    A peer is left out from the first length on at which one call is expected to take more than ``limit_s``: the time at
     the length before, times the growth in tokens, and for softmax attention in T too. Ours runs at every length.
     """
 
@@ -81,7 +81,7 @@ def sweep(run: Run, suite: str = "lengths") -> None:
 
 
 def expected_s(ms: float, shape: Shape, next_shape: Shape, softmax: bool) -> float:
-    """Seconds that a call is expected to take, by the milliseconds that one of another shape took."""
+    """Seconds that a call is expected to take, from the milliseconds of a call of another shape."""
     growth = next_shape.B * next_shape.T / (shape.B * shape.T)
     return ms * 1e-3 * growth * (next_shape.T / shape.T if softmax else 1)
 
@@ -112,7 +112,7 @@ def spread(records: list[Record], pass_: str, first: int) -> float | None:
 
 
 def constant(records: list[Record]) -> list[str]:
-    """A sentence a pass: within what our time per token stays once the sequence is long."""
+    """A sentence for each pass: within which range our time per token stays for long sequences."""
     # Below these a call is too short for the device: two cores want 4,096 tokens, a large GPU 8,192.
     first = 4096 if records[0]["dtype"] == "float32" else 8192
     last = max(r["T"] for r in records)
@@ -142,7 +142,7 @@ def time_per_token(records: list[Record], environment: dict[str, Any]) -> Figure
 
 
 def _label(mine: dict[int, float], last: Record) -> str:
-    """The name of the line that ends there, and for a peer how its time compares with ours."""
+    """The name of the line, and for a peer how its time compares with ours."""
     if is_ours(last["implementation"]) or last["T"] not in mine:
         return str(last["label"])
     ratio = last["us_per_token"] / mine[last["T"]]

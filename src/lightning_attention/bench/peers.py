@@ -24,8 +24,8 @@ class Peer:
     """What an implementation is, and how each operation that it has is called.
 
     ``operations``: by name, a function that imports the package and prepares calls. ``"attention"`` takes nothing and
-    gives a :data:`Forward`, ``"packed attention"`` takes cu_seqlens [N + 1] int32 and gives one for B = 1; what others
-    take and give stands with the case that measures them.
+    gives a :data:`Forward`, ``"packed attention"`` takes cu_seqlens [N + 1] int32 and gives one for B = 1; the
+    case that measures another operation says what that takes and gives.
 
     ``heads_first``: attention takes [B, H, T, D] instead of [B, T, H, D]. ``softmax``: it computes softmax attention,
     so its time grows with T² and its numbers are not compared. ``states``: the types of state that it takes.

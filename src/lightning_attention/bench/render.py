@@ -76,9 +76,9 @@ def pivot(
     cells: Callable[[Record], Mapping[str, str]],
     words: int = 1,
 ) -> Iterator[Table]:
-    """A row for each combination of ``keys``, then the cells of its records by column; no table of no records.
+    """A row for each combination of ``keys``, then the cells of its records by column; no table without records.
 
-    ``keys``: by the heads of their columns, fields of the records or what to make of a record.
+    ``keys``: for each column head, a field of the records or a function of a record.
     """
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for r in records:
@@ -171,7 +171,7 @@ def length(T: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all that stand before the decimal point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

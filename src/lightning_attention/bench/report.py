@@ -1,4 +1,4 @@
-"""The JSON file of a benchmark: the machine it ran on, the command, and one flat record a measurement."""
+"""The JSON file of a benchmark: the machine it ran on, the command, and one flat record for each measurement."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def first_process() -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself, with a CPU's thread count: its times mean nothing without it."""
+    """The device's own name; for a CPU with the number of threads, without which its times mean nothing."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -68,8 +68,7 @@ def package_version(name: str) -> str | None:
 def commit() -> str | None:
     """The git commit of this source, with ``+`` where tracked files differ from it.
 
-    GIT_COMMIT in the environment comes first: what the source was copied from, where it is not a checkout, or where the
-    copy has a repository that did not move with it.
+    GIT_COMMIT in the environment comes first: for a copy of the source that is no checkout, or lies in another one.
     """
     if "GIT_COMMIT" in os.environ:
         return os.environ["GIT_COMMIT"]

@@ -39,7 +39,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def wall_ms(call: Call, device: torch.device) -> float:
-    """Milliseconds on the clock of one call and all the device work it started."""
+    """Milliseconds of wall time of one call and all the device work it started."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -54,8 +54,8 @@ def time_calls(
 
     The turns spread a slow moment of the machine over all of them, so the ratios hold where the times do not. The
     calls are expected to have run once before (compiled, allocated). On a GPU they are timed by events, with the L2
-    flushed before each, so many times: where the host takes longer for a call than the 0.25 ms of one, several hide it.
-    On a CPU they are timed by the clock.
+    flushed before each: a flush takes 0.25 ms, and several hide a call for which the host needs longer. On a CPU
+    they are timed by the clock.
     """
     estimates = {name: wall_ms(call, device) for name, call in calls.items()}
     repeats = {name: min(max(3, int(seconds * 1e3 / ms)), max_repeats) for name, ms in estimates.items()}

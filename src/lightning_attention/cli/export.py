@@ -16,7 +16,7 @@ def export(
 ) -> None:
     """Make a Hugging Face folder of a training checkpoint: configuration, weights, tokenizer, generation settings.
 
-    The folder is there whole or not at all. transformers loads it, as `lightning-attention generate` and `evaluate` do.
+    The folder appears whole or not at all. transformers loads it, as `lightning-attention generate` and `evaluate` do.
     """
     from lightning_attention.training import trained
 

@@ -1,4 +1,4 @@
-"""`lightning-attention generate`: continue prompts with a trained model, as a stream or by the file."""
+"""`lightning-attention generate`: continue prompts with a trained model, as a stream or from a file."""
 
 from __future__ import annotations
 

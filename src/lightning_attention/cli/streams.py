@@ -1,4 +1,4 @@
-"""Standard streams that outlive their terminal, and that can say whatever there is to say."""
+"""Standard streams that outlive their terminal and can write every character."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LastingStream:
-    """A stream for a run that must not end because nobody listens any more.
+    """A stream for a run that must not end because nobody reads its output any more.
 
     When the terminal is closed or the program at the other end of a pipe ends, what is written is lost and the run goes
     on. Its record is in metrics.jsonl.
@@ -19,7 +19,7 @@ class LastingStream:
         self._stream = stream or io.StringIO()
 
     def write(self, text: str) -> int:
-        """Write if somebody listens."""
+        """Write if somebody still reads."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -31,12 +31,12 @@ class LastingStream:
         """Nothing is left: every write flushes."""
 
     def __getattr__(self, name: str) -> Any:
-        """Be like the stream in all else."""
+        """Everything else is the stream's own."""
         return getattr(self._stream, name)
 
 
 def show_every_character() -> None:
-    """Write what a stream's encoding does not know as escapes, rather than to fail on it."""
+    """Write characters that a stream's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

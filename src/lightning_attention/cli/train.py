@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
-    """A setting as an option that is None unless it is given, so that the configuration file can speak first."""
+    """A setting as an option that is None unless it is given, so that the configuration file comes first."""
     text = setting.metadata["help"]
     if setting.name == "inputs":
         kind, about = list[str], typer.Argument(metavar="INPUT", help=text, show_default=False)
@@ -69,7 +69,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _own(flag: str, text: str, metavar: str | None = None) -> Any:
-    """An option that is no setting."""
+    """An option that is not a setting."""
     return typer.Option(flag, help=text, metavar=metavar, rich_help_panel="Run")
 
 
@@ -153,12 +153,12 @@ def train(
 
 
 def _is_of_the_connection(error: Exception) -> bool:
-    """Whether this is what PyTorch says where a process that it talks to has died."""
+    """Whether this is PyTorch's error when a process that it talks to has died."""
     return "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
 
 
 def memory_error(error: Exception, smaller: str = "width, batch_size or seq_len") -> Exception:
-    """The error itself, or what to do about it where it is that a model or a batch does not fit."""
+    """The error itself, or advice if a model or a batch does not fit in memory."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         found = InputError(f"not enough memory: {text}; try a smaller {smaller}")
@@ -167,7 +167,7 @@ def memory_error(error: Exception, smaller: str = "width, batch_size or seq_len"
 
 
 def _status(signal_name: str) -> int:
-    """What a shell makes of a process that died of that signal, so that `train && generate` stops."""
+    """The exit status that a shell gives a process killed by that signal, so that `train && generate` stops."""
     return 128 + signal.Signals[signal_name]
 
 
@@ -210,14 +210,14 @@ def _numbers(progress: Progress) -> tuple[str, str]:
 
 
 def _as_fits(progress: Progress, width: int) -> str:
-    """The losses and the speed, or as many of them as there is room for: 80 columns have none for the speed."""
+    """The losses and the speed, or as many of them as fit: 80 columns leave no room for the speed."""
     loss, speed = _numbers(progress)
     choices = (f"{loss} {speed}".strip(), f"{loss} {speed.partition(', ')[0]}".strip(), loss, loss.partition(",")[0])
     return next((numbers for numbers in choices if len(numbers) <= width), "")
 
 
 def _with_samples(console: Console, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """Samples on a line each, before what else is shown of their step."""
+    """Samples on a line each, before the rest of their step."""
 
     def with_samples(progress: Progress) -> None:
         if progress.sample is not None:

@@ -1,4 +1,4 @@
-"""How the processes of a training run share the work: copies of the data's ranks, shards of the weights, slices."""
+"""How the processes of a training run share the work: replicas, shards of the weights, slices of sequences."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Mesh:
 
     @classmethod
     def fit(cls, processes: int, *, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1) -> Mesh:
-        """The sizes for so many processes, without groups; ``dp_shard`` -1 is what the others leave.
+        """The sizes for so many processes, without groups; ``dp_shard`` -1 takes what the others leave.
 
-        Raises ValueError when a size is none, or the product is another number of processes.
+        Raises ValueError when a size is not positive, or the product is not the number of processes.
         """
         for name, size in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard), ("sp", sp)):
             if size < 1 and not (name == "dp_shard" and size == -1):

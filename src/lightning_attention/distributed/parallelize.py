@@ -27,15 +27,15 @@ def parallelize(
     """Change a model in place; it may be on the meta device. Names of modules and weights stay as they are.
 
     Args:
-        model: any model with one list of blocks, as TransnormerForCausalLM or transformers' LlamaForCausalLM.
-        mesh: over which processes the weights are sharded; nothing is, where it has no groups. A block is a unit: its
-            weights are gathered before it runs and freed after. What is outside of blocks, tied embeddings too, is one.
-        activation_checkpointing: ``none``; ``block``: keep the inputs of blocks alone and compute the rest anew in the
+        model: any model with one list of blocks, such as TransnormerForCausalLM or transformers' LlamaForCausalLM.
+        mesh: over which processes the weights are sharded; without groups nothing is. A block is a unit: its weights
+            are gathered before it runs and freed after. What is outside of blocks, tied embeddings too, is one more.
+        activation_checkpointing: ``none``; ``block``: keep only the inputs of blocks and recompute the rest in the
             backward pass; or a number n, which does that to every n-th block.
         compile: run each block through ``torch.compile``.
         bf16: gather and compute in bfloat16, reduce gradients in float32. For a mesh with groups; autocast does that
-            for one without. A block with a module that ``needs_float32``, as LRPE, is gathered in float32, and computed
-            under autocast.
+            for one without. A block with a module that ``needs_float32``, such as LRPE, is gathered in float32 and
+            computed under autocast.
 
     Raises:
         ValueError: ``activation_checkpointing`` is something else, the model has no list of blocks, or a block that is
@@ -68,7 +68,7 @@ def parallelize(
 
 
 def _check_dtypes(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """FSDP reduces the gradients of a unit in one tensor. It says so itself, in the first pass and without a name."""
+    """FSDP reduces the gradients of a unit in one tensor. Its own error comes in the first pass and names no weight."""
     unit_of = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
     dtypes: dict[int, dict[torch.dtype, str]] = {}
     for name, weight in model.named_parameters():
@@ -95,7 +95,7 @@ def _in_bf16(forward: Callable[..., Any], device_type: str) -> Callable[..., Any
 
 
 def checkpointed_every(choice: str) -> int:
-    """Every how many blocks activations are computed anew; 0 for none. Raises ValueError for an unknown choice."""
+    """Every how many blocks activations are recomputed; 0 for none. Raises ValueError for an unknown choice."""
     named = {"none": 0, "block": 1}
     if choice in named:
         return named[choice]
@@ -119,9 +119,9 @@ def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let a model's parameters be its shards, after forward passes that no backward pass followed.
+    """Make a model's parameters its shards again, after forward passes without a backward pass.
 
-    FSDP leaves what is outside of blocks gathered then, in the precision that it computes in.
+    FSDP would leave what is outside of blocks gathered, in the precision that it computes in.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

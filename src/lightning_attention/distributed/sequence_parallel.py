@@ -1,6 +1,6 @@
 """The collectives of sequence parallelism: every rank holds a slice of each sequence, and only states travel.
 
-After LASP-2, arXiv 2502.07563; ``kernels/sequence_parallel.py`` has what is computed from them. Beside the states,
+After LASP-2, arXiv 2502.07563; ``kernels/sequence_parallel.py`` has what is computed from them. Besides the states,
 layers and models exchange small facts (``gathered``, ``total``), softmax layers keys and values (``gather_tokens``).
 """
 
@@ -50,8 +50,8 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x [B, T, ...], T the same on all, as [B, ranks · T, ...].
 
-    Differentiable: what each rank's loss asks of a rank's x is added up there, by a reduce-scatter. That makes it a
-    collective of the backward pass too.
+    Differentiable: the gradients that all ranks have for a rank's x are summed there by a reduce-scatter, so the
+    backward pass is collective too.
     """
     return _Gather.apply(x, check_group(group)).transpose(0, 1).flatten(1, 2)
 
@@ -87,8 +87,8 @@ class Ranks:
     def gather(self, message: Tensor, gathered: Tensor, *, meanwhile: bool = False) -> Callable[[], object]:
         """Start to write every rank's message, along the first dimension, to ``gathered``; wait with what is returned.
 
-        On a GPU nothing waits on the host. Only if something is to be computed ``meanwhile`` the collective has a
-        stream of its own: to go there and back takes longer than a launch.
+        On a GPU nothing waits on the host. The collective has a stream of its own only if something is
+        to be computed ``meanwhile``: going there and back takes longer than a launch.
         """
         work = _all_gather(_resolve(self.group_name), gathered, message, _OPTIONS[meanwhile])
         return _nothing if work is None else work.wait

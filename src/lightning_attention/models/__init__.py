@@ -1,4 +1,4 @@
-"""Models, each a room of its own; importing this package imports none of them."""
+"""Models, each in a package of its own; importing this one imports none of them."""
 
 from lightning_attention.models.presets import preset
 

@@ -49,10 +49,10 @@ def given_cache(kind: type[AnyCache], cache: Cache | None, past_key_values: Cach
 
 
 def check_keywords(owner: object, keywords: Mapping[str, Any], known: Collection[str] = ()) -> None:
-    """Let no keyword pass that is neither in ``known`` nor in :data:`UNUSED`, whatever its value.
+    """Refuse a keyword that is neither in ``known`` nor in :data:`UNUSED`, whatever its value.
 
-    transformers wants ``**kwargs`` in a forward pass. What it swallows is lost: a misspelt name, or one that a newer
-    version hands over, is then computed without.
+    transformers wants ``**kwargs`` in a forward pass. They would swallow a misspelt name, or
+    one that a newer version hands over, and the result would be computed without it.
 
     Raises:
         TypeError: there is such a keyword.

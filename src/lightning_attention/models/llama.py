@@ -26,7 +26,7 @@ ATTENTION = "sdpa_of_whole_rows"
 
 
 def _mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **how: Any) -> Tensor | None:
-    """None where attention is causal and no more, so that PyTorch takes its fastest kernel.
+    """None where attention is just causal, so that PyTorch takes its fastest kernel.
 
     transformers' own leaves the mask out only where it can see that no row holds several documents. Under
     ``torch.compile`` it cannot look, and a mask of T² entries is made for every pass.
@@ -41,7 +41,7 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 class LlamaForCausalLM(transformers.LlamaForCausalLM):
-    """transformers' own, by that name in a folder too, whose training makes no logits, as TransNormerLLM's does not."""
+    """transformers' own, under the same name in a saved folder; training makes no logits, as with TransNormerLLM."""
 
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """As there. With labels ``skip_logits`` leaves logits out; None: in training."""
@@ -58,7 +58,7 @@ class ServedLlama:
 
     Args:
         model: a Llama with :data:`ATTENTION`, whose weights are used where they are.
-        context_length: tokens that a sequence may have in all; memory for their keys and values is taken at once.
+        context_length: tokens that a sequence may have in all; memory for their keys and values is allocated at once.
     """
 
     def __init__(self, model: LlamaForCausalLM, context_length: int) -> None:

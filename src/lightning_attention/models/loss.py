@@ -1,4 +1,4 @@
-"""The loss of a language model, from the hidden states that its head would make logits of."""
+"""The loss of a language model, from the hidden states before its head."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +19,7 @@ def next_token_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """What transformers' loss of a causal language model is, without logits.
+    """The same as transformers' loss of a causal language model, without logits.
 
     Args:
         hidden: [B, T, D], the last hidden states.

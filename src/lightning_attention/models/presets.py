@@ -74,7 +74,7 @@ VOCABULARY = 64_000  # tokens, in every release
 
 
 def find_size(name: str) -> Size:
-    """A size by its name, in capitals or not. Raises ValueError when there is none of that name."""
+    """A size by its name, in either case. Raises ValueError when there is no such size."""
     if name.upper() not in SIZES:
         raise ValueError(f"name is {name!r}; it must be one of {', '.join(SIZES)}")
     return SIZES[name.upper()]
@@ -89,7 +89,7 @@ def preset(name: str, model: str = "transnormer", **overrides: Any) -> PreTraine
     """The configuration of a named size.
 
     Args:
-        name: "75M", "385M", "1B", "3B" or "7B"; small letters will do.
+        name: "75M", "385M", "1B", "3B" or "7B", in either case.
         model: "transnormer", or "llama" for a softmax model of as many weights, within 2 % of them.
         **overrides: fields of the configuration, such as ``vocab_size`` (64,000), instead of what the size says.
 

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder, for commands: errors are one line, and transformers draws no bars of its own."""
+"""A model as a Hugging Face folder, for commands: errors are one line, and transformers draws no progress bars."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class FixedDecayAttention(nn.Module):
     ``recent``.
 
     ``positions`` are absolute: the number of the sequence's tokens before this one. A layer whose queries and keys
-    depend on them raises a ValueError where it cannot count them itself and they are not given; another ignores them.
+    depend on them raises a ValueError where they are missing and it cannot count them itself; other layers ignore them.
 
     ``log_decay`` is a buffer outside the state dict. It stays float32 and keeps its values whatever is done to the
     layer: ``.bfloat16()`` would change a decay of 0.999 by as much as 0.004, and ``.to_empty()`` or the meta device
@@ -44,7 +44,7 @@ class FixedDecayAttention(nn.Module):
         log_decay: [H] float32, natural logarithm of each head's decay, none above 0.
 
     Raises:
-        TypeError: ``log_decay`` is no tensor.
+        TypeError: ``log_decay`` is not a tensor.
         ValueError: ``log_decay`` is not [H] float32 with values (it is on the meta device), requires a gradient, which
             a buffer does not get, or holds NaN or a value above 0.
     """
@@ -116,7 +116,7 @@ class FixedDecayAttention(nn.Module):
 
         Args:
             x: [B, T, hidden_size].
-            state: [N, H, D, E] float32 (float64 in a float64 layer), what came before; None for nothing. Not modified;
+            state: [N, H, D, E] float32 (float64 in a float64 layer), the state before x; None for zeros. Unchanged;
                 differentiable.
             positions: [T] or [B, T] integers. None counts from 0 in every sequence. With ``group``
                 :func:`~lightning_attention.nn.token_positions` counts them, once for all layers.
@@ -125,8 +125,8 @@ class FixedDecayAttention(nn.Module):
             group: process group whose ranks, in order, hold consecutive slices of each sequence, x being this rank's.
                 ``state``, ``cu_seqlens`` and the new state are then as ``lightning_attention`` has them with a group.
             local_cu_seqlens: [M+1] integers, with ``group`` and ``cu_seqlens``: the tokens past ``cu_seqlens[-1]`` are
-                no padding, but packed sequences that lie on this rank alone, for which nothing is sent. One of the
-                boundaries is ``cu_seqlens[-1]``; what is said of the tokens before is ignored.
+                not padding, but packed sequences that lie on this rank alone, for which nothing is sent. One of the
+                boundaries is ``cu_seqlens[-1]``; boundaries before it are ignored.
 
         Returns:
             The output, like x, and the new state, like ``state``, or None.
@@ -224,7 +224,7 @@ class FixedDecayAttention(nn.Module):
         return False
 
     def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What x [..., hidden_size] becomes: q, k [..., H, D], v [..., H, E], and what ``_finish`` wants of it."""
+        """Map x [..., hidden_size] to q, k [..., H, D], v [..., H, E], and whatever ``_finish`` needs."""
         raise NotImplementedError
 
     def _finish(self, mixed: Tensor, rest: Tensor) -> Tensor:

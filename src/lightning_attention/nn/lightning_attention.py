@@ -15,7 +15,7 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu
 
 
 class RMSNorm(nn.Module):
-    """Over the last size in equal groups, with or without a weight."""
+    """RMS normalisation of the last dimension in equal groups, with or without a weight."""
 
     def __init__(self, width: int, *, groups: int = 1, weight: bool = True, eps: float) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class LightningAttention(FixedDecayAttention):
         silu: which of q, k and v pass a silu: "" for none, "qk" or "qkv".
         qk_norm: whether q and k pass an RMSNorm over ``head_dim``, each with a weight of its own.
         rope_dim: how many of the first channels of q and k get :func:`~lightning_attention.nn.rope`; even, 0 for none.
-        rope_base: its base.
+        rope_base: base of rope's frequencies.
         lrpe: whether q and k get :class:`~lightning_attention.nn.LRPE`.
         scale: factor on the operation's output; None for head_dim^(−1/2).
         norm_groups: the RMSNorm of the output runs over H · E / norm_groups channels: 1 for all heads together, H for
             each alone.
         norm_weight: whether that norm has a weight, [H · E].
         gate: "sigmoid", "silu" or "linear".
-        eps: of all norms.
+        eps: of every norm.
         bias: whether the projections have biases; no published model has them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The cross entropy of a linear layer's outputs, without all of these outputs at a time.
+"""The cross entropy of a linear layer's outputs, without ever holding all of these outputs in memory.
 
 PyTorch 2.13 has ``torch.nn.functional.linear_cross_entropy``. It is not used: its loss has the dtype of the hidden
 states (in bfloat16 8.3125 for 8.357), the gradient of a bfloat16 weight had four times the error of plain PyTorch's,
@@ -29,11 +29,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """−log softmax(hidden weightᵀ)[target], for every token, without logits of tokens × vocabulary.
 
-    The gradients are computed in the forward pass, chunk by chunk, and kept for the backward one: in memory is a chunk
-    of logits (1 GiB on a GPU, 32 MiB elsewhere), a gradient like ``hidden`` and one like ``weight`` in float32. Nothing
-    is computed for what requires no gradient. Logits and their gradients have the dtype of ``hidden``, or autocast's
-    where it is on; maxima, sums, losses and the sum of the weight's gradient over chunks are float32 (float64 for
-    float64). It is one operator for ``torch.compile``. There is no second derivative.
+    The gradients are computed in the forward pass, chunk by chunk, and kept for the backward pass. In memory are a
+    chunk of logits (1 GiB on a GPU, 32 MiB elsewhere), a gradient like ``hidden`` and one like ``weight`` in float32.
+    Nothing is computed for what requires no gradient. Logits and their gradients have the dtype of ``hidden``, or
+    autocast's where it is on; maxima, sums, losses and the sum of the weight's gradient over chunks are float32
+    (float64 for float64). This is one operator for ``torch.compile``. There is no second derivative.
 
     Args:
         hidden: [..., D] of a floating dtype.
@@ -169,13 +169,13 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
 
 
 def chunks(tokens: int, most: int) -> Iterator[slice]:
-    """All tokens in as few chunks of at most so many as there can be, of one size but for the last."""
+    """Split all tokens into as few chunks as possible of at most so many, all of one size but the last."""
     size = -(-tokens // -(-tokens // most)) if tokens else 1
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a b to what may be wider than a and b are."""
+    """Add a b to a sum whose type may be wider than theirs."""
     if to.dtype == a.dtype:
         to.addmm_(a, b)
     elif a.dtype == torch.float16:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def token_positions(x: Tensor, *, cu_seqlens: Tensor | None = None, group: "ProcessGroup | None" = None) -> Tensor:
-    """How many tokens of its sequence stand before each token: what rope and LRPE want, counted once for all layers.
+    """How many tokens of its sequence stand before each token: the positions for rope and LRPE, for all layers at once.
 
     Args:
         x: [B, T] or [B, T, ...], the tokens; only its sizes and its device matter.

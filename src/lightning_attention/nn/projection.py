@@ -30,8 +30,8 @@ def project(
         second: [O, K], another matrix: the product of both results, as in SGLU.
         gate: [N, K], a factor of x, normalised or not.
         residual: [N, O], which is added.
-        eps: of a norm of x's rows without weight; None: x as it is.
-        silu: to so many of the first columns the activation is applied.
+        eps: of a norm of x's rows, without a weight; None leaves x as it is.
+        silu: how many of the first columns pass the activation.
 
     Returns:
         [N, O] in x's dtype. On a GPU one kernel in bfloat16, up to 8 rows: nothing within is rounded. Otherwise by
@@ -41,7 +41,7 @@ def project(
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear layer is its weight and nothing else: no bias or adapter, no hooks, not quantized or sharded."""
+    """Whether a linear layer is just its weight: no bias, adapter or hooks, not quantized or sharded."""
     return (
         is_bare(linear, nn.Linear)
         and type(linear.weight) is nn.Parameter  # a tensor of another class computes in its own way
@@ -50,7 +50,7 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is what its class does, and nobody watches it: it may be computed without one."""
+    """Whether calling the module does what its class does and nobody watches, so that the call may be left out."""
     return (
         type(module) is kind
         and "forward" not in vars(module)  # accelerate's way to move a module to its device
@@ -59,7 +59,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether somebody, not a compiler, wants to see every module or operation, as a counter of operations does."""
+    """Whether something other than a compiler watches every module or operation, as a counter of operations does."""
     if torch.compiler.is_compiling():
         return False
     return torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_dispatch_stack() > 0

@@ -63,8 +63,8 @@ class ContinuousBatch:
             None: the widest.
         suppress: token ids that are never generated, in a collection, tensor or array.
         recent_tokens: how many tokens the blocks that can keep beside their states, so that a decode step need not
-            write these: from 1 to 64, or 0 for none. None: 16 on a GPU where a block has 2,048 float32 states or more;
-            else none, for it would take longer.
+            write these: from 1 to 64, or 0 for none. None: 16 on a GPU where a block has 512 float32 states or more, or
+            2,048 of 16 bits; else none, for it would take longer.
 
     Attributes:
         states: what each block allocated; for a layer of lightning attention a pool, [S, H, D, E].
@@ -276,17 +276,11 @@ def _sampled(controls: list[list[float]]) -> bool:
 
 
 def _is_worth_rings(state: Any) -> bool:
-    """Whether steps are faster with rings. H200, a step of the 385M: 256 requests 2.96 ms for 3.19, 64 1.76 for 1.75.
-
-    With 16-bit states reading a ring takes longer than writing the state.
-    """
-    return (
-        isinstance(state, Tensor)
-        and state.device.type != "cpu"
-        and state.dtype == torch.float32
-        and state.ndim == 4
-        and state.shape[0] * state.shape[1] >= 2048
-    )
+    """Whether steps are faster with rings: by docs/performance.md from 512 float32 states on, or 2,048 of 16 bits."""
+    if not isinstance(state, Tensor) or state.device.type == "cpu" or state.ndim != 4:
+        return False
+    least = {torch.float32: 512, torch.bfloat16: 2048, torch.float16: 2048}
+    return state.shape[0] * state.shape[1] >= least.get(state.dtype, float("inf"))
 
 
 def _state_dtype(asked: torch.dtype | None, model: torch.dtype) -> torch.dtype:

@@ -28,7 +28,7 @@ _NAME = re.compile(r"step_(\d{8})")
 
 
 class State(TypedDict):
-    """What a checkpoint has beside model and optimizer; the position in the data follows from the step."""
+    """What a checkpoint holds besides model and optimizer; the position in the data follows from the step."""
 
     step: int
     planned_steps: int | None
@@ -45,7 +45,7 @@ def atomic_folder(target: Path, *, listed: bool = True) -> Iterator[Path]:
     A run knows its own files by the list of them that is written into the folder, unless `listed` is False.
 
     When the block raises, or the process dies at any point, `target` does not exist. Raises FileExistsError when it
-    exists already, and DiskError for whatever the block or this raises where the disk has no room.
+    exists already, and DiskError for whatever fails because the disk is full.
     """
     unfinished = begin_folder(target)
     try:
@@ -70,7 +70,7 @@ def begin_folder(target: Path) -> Path:
 
 
 def finish_folder(target: Path, *, listed: bool = True) -> None:
-    """Put what was begun on disk and give it its name."""
+    """Sync what was begun to disk and give it its final name."""
     unfinished = unfinished_name(target)
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*"))
     if listed:

@@ -336,7 +336,7 @@ def _refusal(name: str, value: Any, wanted: str) -> InputError:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value of a setting: lists become tuples, whole numbers stand for others."""
+    """The value of a setting: lists become tuples, and whole numbers are accepted for floats."""
     kind = str(_SETTINGS[name].type).partition(" | ")[0]
     if value is None and _SETTINGS[name].default is None:
         return None

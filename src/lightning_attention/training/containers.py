@@ -1,4 +1,4 @@
-"""Texts that do not lie in a file plainly: compressed ones, columns of parquet files, Hugging Face data sets."""
+"""Texts that are not plain files: compressed ones, columns of parquet files, Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BATCH_ROWS = 256
 
 
 def unpacked(file: BinaryIO) -> BinaryIO:
-    """A seekable file, or where its first bytes are gzip's, bzip2's, xz's or zstandard's, what is compressed in it.
+    """A seekable file, decompressed where its first bytes are those of gzip, bzip2, xz or zstandard.
 
     What is returned has `read` and `seek(0)`; both raise NotTextError where the compressed bytes are damaged.
     """

@@ -39,7 +39,7 @@ Span = tuple[int, int]  # of bytes
 
 
 class Documents(Protocol):
-    """What documents are read into."""
+    """Something that documents are read into."""
 
     @property
     def documents(self) -> int:
@@ -49,7 +49,7 @@ class Documents(Protocol):
         """Append one document, given in any number of pieces; False when there is the same one already."""
 
     def forget_after(self, documents: int) -> None:
-        """Drop all but the first so many, as far as they are not on their way elsewhere already."""
+        """Drop all but the first so many, except those already passed on."""
 
 
 class SpooledCorpus:
@@ -58,7 +58,7 @@ class SpooledCorpus:
     def __init__(self, file: IO[bytes], apart_from: SpooledCorpus | None = None) -> None:
         """Start with no text in `file`, which must be open for reading and writing.
 
-        Documents of `apart_from` are taken for repeated ones.
+        Documents that `apart_from` holds count as repeated ones.
         """
         self._file = file
         self._ends: list[int] = []
@@ -104,7 +104,7 @@ class SpooledCorpus:
     def split(self, fraction: float) -> tuple[list[Span], list[Span]]:
         """What to train on and what to hold out: the last `fraction` of each of many equal parts of the text.
 
-        A cut is moved on to the end of a document or of a line where there is one near.
+        A cut is moved to the end of a document or a line where one is near.
         """
         total = self.total_bytes
         blocks = max(1, min(MOST_BLOCKS, int(total * fraction) // BLOCK_BYTES))
@@ -187,13 +187,13 @@ class Reader:
         self._copies: dict[str, BinaryIO] = {}  # of what can be read once only
 
     def again(self, corpus: Documents, tally: Tally) -> Reader:
-        """One that reads the same names into another corpus, standard input and pipes included."""
+        """A reader of the same names, standard input and pipes included, into another corpus."""
         other = Reader(corpus, tally, self._config, self._scratch)
         other._encodings, other._copies = self._encodings, self._copies
         return other
 
     def close(self) -> None:
-        """Delete the copies of what can be read once only."""
+        """Delete the copies of what can be read only once."""
         for copy in self._copies.values():
             copy.close()
 
@@ -297,7 +297,7 @@ class Reader:
             self._tally.read["utf-8"].add(name)
 
     def _begins_as_json(self, texts: Iterator[str]) -> bool:
-        """Whether the first line is an object with the text field, for what has no name that says so."""
+        """Whether the first line is an object with the text field; for input without a file name."""
         first = next(texts, "").lstrip().partition("\n")[0]
         try:
             value = json.loads(first)

@@ -58,11 +58,11 @@ class TokenData:
 
 
 def prepare_data(config: TrainConfig, folder: Path, report: Callable[[str], None] | None = None) -> TokenData:
-    """Tokenize the corpus into `folder`, which does not exist yet, or note there which folder of tokens is the corpus.
+    """Tokenize the corpus into `folder`, which does not exist yet, or note there which folder of tokens to read.
 
     The tokenizer sees the training part only. `report` is called with every line of what was read and what was not.
-    Raises InputError when the text cannot be read or is too short for `config.seq_len`, or where there are tokens a
-    setting contradicts them, and DiskError when the disk has no room.
+    Raises InputError when the text cannot be read or is too short for `config.seq_len`, or a setting contradicts the
+    tokens that exist, and DiskError when the disk is full.
     """
     if len(config.inputs) == 1 and is_token_folder(Path(config.inputs[0])):
         return _point_to(Path(config.inputs[0]).resolve(), config, folder)
@@ -112,10 +112,10 @@ def _point_to(tokens: Path, config: TrainConfig, folder: Path) -> TokenData:
 
 
 def open_data(config: TrainConfig, folder: Path, trained_on: str | None = None) -> TokenData:
-    """Open the token files in `folder`, or those of which it has a note.
+    """Open the token files in `folder`, or those that its note points to.
 
     Raises InputError when they are missing or too short for `config.seq_len`; with the fingerprint that a run was
-    `trained_on` also when they are others, or one of them has been altered. Of a folder of tokens the manifest, the
+    `trained_on` also when they are others, or one of them has been altered. For a folder of tokens, the manifest, the
     tokenizer and the size of every file are compared, which takes no time however many there are.
     """
     try:
@@ -167,7 +167,7 @@ def _write_tokens(path: Path, tokenizer: Tokenizer, corpus: SpooledCorpus, spans
 
 
 def _fingerprint(folder: Path) -> str:
-    """What tells these token files from others: a digest of what is in them. A gigabyte takes about a second."""
+    """A digest of the contents of the token files. A gigabyte takes about a second."""
     digest = hashlib.sha256()
     for name in ("tokenizer.json", "train.bin", "val.bin"):
         with (folder / name).open("rb") as file:
@@ -219,7 +219,7 @@ class Windows:
 
 
 def separate_documents(windows: Tensor, end_id: int) -> dict[str, Tensor]:
-    """What a model is given beside windows [b, t] so that no document in them sees another.
+    """What a model is given with windows [b, t] so that no document in them sees another.
 
     An end-of-text token is the last label of the document before it and the first input of the one after it, so every
     token but a window's first is predicted, as in windows whose documents are joined.
@@ -236,7 +236,7 @@ def separate_documents(windows: Tensor, end_id: int) -> dict[str, Tensor]:
 def validation_batches(
     tokens: np.ndarray | TokenShards, seq_len: int, batch_size: int, limit: int, end_id: int = END_ID
 ) -> Iterator[Tensor]:
-    """Batches of windows [b, t] int64 in which each token is predicted once, or `limit` (0: all) at the most.
+    """Batches of windows [b, t] int64 in which each token is predicted once, at most `limit` of them (0: all).
 
     A model predicts all but the first token of a window, so windows overlap by one token and an end-of-text token
     stands before the first. With a limit they are whole windows, spread evenly over the tokens.

@@ -1,4 +1,4 @@
-"""What encoding a file of text is in, so that no byte of it is lost without a word."""
+"""Find the encoding of a text file, so that no byte of it is lost silently."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Encoding:
 
     Args:
         name: of a codec.
-        damaged: how many sequences of bytes are no text in it.
-        guessed_from: where it is a guess from the letters, the first words with such letters as they read in it.
+        damaged: how many sequences of bytes are not valid in it.
+        guessed_from: for a guess, the first words with the letters that it was guessed from, decoded with it.
     """
 
     name: str
@@ -67,7 +67,7 @@ def find_encoding(file: BinaryIO, asked: str) -> Encoding:
 
 
 def decoded(file: BinaryIO, encoding: Encoding) -> Iterator[str]:
-    """The text of a seekable file in pieces. Raises NotTextError when a byte is not of that encoding."""
+    """The text of a seekable file in pieces. Raises NotTextError when a byte is not valid in that encoding."""
     errors = "replace" if encoding.damaged else "strict"
     decoder = codecs.getincrementaldecoder(encoding.name)(errors)
     file.seek(0)
@@ -81,7 +81,7 @@ def decoded(file: BinaryIO, encoding: Encoding) -> Iterator[str]:
 
 
 def _read_as_utf8(file: BinaryIO) -> tuple[bytes, int, int]:
-    """Up to 64 KB of lines that are no ASCII; how many sequences are no UTF-8; how many characters of it no ASCII."""
+    """Up to 64 KB of lines that are not ASCII; how many sequences are not UTF-8; how many characters are not ASCII."""
     file.seek(0)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sample, damaged, characters = bytearray(), 0, 0

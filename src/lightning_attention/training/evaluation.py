@@ -27,7 +27,7 @@ MOST_LOGITS = 1 << 26  # so many at a time, 256 MB in float32
 
 @dataclass(frozen=True)
 class Bucket:
-    """The mean loss, in nats per token, of tokens before which the model has read from `first` to `last` others.
+    """The mean loss, in nats per token, of tokens that have `first` to `last` others before them.
 
     They are those of the same window and, unless documents are joined, of the same document, with the end-of-text token
     that it comes after.
@@ -67,7 +67,7 @@ def evaluate(
 ) -> Evaluation:
     """Read a text in windows, every token of it predicted and counted once.
 
-    Documents in a window see each other where the model was trained so.
+    Documents in a window see each other if the model was trained that way.
 
     Args:
         trained: the model, which is moved to the device of `runtime`, and its tokenizer.

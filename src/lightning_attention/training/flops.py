@@ -133,7 +133,7 @@ def flops_per_token(config: Any, seq_len: int) -> int:
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name, or None where that is not known.
 
-    Nor are those of a part of a GPU (MIG), or of slower chips with a faster one's name (RTX 4090 D, Laptop).
+    It is not known for a part of a GPU (MIG), nor for slower chips with a faster one's name (RTX 4090 D, Laptop).
     """
     if re.search(r"\b(MIG|Laptop)\b", device_name):
         return None
@@ -149,7 +149,7 @@ class GpuMeter:
         gpus: how many the run has in all.
         flops_per_token: of its model.
         peak: FLOP/s of a GPU; None where it is not known, or the run is not in bf16.
-        remark: what is to be said about that, once.
+        remark: what to tell the user about that, once.
     """
 
     device: torch.device
@@ -160,7 +160,7 @@ class GpuMeter:
 
     @classmethod
     def of(cls, runtime: Runtime, model: Any, seq_len: int) -> GpuMeter | None:
-        """For a model with a `config` on this device; None on a CPU, of which there is nothing to tell."""
+        """The meter of a model with a `config` on this device; None on a CPU, where there is nothing to measure."""
         if runtime.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(runtime.device)
@@ -172,7 +172,7 @@ class GpuMeter:
         return cls(runtime.device, gpus, flops, peak if runtime.bf16 else None, remark)
 
     def read(self, tokens_per_second: float) -> GpuUse:
-        """Now, at this speed of all GPUs together."""
+        """Read it now, at this speed of all GPUs together."""
         each = tokens_per_second / self.gpus
         return GpuUse(
             tokens_per_second=each,

@@ -1,4 +1,4 @@
-"""Turn Ctrl-C, SIGTERM and SIGHUP into a request that the trainer meets between two steps."""
+"""Turn Ctrl-C, SIGTERM and SIGHUP into a request that the trainer sees between two steps."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Learner:
         self._latest = {"loss": nothing, "gradient norm": nothing}
 
     def predicted(self, windows: Tensor) -> int:
-        """How many tokens of windows [b, t] have a loss: all but the first of each."""
+        """How many tokens of windows [b, t] have a loss: all but the first of each window."""
         return windows[:, 1:].numel()
 
     def loss(self, windows: Tensor, predicted: int) -> Tensor:
@@ -82,7 +82,7 @@ class Learner:
         return loss
 
     def _own_slice(self, name: str, whole: Tensor) -> Tensor:
-        """What this process has of an input, [b, t]; at least a token, however short a validation's last window is."""
+        """A rank's slice of an input [b, t]: at least one token, however short a validation's last window is."""
         missing = max(0, self.mesh.sp - whole.shape[1])
         padded = F.pad(whole, (0, missing), value=-100 if "labels" in name else 0)
         return padded.tensor_split(self.mesh.sp, 1)[self.mesh.sp_rank]
@@ -122,7 +122,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor], count_bytes: Callable[[Tensor], int]) -> tuple[float, float]:
-        """The length of a text's code under the model, in nats per token and bits per byte. Collective.
+        """The loss on a text, in nats per token and bits per byte. Collective.
 
         Args:
             batches: windows [b, t] int64, of which all but the first tokens are predicted; the same on every rank.
@@ -157,11 +157,11 @@ class Learner:
             self.require_finite(name, float(value), step)
 
     def reshard(self) -> None:
-        """Let the model's parameters be this process's shards again, whatever was computed before."""
+        """Make the model's parameters this process's shards again, whatever was computed before."""
         reshard(self.model)
 
     def largest_weight(self) -> float:
-        """The largest weight of this process's shards, NaN if one is: no later loss shows what a last step has made."""
+        """The largest weight of this process's shards, NaN if one is NaN: after the last step no loss would show it."""
         shards = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         return float(torch.nn.utils.get_total_norm([shard for shard in shards if shard.numel()], math.inf))
 

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object per line, and a curve without doubles or gaps after a resume."""
+"""The record of a run: one JSON object per line, with no duplicates or gaps after a resume."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lightning_attention.training.tracking import Tracker, open_tracker
 
 
 class Record:
-    """What a run has measured: how long it took, its losses, and the lines about them in metrics.jsonl."""
+    """What a run has measured: the time, the losses, and their lines in metrics.jsonl."""
 
     def __init__(self, config: TrainConfig, schedule: Schedule, meter: GpuMeter | None) -> None:
-        """Nothing is measured yet, and the clock stands."""
+        """Nothing is measured yet, and the clock is stopped."""
         self._config, self._schedule, self._meter = config, schedule, meter
         self.seconds = 0.0  # spent on this run by all the processes that worked on it, before this one
         self.eval_seconds = 0.0  # of the latest validation
@@ -66,7 +66,7 @@ class Record:
         return time.perf_counter() - self._started
 
     def log_training(self, step: int, **latest: float) -> None:
-        """A line about the steps since the last one, with values of the latest."""
+        """Write a line about the steps since the last one, with the values of the latest step."""
         nats, self.bits_per_byte = self.mean_loss.take()
         self.tokens_per_second = self._schedule.tokens_per_second()
         speed = self.tokens_per_second
@@ -78,7 +78,7 @@ class Record:
         self._write(step, loss=nats, bits_per_byte=self.bits_per_byte, **latest, tokens_per_second=speed, **use)
 
     def log_validation(self, step: int, loss: tuple[float, float], seconds: float) -> None:
-        """A line about a validation: its loss in nats per token and bits per byte, and how long it took."""
+        """Write a line about a validation: its loss in nats per token and bits per byte, and how long it took."""
         self.held_out, self.eval_seconds = HeldOutLoss(loss[1], step), seconds
         self._write(step, val_loss=loss[0], val_bits_per_byte=loss[1])
 
@@ -121,7 +121,7 @@ class MeanLoss:
         self.text_bytes += text_bytes
 
     def take(self) -> tuple[float, float]:
-        """The mean in nats per token and in bits per byte. It starts anew."""
+        """The mean in nats per token and in bits per byte; then start again."""
         nats, tokens, text_bytes = float(self.nats), self.tokens, self.text_bytes
         self.nats, self.tokens, self.text_bytes = 0.0, 0, 0
         return nats / tokens, nats / math.log(2) / max(1, text_bytes)

@@ -1,4 +1,4 @@
-"""The picture of a run: training and validation loss against tokens read."""
+"""The figure of a run: training and validation loss against tokens read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: known by a marker, held by one process at a time, with nothing touched that no run wrote."""
+"""The folder of a run: known by a marker, held by one process at a time; files that no run wrote are never touched."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RunFolder:
     def find_start(self, resume: bool, overwrite: bool) -> Path | None:
         """The checkpoint to go on from, or None for a new run; what a killed process left unfinished is deleted.
 
-        Raises InputError when a run is there that is neither to go on nor to be replaced, or cannot be replaced.
+        Raises InputError when there is a run that is to be neither resumed nor replaced, or that cannot be replaced.
         """
         found = checkpoint.checkpoints(self.checkpoints)
         if found and not resume and not overwrite:
@@ -99,7 +99,7 @@ class RunFolder:
         return None
 
     def replace_earlier_run(self) -> None:
-        """Delete what there is of an earlier run, now that the text of the new one lies in `fresh_tokens`."""
+        """Delete the files of an earlier run, now that the new one's tokens are in `fresh_tokens`."""
         for folder in self._earlier_run():
             checkpoint.remove_folder(folder)
         checkpoint.rename(self.fresh_tokens, self.tokens)
@@ -118,7 +118,7 @@ class RunFolder:
         checkpoint.remove(self.fresh_tokens)
 
     def kept(self) -> str:
-        """What there is to go on from, in words."""
+        """What the run can be resumed from, in words."""
         if found := checkpoint.checkpoints(self.checkpoints):
             return f"{found[-1]} is whole, and --resume goes on from it"
         return "no checkpoint had been written yet"

@@ -1,4 +1,4 @@
-"""What the model makes of a prompt, every so many steps: samples.jsonl."""
+"""How the model continues a prompt, every so many steps: samples.jsonl."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Samples:
     """Texts by step. No random number is drawn for them: a run with samples is bit for bit the run without."""
 
     def __init__(self, config: TrainConfig, schedule: Schedule, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Make tokens of the prompt; an empty one begins a document."""
+        """Tokenize the prompt; an empty one begins a document."""
         self._every, self._prompt = config.sample_every, config.sample_prompt
         self._schedule, self._tokenizer = schedule, tokenizer
         self._log: MetricsLog | None = None
@@ -52,7 +52,7 @@ class Samples:
         return self._every > 0 and self._schedule.is_due(self._every, step)
 
     def take(self, learner: Learner) -> str:
-        """What the model makes of the prompt now. Where it is sharded, every rank calls."""
+        """How the model continues the prompt now. If it is sharded, every rank must call."""
         prompt = self._tokenizer.encode(self._prompt, split_special_tokens=True) or [self._tokenizer.bos_token_id]
         new = greedy(learner, prompt, TOKENS, end=self._tokenizer.eos_token_id)
         # Some tokenizers leave the space out that a text begins with, so what is new is not decoded alone.
@@ -68,10 +68,10 @@ class Samples:
 
 @torch.no_grad()
 def greedy(learner: Learner, prompt: list[int], count: int, *, end: int) -> list[int]:
-    """The likeliest token after a prompt, again and again: `count` of them, or fewer where the document ends.
+    """The likeliest continuation of a prompt, token by token: `count` tokens, or fewer where the document ends.
 
-    By `count` forward passes over the prompt and room for all of them: every model has these, sharded or not, they are
-    of one shape, and nothing of them is read on the host. What comes later changes nothing in a causal model.
+    It takes `count` forward passes over the prompt and room for all tokens. Every model can do that, sharded or not;
+    all passes have one shape, and nothing is read on the host. In a causal model, later tokens change nothing.
     """
     model, device = learner.model, learner.runtime.device
     ids = torch.full((1, len(prompt) + count), end, device=device)

@@ -24,7 +24,7 @@ OPTIMIZER = "optimizer"
 
 
 class Saver:
-    """Writes one checkpoint at a time: at once in one process, beside the training in several.
+    """Writes one checkpoint at a time: immediately in one process, in the background of the training in several.
 
     A checkpoint is a Hugging Face folder with the trainer's state and, as PyTorch's distributed checkpoint (DCP), the
     optimizer's. It can be read on any mesh. Every process writes its share into a folder with an unfinished name; when
@@ -46,13 +46,13 @@ class Saver:
         write_rest: Callable[[Path], None],
         then: Callable[[], None],
     ) -> None:
-        """Start to write a checkpoint, once the one before is done; what is given may change when this returns.
+        """Start to write a checkpoint, once the one before is done; the arguments may change after this returns.
 
         Args:
             target: its folder, which does not exist.
             weights: this process's share of the model.
             optimizer: the optimizer's tensors by name, DTensors where they are sharded.
-            write_rest: writes whatever else there is into the folder that it is given; called on the first rank.
+            write_rest: writes everything else into the folder that it is given; called on the first rank.
             then: called on the first rank when the checkpoint is whole.
 
         Raises:
@@ -155,7 +155,7 @@ def _error_of(action: Callable[[], object], target: Path) -> Exception | None:
 
 @contextmanager
 def _dcp_errors() -> Iterator[None]:
-    """Raise what a process met, not DCP's BaseException around it; and DCP need not say that a process is alone."""
+    """Raise a process's own error, not DCP's BaseException around it; silence DCP's warning about a single process."""
     with ExitStack() as stack:
         if not dist.is_initialized():
             stack.enter_context(warnings.catch_warnings())

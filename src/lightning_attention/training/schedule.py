@@ -13,7 +13,7 @@ class Schedule:
     """Which step is the last one.
 
     The number of steps is given, or fitted to a time budget: after the warm-up, then at every logged step, because
-    what else the machine does may change, and a plan from the first seconds alone has missed the budget by half.
+    the load of the machine may change, and a plan from the first seconds alone has missed the budget by half.
 
     Args:
         config: the settings of the run.
@@ -63,7 +63,7 @@ class Schedule:
             self._plan(steps_in_budget(budget, spent, step, per_step, eval_seconds, self._config.eval_every), step)
 
     def _plan(self, steps: int, taken: int = 0) -> None:
-        """At most as many steps as `max_epochs` allows, and at least those already taken."""
+        """Plan at most as many steps as `max_epochs` allows, and at least those already taken."""
         self.planned_steps = max(taken, math.ceil(min(steps, self._most_steps)))
 
 
@@ -71,7 +71,7 @@ def learning_rate(config: TrainConfig, step: int, planned_steps: int | None) -> 
     """Linear warm-up to the peak, then down to `final_lr` of the peak at the last planned step, as `schedule` says.
 
     "cosine" falls along half a cosine from the end of the warm-up. "wsd" (warm-up, stable, decay) stays at the peak and
-    falls in a line over the last `decay_fraction` of all steps, or from the end of the warm-up where that is later.
+    falls linearly over the last `decay_fraction` of all steps, or from the end of the warm-up where that is later.
 
     `planned_steps` may be None (not known yet) during the warm-up, which does not depend on it.
     """

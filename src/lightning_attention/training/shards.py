@@ -103,7 +103,7 @@ class ShardWriter:
 
 
 class TokenShards:
-    """The tokens of a part, as one long array of which slices can be read. Nothing is in memory but what is read."""
+    """The tokens of a part, as one long array that can be sliced. Only what is read is in memory."""
 
     def __init__(self, folder: Path, shards: list[Shard], dtype: np.dtype[np.unsignedinteger]) -> None:
         """Raises InputError when a file is absent or not as long as it was."""
@@ -142,7 +142,7 @@ def is_token_folder(path: Path) -> bool:
 
 
 def write_manifest(folder: Path, train: Part, val: Part, vocab_size: int, sources: list[str]) -> dict[str, Any]:
-    """Say what is in a folder of which all else has been written; what it says."""
+    """Write the manifest of a folder whose other files are all there; returns it."""
     about = {
         "format": 1,
         "dtype": dtype_of(vocab_size).name,
@@ -184,6 +184,6 @@ def _tokenizer_digest(folder: Path) -> str:
 
 
 def _fingerprint(about: dict[str, Any]) -> str:
-    """What tells these tokens from others: of all there is in the manifest, digests of every file among it."""
+    """A digest of the manifest, which has the digest of every file."""
     told = {name: value for name, value in about.items() if name not in ("fingerprint", "sources")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

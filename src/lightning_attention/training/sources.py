@@ -17,7 +17,7 @@ from lightning_attention.training.shards import is_token_folder
 
 @dataclass
 class Names:
-    """How many things there are of a kind, and what the first three are called."""
+    """How many things of one kind there are, and the names of the first three."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)

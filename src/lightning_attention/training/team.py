@@ -1,4 +1,4 @@
-"""The processes of a run and what they tell each other on the host. One process, without a launcher, is a team too."""
+"""The processes of a run and what they tell each other on the host. One process without a launcher is a team too."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Team:
 
     @classmethod
     def join(cls, device: str = "auto") -> Team:
-        """The processes that a launcher as torchrun started, or this one alone. A collective call.
+        """The processes that a launcher such as torchrun started, or this one alone. A collective call.
 
         Args:
             device: the setting of that name; a process group that is there already is used as it is.
 
         Raises:
-            InputError: the environment speaks of several processes, but does not say how to find them.
+            InputError: the environment announces several processes, but does not say how to reach them.
         """
         if not dist.is_initialized():
             names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -70,11 +70,11 @@ class Team:
         return None if self._group is None else dist.new_group(backend="gloo")
 
     def first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on the first rank, a plain value, on all of them. What it raises there all raise."""
+        """Run `action` on the first rank; all ranks return its result, a plain value, or raise its error."""
         return self.each(action if self.is_first else _nothing)[0]
 
     def each(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-        """Do `action` on every rank: what all of them returned, plain values, or all raise what the lowest one did.
+        """Run `action` on every rank; all return the list of plain results, or raise the error of the lowest rank.
 
         `action` must not communicate. In another thread than the run's, give a `group` from `new_group`.
         """
@@ -105,7 +105,7 @@ class Team:
         return values
 
     def same(self, error: E) -> E:
-        """An error that every rank has met; the first tells it."""
+        """An error that every rank has met; the first reports it."""
         return error if self.is_first else told_elsewhere(error)
 
     def sum(self, *numbers: int) -> list[int]:
@@ -117,7 +117,7 @@ class Team:
         return sums.tolist()
 
     def leave(self) -> None:
-        """Part from the others, at the end of a run that all of them ended."""
+        """Leave the group, at the end of a run that all processes ended."""
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None

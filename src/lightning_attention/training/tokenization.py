@@ -41,8 +41,8 @@ def tokenize_texts(
 ) -> dict[str, Any]:
     """Read `config.inputs` and write `folder`, which appears whole or not at all.
 
-    Memory does not grow with the texts: it holds a batch of them, or a sample while a tokenizer is trained. Texts that
-    come twice are kept, and fall on the same side: held out is what a digest of it says.
+    Memory does not grow with the texts: it holds a batch of them, or a sample while a tokenizer is trained. Repeated
+    texts are kept, and fall on the same side: a digest of the text decides what is held out.
 
     Args:
         config: its inputs, encoding, text_field, val_fraction and vocab_size are used.
@@ -95,7 +95,7 @@ class Sample:
     """
 
     def __init__(self, held_out: float) -> None:
-        """Leave out that share of the texts, which is held out."""
+        """Leave out the share of the texts that is held out."""
         self.documents = 0
         self._held_out, self._bound = held_out, 1.0
         self._first = ""
@@ -120,7 +120,7 @@ class Sample:
         """What came before some damage stays, as it does in the tokens."""
 
     def texts(self) -> list[str]:
-        """What has been drawn, and where that is nothing, the first passage there is."""
+        """The passages that were drawn; if there are none, the first one."""
         return [text for _, text in self._kept] or [self._first]
 
     def _halve(self) -> None:
@@ -130,7 +130,7 @@ class Sample:
 
 
 class TokenizedDocuments:
-    """Documents on their way into shards, each to the side that a digest of it says."""
+    """Documents written into shards, each on the side that its digest decides."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class TokenizedDocuments:
         """What came before some damage is written already: it stays."""
 
     def finish(self) -> None:
-        """Write what waits, and of a text of which nothing would be held out hold out the end."""
+        """Write what is left; where nothing would be held out, hold out the end of the text."""
         self._write_all_but(1)
         text, _ = self._waiting.pop()
         train, val, side = self._train, self._val, self._side(text)
@@ -226,7 +226,7 @@ def passages(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _draws(text: str) -> tuple[float, float]:
-    """Two numbers in [0, 1), by chance but always the same for a text."""
+    """Two random numbers in [0, 1), always the same for the same text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     first, second = (int.from_bytes(half, "little") / 2**64 for half in (digest[:8], digest[8:]))
     return first, second

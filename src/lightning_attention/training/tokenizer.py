@@ -1,4 +1,4 @@
-"""Byte-level BPE, by which every text has an encoding and decoding gives back its bytes, and tokenizers that exist."""
+"""Byte-level BPE, which encodes every text and decodes it to the same bytes, and existing tokenizers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\n' }}{% 
 
 
 def require_vocabulary(vocab_size: int) -> None:
-    """Raise InputError when a tokenizer cannot be trained to so few entries."""
+    """Raise InputError when a tokenizer cannot have so few entries."""
     if vocab_size < 258:
         raise InputError(f"vocab_size must be at least 258: 256 bytes and 2 special tokens; got {vocab_size}")
 
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: Path) -> tuple[Tokenizer, int, int | None]:
     """A tokenizer.json, or the one in a folder, with the token that ends a text and the one that pads a batch, if any.
 
-    tokenizer_config.json beside it names them. Without that the end is a token of an ordinary name for it. Raises
+    tokenizer_config.json beside it names them. Without that file the end is a token with one of the usual names. Raises
     InputError when the tokenizer cannot be read, or has no such token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -81,7 +81,7 @@ def _content(token: str | dict[str, str] | None) -> str | None:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The largest token and 1: some vocabularies have holes."""
+    """The largest token id plus 1: some vocabularies have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

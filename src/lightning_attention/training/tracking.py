@@ -1,4 +1,4 @@
-"""The record of a run in a tracker's own form. metrics.jsonl is what counts: a tracker is filled from it."""
+"""The record of a run in a tracker's own form. metrics.jsonl is the record: a tracker is filled from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder of their own, written anew from the record each time a run goes on."""
+    """Event files in a folder of their own, written again from the record each time a run is resumed."""
 
     def __init__(self, run: Path, config: dict[str, Any], resumed_at: int | None) -> None:
         """Begin an event file in `run`/tensorboard; earlier ones there are deleted."""
@@ -53,12 +53,12 @@ class TensorBoard:
 
 
 class Logger:
-    """A run of a library with `init`, `log` and `finish`, as wandb has them and others after it."""
+    """A run of a library with `init`, `log` and `finish`, as in wandb and others like it."""
 
     package: str
 
     def __init__(self, run: Path, config: dict[str, Any], resumed_at: int | None) -> None:
-        """Begin a run of that library; one that goes on is another of the same group, and begins with what was."""
+        """Begin a run of that library; a resumed one is another run of the same group, with the earlier points."""
         library, name = import_module(self.package), run.resolve().name
         # What these libraries print is no result of the command.
         with redirect_stdout(sys.stderr):
@@ -114,13 +114,13 @@ def require_tracker(name: str) -> None:
 def open_tracker(
     name: str, run: Path, config: dict[str, Any], lines: list[dict[str, Any]], resumed_at: int | None
 ) -> Tracker | None:
-    """A tracker that has what the record has.
+    """A tracker that is filled with the record.
 
     Args:
         name: none, or a key of TRACKERS.
-        run: the folder of the run, after which it is called.
+        run: the folder of the run, which gives it its name.
         config: the settings of the run, for those trackers that show them.
-        lines: of metrics.jsonl, all that hold.
+        lines: all lines of metrics.jsonl.
         resumed_at: the step that the run goes on from; None for a new one.
 
     Raises:

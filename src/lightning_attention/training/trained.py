@@ -1,4 +1,4 @@
-"""A trained model as other commands take it: out of a run, a checkpoint or a Hugging Face folder."""
+"""A trained model for the other commands: from a run, a checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lightning_attention.training.checkpoint import STATE_FILE, atomic_folder, f
 
 
 class Trained(NamedTuple):
-    """A model in float32 on the CPU, its tokenizer, and the folder that both are from.
+    """A model in float32 on the CPU, its tokenizer, and the folder that both come from.
 
-    joins_documents: whether it is a run's that was trained with `documents = "joined"`.
+    joins_documents: whether it was trained with `documents = "joined"`.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ def open_trained(path: Path) -> Trained:
 def export(path: Path, target: Path) -> Trained:
     """Write the model at `path` into a new or empty folder as transformers reads it; what was written.
 
-    It is there whole or not at all: configuration, weights, tokenizer and generation settings, and nothing of a
+    The folder appears whole or not at all: configuration, weights, tokenizer and generation settings, and nothing of a
     trainer's. Raises InputError when `target` holds something or `path` no model, DiskError when there is no room.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

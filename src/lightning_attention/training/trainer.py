@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class Trainer:
-    """One training run in the folder `config.out`, in this process or in all that a launcher as torchrun started.
+    """One training run in the folder `config.out`, in this process or in all that a launcher such as torchrun started.
 
     `folder` owns the run's files, `data` its text, `learner` the model and the optimizer, `schedule` the number of
     steps, `record` what has been measured. The trainer says what comes next.
@@ -62,8 +62,8 @@ class Trainer:
         The output folder is held until `fit` ends: no other process can train in it.
 
         Args:
-            config: the settings. Where the run is resumed those that were not given are what the checkpoint says.
-            resume: go on from the newest whole checkpoint in the output folder; "auto" starts where there is none.
+            config: the settings. A resumed run takes those that were not given from the checkpoint.
+            resume: go on from the newest whole checkpoint in the output folder; "auto": or a new run if there is none.
             overwrite: delete an earlier run's files in the output folder, once the new run's text and model are there.
             report: called with every line of what was read and what was left out, on the first rank.
 
@@ -243,7 +243,7 @@ class Trainer:
     def _train_step(self, stop: StopRequest) -> str | None:
         """One update of the weights, and a line in the record when it is time for one.
 
-        Or none, where some process was asked to stop: the name of the signal.
+        No update if a process was asked to stop: returns the name of the signal.
         """
         began = time.perf_counter()
         mesh = self.learner.mesh
@@ -289,7 +289,7 @@ class Trainer:
             raise self.team.same(error) from None
 
     def _sample(self) -> str:
-        """Write down what the model makes of the prompt, and return both."""
+        """Write how the model continues the prompt, and return both."""
         text = self.samples.take(self.learner)
         return self._on_each(lambda: self.samples.write(self.step, text))
 
@@ -334,4 +334,4 @@ class Trainer:
 
 
 def _nothing(_: object) -> None:
-    """What every rank may be told of a result that stays where it is."""
+    """The result of an action whose value stays on its rank."""

@@ -26,7 +26,7 @@ FILE_BYTES = 2 << 30
 def materialise(
     model: PreTrainedModel, device: torch.device, given: Callable[[str, torch.Size], Tensor | None] | None = None
 ) -> None:
-    """Give a model that is on the meta device its weights and buffers on `device`.
+    """Give a model on the meta device its weights and buffers on `device`.
 
     Weights are drawn whole on the CPU, one module after another, from torch's random state there: with the same seed
     they are the same on every device and mesh. A process keeps no more than its shards.
@@ -65,7 +65,7 @@ def materialise(
 
 
 def _leave(weight: nn.Parameter, leave: bool = True) -> None:
-    """Tell transformers' initialisation that there is something in a weight already."""
+    """Tell transformers' initialisation that a weight has its values already."""
     weight._is_hf_initialized = leave  # type: ignore[attr-defined]
 
 

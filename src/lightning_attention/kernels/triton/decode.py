@@ -1,6 +1,5 @@
 """One step of the recurrence over a pool of states: every state is read once and written once."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -54,13 +53,11 @@ def tile_constants(D: int, E: int, group: int, columns: int, aligned: bool, colu
 
 def over_states(
     kernel: Any, sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor, strides: tuple[int, ...], TILE: int,
-    widest: int = 0, *, written: Tensor | None = None, ring: tuple[Any, ...] = (), programs: int = 0, warps: int = 4,
-    registers: Callable[[int], int] = lambda columns: 0,  # noqa: ARG005
+    widest: int = 0, *, written: Tensor | None = None, ring: tuple[Any, ...] = (), programs: int = 0,
 ) -> None:  # fmt: skip
     """Launch a kernel of ``recurrent.py`` in programs of TILE columns, another time of up to ``widest``.
 
-    With its ``ring``'s constants, of ``ring.py``; ``programs``: how many, where it is not one for each TILE columns;
-    ``registers``: how many a thread may have in programs of so many columns, 0 for any number.
+    With its ``ring``'s constants, of ``ring.py``; ``programs``: how many, where it is not one for each TILE columns.
 
     ``sizes``: sequences, H, D, E and heads of v to a head of q and k; ``strides``: the state's, which takes 0.4 µs to
     ask again; ``written``: another pool, which the kernel writes.
@@ -70,10 +67,9 @@ def over_states(
     if written is not None and layout(written, written.stride(), D, E) != lie:
         lie = False, False
     dispatch.run(
-        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, tile_constants(D, E, group, TILE, *lie) + ring, warps,
+        kernel, (programs or N * H * -(-E // TILE), 1, 1), args, tile_constants(D, E, group, TILE, *lie) + ring, 4,
         state.get_device(),
-        lambda: [tile_constants(D, E, group, x, *lie) + ring for x in (16, 32, 64, 128) if x <= widest],
-        lambda constants: registers(constants[0].columns),
+        lambda: [tile_constants(D, E, group, other, *lie) + ring for other in (16, 32, 64, 128) if other <= widest],
     )  # fmt: skip
 
 

@@ -19,19 +19,22 @@ from lightning_attention.kernels.triton.ring import (
     part_kernel,
     verify_recent_kernel,
 )
+from lightning_attention.kernels.triton.ring_commit import commit_ring_kernel
 from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES, decode_ring_kernel
 from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-FEW = 136  # registers of a thread that decodes over 8 bits: the compiler would take more, for what a fold does at once
-TUNE = {"verify": (64, 2), "commit": (64, 2)}
+#: Of a thread. With 128, nothing spilled, 16 programs of decode and 4 of commit, which have four warps, run on a
+#: multiprocessor at once. Drafts are multiplied with states of 4 bytes as fast with all registers, N 64: 115 µs for 120
+#: with 184 and 152 with 128; of 2 bytes, 77 µs with all, 72 with 168, 40 bytes spilled, and 92 with 128.
+REGISTERS = {"decode": 128, "decode in 8 bits": 136, "commit": 128}
+VERIFY_REGISTERS = {4: 0, 2: 168, 1: 168}
 
 
 @cache
-def _constants(places: int, aligned_k: bool, aligned_v: bool, heads: int, warps: int) -> tuple[RingTile]:
-    is_amd = torch.version.hip is not None
-    precision, threads = ("ieee", 64 * warps) if is_amd else ("tf32x3", 32 * warps)
+def _constants(places: int, aligned_k: bool, aligned_v: bool, heads: int, is_nvidia: bool) -> tuple[RingTile]:
+    precision, threads = ("tf32x3", 128) if is_nvidia else ("ieee", 256)  # of four warps
     return (RingTile(places, tiling.padded(places), aligned_k, aligned_v, precision, threads, heads),)
 
 
@@ -42,9 +45,9 @@ def _aligned(x: Tensor) -> bool:
     return not (together * x.itemsize | x.data_ptr()) & 15
 
 
-def _ring(k: Tensor, v: Tensor, count: Tensor, warps: int = 4) -> tuple[tuple[Any, ...], tuple[RingTile]]:
+def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[RingTile]]:
     """A ring as the kernels' arguments, and as their constant."""
-    constants = _constants(k.shape[2], _aligned(k), _aligned(v), k.shape[1], warps)
+    constants = _constants(k.shape[2], _aligned(k), _aligned(v), k.shape[1], tiling.device(k)[0] >= (8, 0))
     return (k, *k.stride()[:2], v, *v.stride()[:2], count), constants
 
 
@@ -66,8 +69,8 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
 
 def _read_as_used(
     N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, low: Tensor | None, scale: Tensor | None, ring: RingTile
-) -> bool:  # fmt: skip
-    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, of sizes that lanes share out."""
+) -> bool:
+    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, sizes that its lanes share out."""
     D, E = k.shape[-1], v.shape[-1]
     return (
         tiling.device(state)[0] >= (8, 0)
@@ -90,13 +93,13 @@ def _width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
 
 def _run_as_used(
     kernel: Any, N: int, H: int, D: int, E: int, group: int, columns: int, args: tuple[Any, ...],
-    ring: tuple[RingTile], state: Tensor,
+    ring: tuple[RingTile], state: Tensor, registers: int,
 ) -> None:  # fmt: skip
+    """Launch a program for each so many columns of a state, with so many registers a thread."""
     parts = H * (E // columns)
     _check_programs(parts)
     tile = tile_constants(D, E, group, columns, True, False)
-    few = FEW if kernel is decode_ring_kernel and state.dtype == torch.int8 else 0
-    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device(), registers=lambda _: few)
+    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device(), registers=lambda _: registers)
 
 
 def _check_programs(programs: int) -> None:
@@ -144,7 +147,8 @@ def _decode(
     after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, *planes, H, scale, int(clears))
     if _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
         args, width = (*before, *strides[:2], *after), _width(E, N, H, state, batch_invariant)
-        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state)
+        registers = REGISTERS["decode" if low is None else "decode in 8 bits"]
+        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
         return
     args = (*before, *strides, *after)
     _check_programs(H * -(-E // TILE))
@@ -208,7 +212,8 @@ def verify(
     is_short = q.dtype == ring_k.dtype != torch.float32
     if parents is None and is_short and _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
         args = (*before, *strides[:2], slots, log_decay, cuts, *after)
-        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, COLUMNS.value, args, constants, state)
+        registers = VERIFY_REGISTERS[state.itemsize]
+        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, COLUMNS.value, args, constants, state, registers)
         return made
     args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
     over_states(
@@ -224,20 +229,25 @@ def commit(
     state_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     (T, H, E), (_, Hk, D), N = v.shape, k.shape, cu_seqlens.shape[0] - 1
-    TILE, warps = columns(D, E, k.dtype), 4
-    if D == E == 128:
-        TILE, warps = TUNE["commit"]
+    TILE = columns(D, E, k.dtype)
     if T == 0:
         return
-    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count, warps)
-    args = (
-        k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots), dispatch.dense(log_decay),
-        cu_seqlens.contiguous(), accepted.contiguous(), *ring, *_planes(low, state_scale), H,
-    )  # fmt: skip
     _check_programs(H)
+    strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
+    before = k, *k.stride()[:2], v, *v.stride()[:2], state
+    after = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), *ring
+    is_plain = E in (32, 64, 128, 256) and k.dtype == ring_k.dtype
+    if is_plain and low is None and _read_as_used(N, k, k, v, state, low, state_scale, constants[0]):
+        args, tile = (*before, *strides[:2], *after), tile_constants(D, E, H // Hk, COLUMNS.value, True, False)
+        dispatch.run(
+            commit_ring_kernel, (H, N, 1), args, tile + constants, E // COLUMNS.value, state.get_device(),
+            registers=lambda _: REGISTERS["commit"],
+        )  # fmt: skip
+        return
+    args = (*before, *strides, *after, *_planes(low, state_scale), H)
     over_states(
         commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=low, ring=constants,
-        programs=N * H, warps=warps,
+        programs=N * H,
     )  # fmt: skip
 
 

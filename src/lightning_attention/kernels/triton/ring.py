@@ -85,22 +85,27 @@ def count_of(counts, slot):
 
 
 @triton.jit
-def take_ticket(counts, slot, RING: tl.constexpr):
-    """How many programs of a slot, whose count this one has read, had done so before.
-
-    In one of as many lanes as there are threads: for a single number, which all threads get, they would wait for each
-    other. And what is found is wanted at the end only: it takes as long as a load.
-    """
-    tl.debug_barrier()  # all threads have read it
-    lane = tl.arange(0, RING.threads)
-    return tl.atomic_add(counts + slot + lane * 0, TICKET, mask=lane == 0, sem="relaxed") // TICKET
+def count_after(count, RING: tl.constexpr):
+    """A count as it is kept: any that are as many past R places say the same."""
+    return tl.where(count < 2 * RING.places, count, RING.places + count % RING.places)
 
 
 @triton.jit
-def give(counts, slot, count, ticket, programs, RING: tl.constexpr):
+def take_ticket(counts, slot, lane):
+    """How many programs of a slot, whose count this one has read, had done so before.
+
+    In the first ``lane`` of as many as there are threads: for a single number, which all threads get, they would wait
+    for each other. And what is found is wanted at the end only: it takes as long as a load. The others have addresses
+    of their own, for which nothing is done: else the assembler would add up for all lanes, and wait.
+    """
+    tl.debug_barrier()  # all threads have read it
+    return tl.atomic_add(counts + slot + lane, lane * 0 + TICKET, mask=lane == 0, sem="relaxed") // TICKET
+
+
+@triton.jit
+def give(counts, slot, count, ticket, programs, lane, RING: tl.constexpr):
     """Write a slot's next count, by the last of its programs."""
-    lane = tl.arange(0, RING.threads)
-    kept = tl.where(count < 2 * RING.places, count, RING.places + count % RING.places)
+    kept = count_after(count, RING)
     is_last = (lane == 0) & (ticket == programs - 1)
     tl.atomic_xchg(counts + slot + lane * 0, kept + lane * 0, mask=is_last, sem="relaxed")
 
@@ -309,7 +314,7 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
         token = block + tl.arange(0, DRAFTS)
         depth = (token - first + 1).to(tl.int32)
         rows = load_rows(q, queries.token_stride, token, token < last, 0, TILE.D, TILE.rows, False)
-        if S.dtype == rows.dtype:
+        if S.dtype == rows.dtype and S.dtype != tl.float32:
             read = tl.dot(rows, S)
         else:
             # Of a float32 state: its numbers would go through shared memory, in two parts.
@@ -326,8 +331,8 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
             new_keys = load_rows(k, keys.token_stride, draft, draft < last, 0, TILE.D, TILE.rows, False)
             new_values = load_rows(v, values.token_stride, draft, draft < last, column, TILE.E, TILE.columns, False)
             sees = draft[None, :] <= token[:, None]
-            age = tl.where(sees, token[:, None] - draft[None, :], 0).to(tl.int32)
-            weights = tl.where(sees, product(rows, tl.trans(new_keys), RING) * power(x, age), 0.0)
+            ahead = tl.where(sees, token[:, None] - draft[None, :], 0).to(tl.int32)
+            weights = tl.where(sees, product(rows, tl.trans(new_keys), RING) * power(x, ahead), 0.0)
             # A NaN times a weight of 0 would be NaN in the drafts before it: who sees one is told by a product of
             # ones and zeros.
             is_finite = tl.abs(new_values.to(tl.float32)) < float("inf")
@@ -415,7 +420,8 @@ def commit_recent_kernel(
     if (slot < 0) | (taken == 0):
         return
     count = count_of(counts, slot)
-    ticket = take_ticket(counts, slot, RING)
+    lane = tl.arange(0, RING.threads)
+    ticket = take_ticket(counts, slot, lane)
     ring = ring_of(ring_k, ring_k_slot_stride, ring_k_head_stride, ring_v, ring_v_slot_stride, ring_v_head_stride, slot,
                    head)  # fmt: skip
     held = held_by(count, head, RING)
@@ -456,7 +462,7 @@ def commit_recent_kernel(
         for column in tl.range(0, TILE.E, TILE.columns, num_stages=1):
             values = load_rows(v, v_token_stride, new.token, is_kept, column, TILE.E, TILE.columns, False)
             store_rows(ring.v, TILE.E, at, is_kept, column, values, TILE.columns)
-    give(counts, slot, count + taken, ticket, H, RING)
+    give(counts, slot, count + taken, ticket, H, lane, RING)
 
 
 @dispatch.unspecialized(triton.jit)
@@ -469,7 +475,8 @@ def fold_kernel(state, slot_stride: "i64", head_stride: "i64", row_stride: "i64"
     if slot < 0:
         return
     count = count_of(counts, slot)
-    ticket = take_ticket(counts, slot, RING)
+    lane = tl.arange(0, RING.threads)
+    ticket = take_ticket(counts, slot, lane)
     held = held_by(count, head, RING)
     if (held.tokens > 0) & starts_from_initial(fresh, n):
         states = States(state, slot_stride, head_stride, row_stride, column_stride)
@@ -482,4 +489,4 @@ def fold_kernel(state, slot_stride: "i64", head_stride: "i64", row_stride: "i64"
         S = taken_up(S, held_keys(ring, held, TILE, RING), old_values, held.age, held.tokens, x, RING)
         write_columns(states, planes, slot, head, column, S, TILE, TILE.columns)
     tiles: tl.constexpr = (TILE.E + TILE.columns - 1) // TILE.columns
-    give(counts, slot, count * 0, ticket, H * tiles, RING)
+    give(counts, slot, count * 0, ticket, H * tiles, lane, RING)

@@ -15,12 +15,16 @@ from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
 from lightning_attention.kernels.triton.ring import arrive, count_among, power, top_bits
-from lightning_attention.kernels.triton.ring_planes import fold_planes, numbers
+from lightning_attention.kernels.triton.ring_planes import MMA, PLACES, PLAIN, copy, fold_planes, numbers
+from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
 COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be twice as many
 FOLDED = gl.constexpr(32)  # rows of a state, at once
-PLACES = gl.constexpr(16)  # of a ring, at most
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 1))  # of float32
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 1))
+LEFT_HALF = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # of 16 bits
+RIGHT_HALF = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
 
 
 @gluon.constexpr_function
@@ -54,6 +58,16 @@ def keys_layout(D, width, columns):
     return gl.DistributedLinearLayout(registers, in_lanes, [], [], [16, D])
 
 
+@gluon.constexpr_function
+def swizzled(dtype):
+    """Shared memory for a tile of a state, read without conflicts as an operand of a product too."""
+    if dtype.primitive_bitwidth == 8:
+        return PLAIN
+    if dtype.primitive_bitwidth == 32:
+        return gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    return gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+
+
 @gluon.jit
 def row(x, start, at):
     """Numbers of a row in float32, that are read 16 bytes at a time."""
@@ -79,7 +93,7 @@ def decode_ring_kernel(
         log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v,
         ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64",
         scale_head_stride: "i64", H, scale, clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    """Arguments and their meaning are those of ``decode_recent_kernel``; D, E, R and all rows as ``takes`` says."""
+    """The arguments are those of ``decode_recent_kernel``, of calls that ``recent._read_as_used`` is true of."""
     D: gl.constexpr = TILE.D
     E: gl.constexpr = TILE.E
     COLUMNS: gl.constexpr = TILE.columns
@@ -108,19 +122,20 @@ def decode_ring_kernel(
         if clears != 0:
             gl.store(out + cols, gl.zeros([COLUMNS], gl.float32, layout=gl.SliceLayout(0, LAYOUT)))
         return
-    COPIES: gl.constexpr = copies_of(state.dtype.element_ty, COLUMNS)
-    buffer = gl.allocate_shared_memory(state.dtype.element_ty, [COPIES, D, COLUMNS], PLAIN)
+    TYPE: gl.constexpr = state.dtype.element_ty
+    COPIES: gl.constexpr = copies_of(TYPE, COLUMNS)
+    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], swizzled(TYPE))
     shared = buffer.index(0)
     state += slot * slot_stride + head * head_stride
     where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
     count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
-    async_copy.async_copy_global_to_shared(shared, where)
+    copy(shared, where)
     async_copy.commit_group()
     if low is not None:
         scales += slot * scale_slot_stride + head * scale_head_stride
         by = gl.load(gl.multiple_of(scales + cols, 16))
-    gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
+    barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
@@ -150,14 +165,25 @@ def decode_ring_kernel(
     read = gl.sum(weight[:, None] * values.to(gl.float32), 0)
     read = gl.convert_layout(read, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
     read += gl.sum(q_share * k_share, 0) * v_row
-    async_copy.wait_group(0)
-    if low is None:
-        seen = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
+    if q.dtype.element_ty == TYPE and gl.float32 != TYPE:
+        # Of 16 bits both: in the tensor cores, with the query as the first of 16 rows.
+        first = gl.arange(0, 16, layout=gl.SliceLayout(1, LEFT_HALF))
+        parts = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT_HALF))
+        q_start = token * q_token_stride + head // TILE.group * q_head_stride
+        where_q = gl.multiple_of(q + q_start + first[:, None] * 0 + parts[None, :], [16, 16])
+        left = gl.load(where_q, mask=(first == 0)[:, None], other=0.0)
+        async_copy.wait_group(0)
+        of_state = mma_v2(left, shared.load(RIGHT_HALF), gl.zeros([16, COLUMNS], gl.float32, layout=MMA))
+        of_state = gl.convert_layout(gl.sum(of_state, 0), gl.SliceLayout(0, LAYOUT))
+    elif low is not None:
+        async_copy.wait_group(0)
+        of_state = gl.sum(q_row[:, None] * numbers(shared.load(LAYOUT)), 0) * by
     else:
-        seen = gl.sum(q_row[:, None] * numbers(shared.load(LAYOUT)), 0) * by
-    read += seen * power(x, tokens + 1)
+        async_copy.wait_group(0)
+        of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
+    read += of_state * power(x, tokens + 1)
     gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
-    gl.thread_barrier()  # all warps have read the count
+    barrier()  # all warps have read the count
     arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)
 
     folds = since == RING.places - 1
@@ -170,18 +196,15 @@ def decode_ring_kernel(
                 fold_planes(state + column + start, low + start, scales + column + start, buffer, k, v + start, ring_k,
                             ring_v + column + start, count, tokens, x, D, E, RING)  # fmt: skip
     elif folds:
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-        OLD_KEYS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
-        OLD_VALUES: gl.constexpr = gl.DotOperandLayout(1, MMA, 1)
-        old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, OLD_VALUES))
+        old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
         old_age = (count - 1 - old + PLACES * RING.places) % RING.places
         is_old = (old < RING.places) & (old_age < tokens)
-        old_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OLD_VALUES))
+        old_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, RIGHT))
         old_values = gl.load(ring_v + old[:, None] * E + old_cols[None, :], mask=is_old[:, None], other=0.0)
         old_values = old_values.to(gl.float32) * power(x, gl.where(is_old, old_age, 0) + 1)[:, None]
-        token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, OLD_KEYS))
+        token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, LEFT))
         is_token = (token_of < RING.places) & ((count - 1 - token_of + PLACES * RING.places) % RING.places < tokens)
-        old_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, OLD_KEYS))
+        old_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, LEFT))
         old_keys = ring_k + token_of[None, :] * D + old_rows[:, None]
         part_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, MMA))
         part_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))

@@ -11,6 +11,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from lightning_attention.kernels.triton.planes import LARGEST, LEAST, LEVELS, PARTS, in_planes
 from lightning_attention.kernels.triton.ring import power, top_bits
 
+#: From global to shared memory; called async_copy_global_to_shared before Triton 3.8.
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 PLACES = gl.constexpr(16)  # of a ring, at most
 ROWS = gl.constexpr(16)  # of a state, folded at once
 COLUMNS = gl.constexpr(32)
@@ -97,7 +100,7 @@ def copy_plane(plane, shared, D: gl.constexpr, E: gl.constexpr):
     rows = gl.arange(0, D, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     where = gl.multiple_of(plane + rows[:, None] * E + cols[None, :], [16, 16])
-    async_copy.async_copy_global_to_shared(shared, where)
+    copy(shared, where)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """Chains of drafts after states with rings on NVIDIA chips, in Gluon: what ``verify_recent_kernel`` computes.
 
 As in ``ring_decode.py`` a program is a warp with 32 columns of a state, which waits in shared memory. Up to 16 drafts
-of a sequence are the rows of one product each with the state, the ring's keys and values, and the drafts' own.
+of a sequence are the rows of a product with the state, and of others with keys and values, the ring's and their own.
 """
 
 from triton.experimental import gluon
@@ -15,18 +15,21 @@ from lightning_attention.kernels.triton.ring import count_of, power, top_bits
 from lightning_attention.kernels.triton.ring_decode import (
     COLUMNS,
     FOLDED,
+    LEFT,
+    LEFT_HALF,
+    MMA,
     PLACES,
+    RIGHT,
+    RIGHT_HALF,
     add_product,
+    barrier,
+    copy,
+    swizzled,
     tile_layout,
     width_of,
 )
 
 DRAFTS = gl.constexpr(16)  # of a sequence, at once
-MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 1))  # of float32
-RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 1))
-LEFT_HALF = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))  # of 16 bits
-RIGHT_HALF = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
 
 
 @gluon.jit
@@ -85,30 +88,31 @@ def verify_ring_kernel(
     last = gl.load(cu_seqlens + n + 1).to(gl.int64)
     slot = slot_of(slots, n)
     out += head * E + column
-    if clears != 0:
-        clear(out, gl.load(cu_seqlens + N).to(gl.int64) + n, T, N, H, E)
     if (slot < 0) | (first == last):
         if clears != 0:
             clear(out, first, last, 1, H, E)
+            clear(out, gl.load(cu_seqlens + N).to(gl.int64) + n, T, N, H, E)
         return
     q += head // TILE.group * q_head_stride
     k += head // TILE.group * k_head_stride
     v += head * v_head_stride + column
     count = count_of(counts, slot)
     x = natural_decay(log_decay, head)
-    shared = gl.allocate_shared_memory(state.dtype.element_ty, [D, COLUMNS],
-                                       gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # fmt: skip
-    LAYOUT: gl.constexpr = tile_layout(D, width_of(state.dtype.element_ty))
+    TYPE: gl.constexpr = state.dtype.element_ty
+    shared = gl.allocate_shared_memory(TYPE, [D, COLUMNS], swizzled(TYPE))
+    LAYOUT: gl.constexpr = tile_layout(D, width_of(TYPE))
     rows = gl.arange(0, D, layout=gl.SliceLayout(1, LAYOUT))
     cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     where = state + slot * slot_stride + head * head_stride + rows[:, None] * E + cols[None, :]
-    async_copy.async_copy_global_to_shared(shared, gl.multiple_of(where, [16, 16]))
+    copy(shared, gl.multiple_of(where, [16, 16]))
     async_copy.commit_group()
     if low is not None:
         scales += slot * scale_slot_stride + head * scale_head_stride + column
         by = gl.load(scales + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA)))
-    gl.thread_barrier()  # else the assembler would put half of the copies behind what waits for the ring
+    barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
+    if clears != 0:
+        clear(out, gl.load(cu_seqlens + N).to(gl.int64) + n, T, N, H, E)
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
@@ -131,33 +135,21 @@ def verify_ring_kernel(
         where_q = gl.multiple_of(q + query_token[:, None] * q_token_stride + query_dims[None, :], [16, 16])
         query_shared.store(gl.load(where_q, mask=(query_token < last)[:, None], other=0.0))
         queries = query_shared.load(LEFT_HALF)
-        weights = scores(queries, ring_k, D, key_at, key_used, D) * by_age[None, :]
-        async_copy.wait_group(0)
-        read = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
-        if low is not None:
-            for start in gl.static_range(0, D, FOLDED):
-                part = exactly(shared.slice(start, FOLDED, dim=0).load(RIGHT))
-                query = query_shared.slice(start, FOLDED, dim=1).load(LEFT).to(gl.float32)
-                read = mma_v2(query, part, read, input_precision="tf32")
-            read *= by[None, :]
-        elif state.dtype.element_ty == q.dtype.element_ty:
-            read = mma_v2(queries, shared.load(RIGHT_HALF), read)
-        else:
-            for start in gl.static_range(0, D, FOLDED):
-                part = shared.slice(start, FOLDED, dim=0).load(RIGHT).to(gl.float32)
-                read = add_product(query_shared.slice(start, FOLDED, dim=1).load(LEFT), part, read)
-        read = add_weighted(weights, old_values, read * power(x, tokens))
         token = block + gl.arange(0, DRAFTS, layout=gl.SliceLayout(1, MMA))
-        read *= power(x, token - first + 1)[:, None]
+        depth = token - first + 1
+        # What is read of the ring and of drafts, while the state is on its way.
+        read = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
+        weights = scores(queries, ring_k, D, key_at, key_used, D) * by_age[None, :]
+        read = add_weighted(weights, old_values, read) * power(x, depth)[:, None]
         for before in range(first, block + 1, DRAFTS):
             new_key = before + gl.arange(0, PLACES, layout=gl.SliceLayout(0, RIGHT_HALF))
             new_value = before + gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
             draft = before + gl.arange(0, PLACES, layout=gl.SliceLayout(0, MMA))
+            new_values = rows_of(v, v_token_stride, new_value, new_value < last, 0)
             sees = draft[None, :] <= token[:, None]
             ahead = gl.where(sees, token[:, None] - draft[None, :], 0)
             weights = scores(queries, k, k_token_stride, new_key, new_key < last, D)
             weights = gl.where(sees, weights * power(x, ahead), 0.0)
-            new_values = rows_of(v, v_token_stride, new_value, new_value < last, 0)
             # A NaN times a weight of 0 would be NaN in the drafts before it: who sees one is told by a product of
             # ones and zeros.
             is_finite = gl.abs(new_values) < float("inf")
@@ -166,6 +158,21 @@ def verify_ring_kernel(
             spoilt = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
             spoilt = mma_v2(seen, gl.where(is_finite, 0.0, 1.0), spoilt, input_precision="tf32")
             read = gl.where(spoilt > 0.0, float("nan"), read)
+        async_copy.wait_group(0)
+        of_state = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
+        if low is not None:
+            for start in gl.static_range(0, D, FOLDED):
+                part = exactly(shared.slice(start, FOLDED, dim=0).load(RIGHT))
+                query = query_shared.slice(start, FOLDED, dim=1).load(LEFT).to(gl.float32)
+                of_state = mma_v2(query, part, of_state, input_precision="tf32")
+            of_state *= by[None, :]
+        elif q.dtype.element_ty == TYPE:
+            of_state = mma_v2(queries, shared.load(RIGHT_HALF), of_state)
+        else:
+            for start in gl.static_range(0, D, FOLDED):
+                part = shared.slice(start, FOLDED, dim=0).load(RIGHT).to(gl.float32)
+                of_state = add_product(query_shared.slice(start, FOLDED, dim=1).load(LEFT), part, of_state)
+        read += of_state * power(x, tokens + depth)[:, None]
         out_cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
         where_out = out + token[:, None] * (H * E) + out_cols[None, :]
         gl.store(where_out, (read * scale).to(out.dtype.element_ty), mask=(token < last)[:, None])

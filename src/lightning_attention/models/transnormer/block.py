@@ -115,7 +115,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         return mixer.qkvu_proj, mixer.out_proj, glu.l1, glu.l2, glu.l3
 
     def _is_as_made(self) -> bool:
-        """Whether no part was replaced or has a hook: a step may then compute what they do without calling them."""
+        """Whether no part was replaced or has a hook, so that a step may compute what they do without calling them."""
         return (
             is_bare(self.token_norm, SRMSNorm)
             and is_bare(self.token_mixer, TransnormerMixer)

@@ -78,11 +78,11 @@ class TransnormerCache(Cache):
     Args:
         config: the model's configuration.
         recent_tokens: how many tokens are kept in rings beside the states, so that a step of one token need not write
-            these, from 1 to 64; 0: none. They are worth having where a step waits for the GPU's memory: many rows, and
+            these, from 1 to 64; 0: none. They help where a step waits for the GPU's memory: many rows, and
             no time lost on the host.
 
     Raises:
-        TypeError, ValueError: ``recent_tokens`` is no integer, or not from 0 to 64.
+        TypeError, ValueError: ``recent_tokens`` is not an integer, or not from 0 to 64.
 
     Attributes:
         positions: [N] int64, the number of real tokens each sequence has read, which is the next token's position;

@@ -24,7 +24,7 @@ _AUTO_MAP = {
 
 
 class TransnormerConfig(PreTrainedConfig):
-    """What a TransNormerLLM is made of; the defaults are the released 385M.
+    """The configuration of a TransNormerLLM; the defaults are the released 385M.
 
     Args:
         vocab_size: number of tokens.
@@ -47,7 +47,7 @@ class TransnormerConfig(PreTrainedConfig):
         skip_logits: whether a pass with labels leaves out the logits; None: in training.
 
     transformers' names ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size`` and
-    ``initializer_range`` mean the fields of the same sense.
+    ``initializer_range`` are accepted for the corresponding fields.
 
     Raises:
         ValueError: a size is not positive or does not divide, a list has the wrong length, or a choice is not one of

@@ -110,8 +110,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
         Args:
             input_ids: [B, T] token ids; or give ``inputs_embeds``.
             attention_mask: [B, S] with S ≥ T, zero where a token is padding; the last T columns are this call's.
-                Padding may be anywhere, in a continuation too: it changes no state, moves no position, and what is
-                computed for it means nothing.
+                Padding may be anywhere, in a continuation too: it changes no state and moves no position, and the
+                outputs for it are meaningless.
             position_ids: [B, T] or [1, T], positions for LRPE; None to count the real tokens of every sequence. Without
                 ``attention_mask``, ``cache`` and ``cu_seqlens``, a position that is not past the one before
                 it begins another document, as transformers' ``DataCollatorWithFlattening`` marks them. Looking for

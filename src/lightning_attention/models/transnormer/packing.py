@@ -24,7 +24,7 @@ class Packing:
         order: [B·T] int64, which token of the flattened batch each packed token is; None where nothing moved.
         slots: [B] int64, for a step over a batch with padding: the row itself, or −1 for padding.
         local_cu_seqlens: [M+1] int64, for slices of rows on several ranks: boundaries of the sequences past the last of
-            ``cu_seqlens``, which no other rank has tokens of.
+            ``cu_seqlens``, of which no other rank has tokens.
     """
 
     positions: Tensor
@@ -39,7 +39,7 @@ class Packing:
         return x if self.order is None else x.flatten(0, 1).index_select(0, self.order).unsqueeze(0)
 
     def unpack(self, x: Tensor, batch: int) -> Tensor:
-        """What :meth:`pack` did, undone; what comes for padding means nothing."""
+        """Undo :meth:`pack`; the values for padding are meaningless."""
         if self.order is None:
             return x
         return torch.empty_like(x[0]).index_copy_(0, self.order.to(x.device), x[0]).unflatten(0, (batch, -1))

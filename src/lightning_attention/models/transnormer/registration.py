@@ -9,7 +9,7 @@ from lightning_attention.models.transnormer.modeling import TransnormerForCausal
 
 
 def register() -> None:
-    """Tell the Auto classes and ``transformers serve``; more than once does no harm."""
+    """Tell the Auto classes and ``transformers serve``; calling it again does no harm."""
     AutoConfig.register(TransnormerConfig.model_type, TransnormerConfig, exist_ok=True)
     AutoModel.register(TransnormerConfig, TransnormerModel, exist_ok=True)
     AutoModelForCausalLM.register(TransnormerConfig, TransnormerForCausalLM, exist_ok=True)

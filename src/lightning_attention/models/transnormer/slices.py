@@ -1,8 +1,7 @@
 """Rows that are cut over the ranks of a group: which documents cross from rank to rank, labels, and the loss.
 
-Of the documents in a slice of a row, one at most comes from the rank before, and one at most goes on to the next. Only
-their states travel: the others are computed as if there were no group. So what is sent does not depend on how many
-documents there are.
+At most one document of a slice comes from the rank before, and at most one goes on to the next. Only their states
+travel: the others are computed as if there were no group. So what is sent does not depend on the number of documents.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ class SliceDocuments:
     """Where documents begin in this rank's slices of B rows.
 
     Attributes:
-        begins: [B, T] bool, the tokens with which one begins.
+        begins: [B, T] bool, true where a document begins.
         starts: [M] int64, the same tokens as places in the flattened slices, in order; B·T for none.
     """
 

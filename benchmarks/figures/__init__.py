@@ -1,0 +1,1 @@
+"""The drawings of the documentation, each made by ``python -m benchmarks.figures NAME``."""

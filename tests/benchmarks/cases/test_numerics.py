@@ -1,0 +1,28 @@
+import torch
+
+from benchmarks.cases import numerics
+from lightning_attention import lightning_attention
+from lightning_attention.bench.case import Run
+from lightning_attention.bench.report import Report
+from lightning_attention.check import relative_error
+
+
+def test_the_naive_recurrence_is_the_definition_in_float64():
+    q, k, v = torch.randn(3, 2, 40, 3, 16, dtype=torch.float64)
+    log_decay = torch.tensor([-0.01, -0.5, -8.0])
+    exact = lightning_attention(q, k, v, log_decay, backend="reference").output
+    found = numerics.naive(q, k, v, log_decay.double())
+    assert relative_error(found, exact) < 1e-12
+    assert relative_error(numerics.naive(q, k, v, log_decay.double() * 1.001), exact) > 1e-6
+
+
+def test_each_head_has_the_error_of_its_decay(tmp_path):
+    report = Report(tmp_path / "x.json", {})
+    scale = numerics.Scale((300,), (-1e-3, -8.0), 16, (torch.bfloat16,))
+    numerics.measure(Run(report, torch.device("cpu"), scale, say=len))
+    naive = {r["log_decay"]: r["relative_error"] for r in report.find("numerics", implementation="naive")}
+    ours = [r["relative_error"] for r in report.find("numerics", implementation="lightning_attention")]
+    assert naive[-1e-3] > 10 * naive[-8.0]  # roundings add up where little fades
+    assert max(ours) < 2.5e-3
+    (table,) = numerics.show(report)
+    assert [row[:3] for row in table.rows] == [["bfloat16", "300", "-0.001"], ["bfloat16", "300", "-8"]]
