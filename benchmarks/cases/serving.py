@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.harness.pool import DECODE, EAGER, PREFILL, SPECULATE, Batch, Bound, Known, pooled
 from benchmarks.harness.timing import captured, copy_rate, host_us
 from lightning_attention import (
+    QuantizedStates,
     RecentTokens,
     decay,
     lightning_attention,
@@ -35,7 +36,7 @@ from lightning_attention.check import relative_error
 
 SUITE, HOST = "serving", "decode, eager, CPU time"
 KEYS = {"operation": "what", "size": "size", "state": "state"}  # of the tables
-RINGS, R = "rings", 16  # an implementation, and the tokens that its rings hold
+RINGS, EIGHT_BITS, R = "rings", "8 bits", 16  # implementations, and the tokens that their rings hold
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _prefill(b: Batch) -> Bound:
     return pooled(b, lambda pool: call(b.q, b.k, b.v, b.log_decay, pool))
 
 
-def _verify_and_commit(b: Batch, pool: Tensor, recent: RecentTokens | None) -> Tensor:
+def _verify_and_commit(b: Batch, pool: Any, recent: RecentTokens | None) -> Tensor:
     accepted = torch.ones(b.q.shape[0], dtype=torch.bool, device=b.q.device)
     packed: dict[str, Any] = {"cu_seqlens": b.cu_seqlens, "slots": b.slots, "recent": recent}
     out = lightning_attention_verify(b.q, b.k, b.v, b.log_decay, pool, **packed)
@@ -105,26 +106,30 @@ def _decode_each(b: Batch) -> Bound:
     return pooled(b, run)
 
 
-def _with_rings(b: Batch, run: Callable[[Tensor, RecentTokens], Tensor]) -> Bound:
+def _with_rings(run: Callable[[Batch, Any, RecentTokens], Tensor], in_8_bits: bool, b: Batch) -> Bound:
     """A call that updates a pool and its rings in place; what they mean together is looked at in a copy."""
-    pool, (N, H, D, E), slots = b.pool.clone(), b.pool.shape, b.slots.long()
+    (N, H, D, E), slots = b.pool.shape, b.slots.long()
     recent = RecentTokens.empty(N, H, D, E, R, b.q.dtype, b.q.device)
+    pool: Tensor | QuantizedStates = b.pool.clone()
+    if in_8_bits:
+        pool = QuantizedStates.empty(N, H, D, E, b.q.device)
+        pool.quantize(b.pool.float())
 
     def states() -> Tensor:
-        whole, rings = pool.clone(), RecentTokens(recent.k, recent.v, recent.count.clone())
-        lightning_attention_fold(whole, rings, b.log_decay)
-        return whole[slots]
+        rings = RecentTokens(recent.k, recent.v, recent.count.clone())
+        if isinstance(pool, Tensor):
+            whole = pool.clone()
+            lightning_attention_fold(whole, rings, b.log_decay)
+            return whole[slots]
+        planes = QuantizedStates(pool.high.clone(), pool.low.clone(), pool.scale.clone())
+        lightning_attention_fold(planes, rings, b.log_decay)
+        return planes.dequantize(b.slots)
 
-    return Bound(lambda: run(pool, recent), states)
+    return Bound(lambda: run(b, pool, recent), states)
 
 
-def _decode_with_rings(b: Batch) -> Bound:
-    call = partial(lightning_attention_decode, b.q, b.k, b.v, b.log_decay, slots=b.slots)
-    return _with_rings(b, lambda pool, recent: call(state=pool, recent=recent))
-
-
-def _speculate_with_rings(b: Batch) -> Bound:
-    return _with_rings(b, lambda pool, recent: _verify_and_commit(b, pool, recent))
+def _decode_with_rings(b: Batch, pool: Any, recent: RecentTokens) -> Tensor:
+    return lightning_attention_decode(b.q, b.k, b.v, b.log_decay, pool, slots=b.slots, recent=recent)
 
 
 def _forward(b: Batch) -> Bound:
@@ -152,7 +157,22 @@ OWN = Peer(OURS, "ours", "lightning-attention", {
     DECODE: _decode, PREFILL: _prefill, EAGER: _prefill, SPECULATE: _speculate,
 })  # fmt: skip
 OTHER_WAYS = (
-    Peer(RINGS, "ours, rings", "lightning-attention", {DECODE: _decode_with_rings, SPECULATE: _speculate_with_rings}),
+    *(
+        Peer(
+            name,
+            label,
+            "lightning-attention",
+            {
+                DECODE: partial(_with_rings, _decode_with_rings, name == EIGHT_BITS),
+                SPECULATE: partial(_with_rings, _verify_and_commit, name == EIGHT_BITS),
+            },
+            states=states,
+        )
+        for name, label, states in (
+            (RINGS, "ours, rings", (torch.float32, torch.bfloat16)),
+            (EIGHT_BITS, "ours, 8 bits", (torch.float32,)),
+        )
+    ),
     Peer("forward", "our forward, packed", "lightning-attention", {PREFILL: _forward}),
     Peer("dense", "our forward, dense", "lightning-attention", {PREFILL: _dense}),
     Peer("decodes", "our decode, one by one", "lightning-attention", {SPECULATE: _decode_each}),
@@ -231,19 +251,25 @@ class Problem:
         b = self.batch
         return 4 * b.q.numel() * b.q.itemsize + (1 if b.fresh else 2) * b.pool.numel() * b.pool.itemsize
 
-    @property
-    def bytes_with_rings(self) -> float:
-        """With rings, on average: a state is written once in R steps, and a step reads (R − 1) / 2 tokens."""
+    def bytes_with_rings(self, in_8_bits: bool) -> float:
+        """With rings, on average: a state is written once in R steps, and a step reads (R − 1) / 2 tokens.
+
+        In 8 bits a plane is read, and once in R steps another plane; then both are written.
+        """
         b = self.batch
         row = b.q.numel() * b.q.itemsize
-        return (6 + R - 1) * row + (1 + 1 / R) * b.pool.numel() * b.pool.itemsize
+        states = (1 + 3 / R) * b.pool.numel() if in_8_bits else (1 + 1 / R) * b.pool.numel() * b.pool.itemsize
+        return (6 + R - 1) * row + states
 
-    def errors(self, output: Tensor | list[Tensor], states: Tensor, known: Known | None = None) -> dict[str, float]:
+    def errors(
+        self, output: Tensor | list[Tensor], states: Tensor, known: Known | None = None, in_8_bits: bool = False
+    ) -> dict[str, float]:
         """Relative Frobenius errors. ``known``: see :class:`Bound`.
 
         Raises:
             ArithmeticError: one is past its budget. 16 bits: the roundings of three operands and of the result make
                 3e-3 of an output, kernels that add partial outputs in 16 bits somewhat more; a state is rounded once.
+                A pool in 8 bits makes 6e-3.
         """
         if isinstance(output, list):
             output = torch.stack(output, 1)
@@ -256,7 +282,7 @@ class Problem:
             "state_error": relative_error(states[:, self._heads], wanted_states),
         }
         b = self.batch
-        coarse = b.q.dtype.itemsize == 2
+        coarse = b.q.dtype.itemsize == 2 or in_8_bits
         budgets = (1e-2 if coarse else 1e-4, 5e-3 if coarse or b.pool.dtype.itemsize == 2 else 1e-4)
         for (name, error), budget in zip(found.items(), budgets, strict=True):
             if not error <= budget:
@@ -290,7 +316,7 @@ def _measure(run: Run, rate: float, row: Row) -> None:
     def prepare(peer: Peer) -> dict[str, float]:
         bound = peer.operations[row.operation](problem.batch)
         output, states = bound.call(), bound.states()
-        found = {} if states is None else problem.errors(output, states, bound.known)
+        found = {} if states is None else problem.errors(output, states, bound.known, peer.name == EIGHT_BITS)
         calls[peer.name] = bound.call if what in (HOST, EAGER) else captured(bound.call, device)
         return found
 
@@ -299,10 +325,12 @@ def _measure(run: Run, rate: float, row: Row) -> None:
         for name, call in calls.items():
             found[name]["us"] = host_us(call, device)
     else:
-        steps = calls.pop(RINGS, None) if what == DECODE else None
-        if steps is not None:
-            found[RINGS] |= _over_a_turn(steps, device, scale.seconds)
-            found[RINGS]["copy_fraction"] = problem.bytes_with_rings / rate / (found[RINGS]["ms"] * 1e-3)
+        for name in (RINGS, EIGHT_BITS):
+            steps = calls.pop(name, None) if what == DECODE else None
+            if steps is not None:
+                found[name] |= _over_a_turn(steps, device, scale.seconds)
+                least = problem.bytes_with_rings(name == EIGHT_BITS)
+                found[name]["copy_fraction"] = least / rate / (found[name]["ms"] * 1e-3)
         for name, timing in time_calls(calls, device, seconds=scale.seconds).items():
             found[name] |= asdict(timing)
             # Speculation is two operations, and the other ways to do it must move other bytes; dense has no states.
@@ -344,11 +372,12 @@ def tables(records: list[Record]) -> Iterator[Table]:
     def cells(r: Record) -> dict[str, str]:
         us, own = _us(r), mine.get(tuple(r[key] for key in KEYS.values()))
         cell = "failed" if us is None else f"{us:.1f}"
+        errors = ", ".join(f"{r[name]:.0e}" for name in ("output_error", "state_error") if name in r)
         if r["implementation"] != OURS:
             slowest = f"; slowest {r['slowest_ms'] * 1e3:.1f}" if "slowest_ms" in r else ""
-            return {r["label"]: f"{cell} ({us / own:.2f}×{slowest})" if us and own else cell}
+            theirs = {r["label"]: f"{cell} ({us / own:.2f}×{slowest})" if us and own else cell}
+            return theirs | ({"errors in 8 bits\noutput, state": errors} if r["implementation"] == EIGHT_BITS else {})
         copied = {"copy": f"{r['copy_fraction']:.2f}"} if "copy_fraction" in r else {}
-        errors = ", ".join(f"{r[name]:.0e}" for name in ("output_error", "state_error") if name in r)
         return {r["label"]: cell} | copied | {"our errors\noutput, state": errors}
 
     title = "Serving operations (µs; part of the copy rate; others: over our time)"

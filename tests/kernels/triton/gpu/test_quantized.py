@@ -1,14 +1,26 @@
-"""Pools in 8 bits on a GPU: rows as plain PyTorch's, and a prefill captured and replayed."""
+"""Pools in 8 bits on a GPU: rows as plain PyTorch's, a prefill and steps captured and replayed, errors that stay."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_attention import QuantizedStates, decay, lightning_attention_prefill
+from lightning_attention import (
+    QuantizedStates,
+    RecentTokens,
+    decay,
+    lightning_attention_commit,
+    lightning_attention_decode,
+    lightning_attention_fold,
+    lightning_attention_prefill,
+    lightning_attention_verify,
+)
 from tests.kernels.triton.support.device import DEVICE, needs_gpu, no_waiting
 from tests.support import ReferencePool, budget, cumulative, relative_error
+from tests.support.rings import Walk, tensors, walk, whole
 
 pytestmark = needs_gpu
+BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+OUTPUTS, STATES = 1.5e-2, 3e-4  # of ``high`` and, in outputs, of 16 bits; of both planes
 
 
 @pytest.mark.parametrize(("D", "E"), [(128, 128), (64, 80), (20, 130), (256, 256), (5, 3)])
@@ -71,3 +83,195 @@ def test_a_captured_prefill_replayed():
     with no_waiting():
         call()
         pool.dequantize(slots)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        Walk(S=9, R=16, state_dtype=INT8),
+        Walk(S=9, H=16, Hk=4, D=128, E=128, R=16, state_dtype=INT8),
+        Walk(S=9, H=16, Hk=4, D=64, E=96, R=7, rate="slow", state_dtype=INT8, dtype=BF16, ring_dtype=BF16),
+        Walk(S=9, H=8, Hk=8, D=128, E=128, R=16, rate="none", state_dtype=INT8, dtype=BF16, ring_dtype=BF16),
+        Walk(S=9, H=8, Hk=8, D=128, E=64, R=3, state_dtype=INT8, dtype=FP16, ring_dtype=FP16),
+        Walk(S=9, H=8, Hk=8, D=128, E=128, R=16, state_dtype=INT8, dtype=BF16, ring_dtype=FP32),
+        Walk(D=20, E=130, R=3, rate="no memory", state_dtype=INT8),
+        Walk(D=128, E=128, R=1, state_dtype=INT8, dtype=BF16, ring_dtype=BF16),
+    ],
+    ids=lambda of: f"{of.rate}-{of.H}-{of.D}-{of.E}-{of.R}-{of.dtype}-{of.ring_dtype}",
+)
+def test_walks(of: Walk):
+    """Steps, drafts and prompts, by the kernels for NVIDIA chips and by the others."""
+    # A prompt's products are of numbers of 16 bits where its tokens are.
+    states = STATES if of.dtype == FP32 else budget(of.dtype)
+    walk(of, 150, device=DEVICE, tolerance=OUTPUTS, look_every=5, state_tolerance=states)
+
+
+def _pool(N: int, H: int, D: int, E: int, rate: Tensor) -> tuple[QuantizedStates, RecentTokens, ReferencePool]:
+    pool = QuantizedStates.empty(N, H, D, E, device=DEVICE)
+    pool.quantize(torch.randn(N, H, D, E, device=DEVICE))
+    return (
+        pool,
+        RecentTokens.empty(N, H, D, E, 16, BF16, DEVICE),
+        ReferencePool(pool.dequantize().cpu(), rate.cpu(), 0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("N", "H", "D", "E"), [(3, 8, 128, 128), (44, 64, 128, 128), (44, 64, 64, 96), (70, 32, 64, 64)]
+)
+def test_a_captured_step_replayed(N: int, H: int, D: int, E: int):
+    """Past two turns of the ring, by more programs than run at once: outputs, states, and which heads are written."""
+    torch.manual_seed(0)
+    rate = decay.alibi(H).to(DEVICE)
+    pool, recent, reference = _pool(N + 2, H, D, E, rate)
+    q, k, v = (torch.randn(N, H, width, device=DEVICE).to(BF16) for width in (D, D, E))
+    slots = torch.full((N,), -1, device=DEVICE)
+
+    def step() -> Tensor:
+        return lightning_attention_decode(q, k, v, rate, pool, slots=slots, scale=0.5, recent=recent)
+
+    step()  # compiled now; a batch of padding
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for n in range(2 * 16 + 5):
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape))
+        rows = torch.randperm(N + 2)[:N]
+        rows[n % N] = -1
+        slots.copy_(rows)
+        before = [x.clone() for x in tensors(pool)]
+        graph.replay()
+        expected = reference.decode(q.cpu(), k.cpu(), v.cpu(), rows.tolist())
+        assert relative_error(out.cpu(), expected) <= OUTPUTS, n
+        assert not out[n % N].any()
+        for x, old in zip(tensors(pool), before, strict=True):
+            written = (x != old).flatten(2).any(2).sum(1)
+            assert written.max() <= -(-H // 16), n
+            assert int(written.sum()) >= (N - 1) * (H // 16), n
+    assert relative_error(whole(pool, recent, rate).cpu(), reference.stacked()) <= STATES
+
+
+def test_drafts_captured_and_replayed():
+    """Verified and committed, more of them than a ring has places at times."""
+    torch.manual_seed(0)
+    N, H, D, T = 20, 32, 128, 120
+    rate = decay.alibi(H).to(DEVICE)
+    pool, recent, reference = _pool(N, H, D, D, rate)
+    q, k, v = torch.zeros(3, T, H, D, device=DEVICE, dtype=BF16)
+    cuts, slots = torch.zeros(N + 1, device=DEVICE, dtype=torch.int32), torch.full((N,), -1, device=DEVICE)
+    accepted = torch.zeros(T, device=DEVICE, dtype=torch.bool)
+    packed = {"cu_seqlens": cuts, "slots": slots, "recent": recent}
+
+    def step() -> Tensor:
+        found = lightning_attention_verify(q, k, v, rate, pool, scale=0.5, **packed)
+        lightning_attention_commit(k, v, rate, pool, accepted=accepted, **packed)
+        return found
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for n in range(12):
+        lengths = [(n + i) % 5 for i in range(N - 1)] + [20]
+        rows, used = torch.randperm(N), sum(lengths)
+        rows[n] = -1
+        new, taken = torch.randn(3, T, H, D).to(BF16), torch.rand(T) < 0.7
+        for x, values in (
+            (q, new[0]), (k, new[1]), (v, new[2]), (cuts, cumulative(lengths)), (slots, rows), (accepted, taken)
+        ):  # fmt: skip
+            x.copy_(values)
+        graph.replay()
+        expected = reference.verify(*(x[:used] for x in new), lengths, rows.tolist(), None)
+        reference.commit(new[1][:used], new[2][:used], lengths, rows.tolist(), taken[:used].tolist())
+        assert relative_error(out[:used].cpu(), expected) <= OUTPUTS, n
+        assert not out[used:].any()
+    assert relative_error(whole(pool, recent, rate).cpu(), reference.stacked()) <= STATES
+
+
+def test_the_error_does_not_grow():
+    """Over 2,000 tokens without decay, what outputs lose stays what ``high`` loses."""
+    torch.manual_seed(0)
+    N, H, D = 2, 16, 128
+    pool, recent = QuantizedStates.empty(N, H, D, D, device=DEVICE), RecentTokens.empty(N, H, D, D, 16, BF16, DEVICE)
+    state, errors = torch.zeros(N, H, D, D, device=DEVICE, dtype=torch.float64), []
+    for _ in range(2000):
+        q, k, v = torch.randn(3, N, H, D, device=DEVICE).to(BF16)
+        out = lightning_attention_decode(q, k, v, None, pool, recent=recent)
+        state += k.double()[..., None] * v.double()[..., None, :]
+        errors.append(relative_error(out, torch.einsum("nhd,nhde->nhe", q.double(), state)))
+    lightning_attention_fold(pool, recent, None)
+    assert max(errors) <= 1e-2
+    assert sum(errors[-200:]) <= 1.5 * sum(errors[200:400])
+    assert relative_error(pool.dequantize(), state) <= STATES
+
+
+def test_one_sequence_does_not_poison_another():
+    """And what is not finite is NaN all over its columns, until the row is fresh."""
+    torch.manual_seed(0)
+    N, H, D, row = 4, 16, 128, 2
+    start, rate = torch.randn(N, H, D, D, device=DEVICE), decay.alibi(H).to(DEVICE)
+    others, tokens = torch.tensor([0, 1, 3], device=DEVICE), torch.randn(20, 3, N, H, D, device=DEVICE).to(BF16)
+    cuts, results = torch.arange(N + 1, device=DEVICE), []
+    for spoilt in (False, True):
+        pool, recent, outs = QuantizedStates.empty(N, H, D, D, device=DEVICE), RecentTokens.empty(
+            N, H, D, D, 16, BF16, DEVICE
+        ), []  # fmt: skip
+        pool.quantize(start)
+        for n, x in enumerate(tokens):
+            q, k, v = x.clone()
+            if spoilt:
+                k[row, :, 5], v[row, :, 7] = torch.inf, torch.nan
+            packed = {"cu_seqlens": cuts, "recent": recent}
+            if n % 5 == 4:
+                outs.append(lightning_attention_verify(q, k, v, rate, pool, **packed)[others])
+                accepted = torch.ones(N, dtype=torch.bool, device=DEVICE)
+                lightning_attention_commit(k, v, rate, pool, accepted=accepted, **packed)
+            else:
+                outs.append(lightning_attention_decode(q, k, v, rate, pool, recent=recent)[others])
+        assert bool(pool.dequantize()[row].isnan().any()) == spoilt
+        q, k, v = tokens[0]
+        outs.append(lightning_attention_prefill(q, k, v, rate, pool, fresh=cuts[:N] == row, **packed))
+        outs.append(lightning_attention_decode(q, k, v, rate, pool, recent=recent))
+        results.append([*outs, whole(pool, recent, rate)])
+    for clean, other in zip(*results, strict=True):
+        assert torch.equal(clean, other)
+
+
+def test_how_many_others_there_are_changes_no_bit():
+    torch.manual_seed(0)
+    most, H, D = 300, 8, 128
+    start, rate = torch.randn(most, H, D, D, device=DEVICE), decay.alibi(H).to(DEVICE)
+    tokens, alone = [torch.randn(3, most, H, D, device=DEVICE).to(BF16) for _ in range(20)], None
+    for N in (1, 7, most):
+        pool, recent = QuantizedStates.empty(most, H, D, D, device=DEVICE), RecentTokens.empty(
+            most, H, D, D, 16, BF16, DEVICE
+        )  # fmt: skip
+        pool.quantize(start)
+        slots, options = torch.arange(N, device=DEVICE), {"batch_invariant": True, "recent": recent}
+        got = [
+            lightning_attention_decode(q[:N], k[:N], v[:N], rate, pool, slots=slots, **options)[0]
+            for q, k, v in tokens
+        ]  # fmt: skip
+        got += [x[0] for x in tensors(pool)]
+        alone = alone or got
+        assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True)), N
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_nothing_is_read_on_the_host():
+    rate = decay.alibi(8).to(DEVICE)
+    pool, recent, _ = _pool(3, 8, 128, 128, rate)
+    q, k, v = torch.randn(3, 3, 8, 128, device=DEVICE).to(BF16)
+    packed = {"cu_seqlens": torch.arange(4, device=DEVICE), "recent": recent}
+    accepted = torch.ones(3, dtype=torch.bool, device=DEVICE)
+
+    def call() -> None:
+        lightning_attention_decode(q, k, v, rate, pool, recent=recent)
+        lightning_attention_verify(q, k, v, rate, pool, **packed)
+        lightning_attention_commit(k, v, rate, pool, accepted=accepted, **packed)
+        lightning_attention_fold(pool, recent, rate)
+
+    call()
+    with no_waiting():
+        call()

@@ -14,6 +14,7 @@ from lightning_attention import (
     lightning_attention_verify,
 )
 from lightning_attention.kernels.triton import quantized as launches
+from lightning_attention.kernels.triton import recent as steps
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, Launch, launched_by
 from tests.support import relative_error
@@ -169,6 +170,62 @@ def launched(chip: str, width: int, *, N: int = 3, S: int = 9) -> list[Launch]:
     return found
 
 
+def stepped(chip: str, width: int, N: int, dtype: torch.dtype = torch.bfloat16, S: int = 300) -> list[Launch]:
+    """Decode, verify as chains and as trees, commit and fold."""
+    H, T, R = 64, 4 * N, 16
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = tensor(3, T, H, width)
+    high, low = (tensor(S, H, width, width, dtype=INT8) for _ in range(2))
+    rate, slots, cuts, parents = tensor(H, dtype=torch.float32), *(tensor(n, dtype=torch.int32) for n in (N, N + 1, T))
+    accepted, ring = tensor(T, dtype=torch.bool), tuple(tensor(S, H, R, width) for _ in range(2))
+    pool = *ring, tensor(S, dtype=torch.int32), low, tensor(S, H, width, dtype=torch.float32)
+
+    def run() -> None:
+        steps.decode(q[:N], k[:N], v[:N], rate, high, slots, 1.0, False, *pool)
+        steps.verify(q, k, v, rate, high, cuts, slots, None, 1.0, *pool)
+        steps.verify(q, k, v, rate, high, cuts, slots, parents, 1.0, *pool)
+        steps.commit(k, v, rate, high, cuts, accepted, slots, *pool)
+        steps.fold(high, rate, slots, None, *pool)
+
+    found = launched_by(run, CHIPS[chip])
+    for launch in found:
+        print(launch)
+    return found
+
+
+PORTABLE = ["verify_recent_kernel", "commit_recent_kernel", "fold_kernel"]
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("N", "columns"), [(3, 32), (256, 64)])
+def test_steps_on_nvidia_chips(chip: str, N: int, columns: int):
+    """Decode is in registers alone, of which 15 programs fit; of one, states are copied 8 bytes at a time."""
+    found = stepped(chip, 128, N)
+    decode, verify = found[:2]
+    assert [x.name for x in found] == ["decode_ring_kernel", "verify_ring_kernel", *PORTABLE]
+    assert decode.constants["TILE"].columns == columns
+    assert decode.registers <= 136
+    assert decode.stack == 0
+    assert decode.shared <= 9216
+    assert decode.compiled.asm["ptx"].count("cp.async.ca") == 128 * columns // (8 * 32)
+    assert verify.stack <= 128
+
+
+def test_steps_with_float32_tokens():
+    found = stepped("sm_90", 128, 256, torch.float32)
+    assert [x.name for x in found] == ["decode_ring_kernel", "verify_recent_kernel", *PORTABLE]
+    assert found[0].stack <= 128, found[0]
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
+def test_steps_by_the_portable_kernels(chip: str):
+    found = stepped(chip, 128 if chip == "gfx942" else 20, 3)
+    assert [x.name for x in found] == ["decode_recent_kernel", "verify_recent_kernel", *PORTABLE]
+
+
 @pytest.mark.parametrize(("chip", "width"), [("sm_80", 64), ("sm_90", 128), ("sm_90", 256), ("gfx942", 128)])
 def test_compiles_and_fits(chip: str, width: int):
     """Nothing spills, and planes are read and written 16 bytes at a time."""
@@ -185,3 +242,5 @@ def test_another_batch_or_pool_compiles_nothing():
     first = [x.compiled for x in launched("sm_90", 16)]
     for N, S in ((1, 1), (16, 17), (31, 2**20)):
         assert [x.compiled for x in launched("sm_90", 16, N=N, S=S)] == first, (N, S)
+    first = [x.compiled for x in stepped("sm_90", 16, 3)]
+    assert [x.compiled for x in stepped("sm_90", 16, 31, S=2**20)] == first
