@@ -27,7 +27,7 @@ PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
 #: Of a thread, nothing spilled, so that 16 programs of decode and 4 of commit, which have four warps, run on a
 #: multiprocessor at once; 0: any number.
-REGISTERS = {"decode": 128, "verify": 0, "commit": 128}
+REGISTERS = {"decode": 128, "decode in 8 bits": 136, "verify": 0, "commit": 128}
 
 
 @cache
