@@ -27,7 +27,8 @@ PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
 #: Of a thread, nothing spilled, so that 16 programs of decode and 4 of commit, which have four warps, run on a
 #: multiprocessor at once; 0: any number.
-REGISTERS = {"decode": 128, "decode in 8 bits": 136, "verify": 0, "commit": 128}
+WIDE = 2048
+REGISTERS = {"decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "verify": 0, "commit": 128}
 
 
 @cache
@@ -84,9 +85,9 @@ def _read_as_used(
 
 
 def _width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
-    """Columns of a program of ``ring_decode.py``; of 8 bits twice as many, where there are states enough."""
-    many = batch_invariant or N * H >= 2048
-    return COLUMNS.value * (2 if state.dtype == torch.int8 and E % (2 * COLUMNS.value) == 0 and many else 1)
+    """Columns of a program of ``ring_decode.py``: of numbers of 8 or 16 bits twice as many, if there are states enough."""
+    is_wide = (batch_invariant or N * H >= WIDE) and state.itemsize <= 2 and E % (2 * COLUMNS.value) == 0
+    return COLUMNS.value * (2 if is_wide else 1)
 
 
 def _run_as_used(
@@ -145,7 +146,8 @@ def _decode(
     after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, *planes, H, scale, int(clears))
     if _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
         args, width = (*before, *strides[:2], *after), _width(E, N, H, state, batch_invariant)
-        registers = REGISTERS["decode" if low is None else "decode in 8 bits"]
+        kind = "decode in 8 bits" if low is not None else "decode" if width == COLUMNS.value else "decode of 64 columns"
+        registers = REGISTERS[kind]
         _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
         return
     args = (*before, *strides, *after)

@@ -66,13 +66,13 @@ def keys_layout(D, width, columns):
 
 
 @gluon.constexpr_function
-def swizzled(dtype):
+def swizzled(dtype, columns=32):
     """Shared memory for a tile of a state, read without conflicts as an operand of a product too."""
     if dtype.primitive_bitwidth == 8:
         return PLAIN
     if dtype.primitive_bitwidth == 32:
         return gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
-    return gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    return gl.SwizzledSharedLayout(8, 64 // columns, columns // 8, [1, 0])
 
 
 @gluon.jit
@@ -140,7 +140,7 @@ def decode_ring_kernel(
         return
     TYPE: gl.constexpr = state.dtype.element_ty
     COPIES: gl.constexpr = copies_of(TYPE, COLUMNS)
-    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], swizzled(TYPE))
+    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], swizzled(TYPE, COLUMNS))
     shared = buffer.index(0)
     state += slot * slot_stride + head * head_stride
     where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
@@ -220,6 +220,7 @@ def decode_ring_kernel(
                 fold_planes(state + column + start, low + start, scales + column + start, buffer, k, v + start, ring_k,
                             ring_v + column + start, count, tokens, x, D, E, RING)  # fmt: skip
     elif folds:
+        ROWS: gl.constexpr = FOLDED * 32 // COLUMNS
         old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
         old_age = (count - 1 - old + PLACES * RING.places) % RING.places
         is_old = (old < RING.places) & (old_age < tokens)
@@ -228,17 +229,17 @@ def decode_ring_kernel(
         old_values = old_values.to(gl.float32) * power(x, gl.where(is_old, old_age, 0) + 1)[:, None]
         token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, LEFT))
         is_token = (token_of < RING.places) & ((count - 1 - token_of + PLACES * RING.places) % RING.places < tokens)
-        old_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, LEFT))
+        old_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LEFT))
         old_keys = ring_k + token_of[None, :] * D + old_rows[:, None]
-        part_rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, MMA))
+        part_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
         part_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
         k_parts = k + token * k_token_stride + head // TILE.group * k_head_stride + part_rows
         v_part = gl.load(v + token * v_token_stride + head * v_head_stride + part_cols).to(gl.float32)
         whole, rest = whole_and_rest(x * (tokens + 1).to(gl.float32))
-        for start in gl.static_range(0, D, FOLDED):
+        for start in gl.static_range(0, D, ROWS):
             keys_part = gl.load(old_keys + start, mask=is_token[None, :], other=0.0)
             k_part = gl.load(k_parts + start).to(gl.float32)
-            part = shared.slice(start, FOLDED, dim=0).load(MMA).to(gl.float32)
+            part = shared.slice(start, ROWS, dim=0).load(MMA).to(gl.float32)
             part = add_product(keys_part, old_values, part * whole + part * rest)
             part += k_part[:, None] * v_part[None, :]
             whither = gl.multiple_of(state + (start + part_rows)[:, None] * E + part_cols[None, :], [16, 16])
