@@ -25,12 +25,9 @@ from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-#: Of a thread. With 128, nothing spilled, 16 programs of decode and 4 of commit, which have four warps, run on a
-#: multiprocessor at once. Drafts are multiplied with states of 4 bytes as fast with all registers, N 64: 115 µs for 120
-#: with 184 and 152 with 128; of 2 bytes, 77 µs with all, 72 with 168, 40 bytes spilled, and 92 with 128. In
-#: 8 bits they are the fewest with which next to nothing is spilled.
-REGISTERS = {"decode": 128, "decode in 8 bits": 136, "commit": 128}
-VERIFY_REGISTERS = {4: 0, 2: 168, 1: 200}
+#: Of a thread, nothing spilled, so that 16 programs of decode and 4 of commit, which have four warps, run on a
+#: multiprocessor at once; 0: any number.
+REGISTERS = {"decode": 128, "decode in 8 bits": 136, "verify": 0, "commit": 128}
 
 
 @cache
@@ -213,7 +210,7 @@ def verify(
     is_short = q.dtype == ring_k.dtype != torch.float32
     if parents is None and is_short and _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
         args = (*before, *strides[:2], slots, log_decay, cuts, *after)
-        registers = VERIFY_REGISTERS[state.itemsize]
+        registers = REGISTERS["verify"]
         _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, COLUMNS.value, args, constants, state, registers)
         return made
     args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)

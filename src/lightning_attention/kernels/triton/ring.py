@@ -183,6 +183,12 @@ def power(x, tokens):
 
 
 @triton.jit
+def nearly(x, tokens):
+    """λ^tokens for what is read and not kept: off by up to 2.4e-7 of it, and 20 instructions less than ``power``."""
+    return tl.exp2(x * 1.4426950408889634 * tokens.to(tl.float32))
+
+
+@triton.jit
 def read_rows(q_row, keys, values, x, age):
     """What a query reads of tokens of this age."""
     weight = tl.sum(keys.to(tl.float32) * q_row[None, :], 1) * power(x, age)

@@ -14,12 +14,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring import arrive, count_among, power, top_bits
+from lightning_attention.kernels.triton.ring import arrive, count_among, nearly, power, top_bits
 from lightning_attention.kernels.triton.ring_planes import MMA, PLACES, PLAIN, copy, fold_planes, numbers
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
 COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be twice as many
 FOLDED = gl.constexpr(32)  # rows of a state, at once
+DRAFTS = gl.constexpr(16)  # queries that are read for at once, of which decode has one
 
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 1))  # of float32
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 1))
@@ -31,6 +32,12 @@ RIGHT_HALF = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
 def width_of(dtype):
     """Numbers of a state that a lane has side by side: 16 bytes, and no more than 8."""
     return min(8, 128 // dtype.primitive_bitwidth)
+
+
+@gluon.constexpr_function
+def are_short(state, tokens, ring):
+    """Whether all are of one type of 16 bits."""
+    return state == tokens == ring and state.primitive_bitwidth == 16
 
 
 @gluon.constexpr_function
@@ -84,6 +91,15 @@ def add_product(a, b, c):
         c = mma_v2(a - left, top, c, input_precision="tf32")
     c = mma_v2(left, b - top, c, input_precision="tf32")
     return mma_v2(left, top, c, input_precision="tf32")
+
+
+@gluon.jit
+def scores(queries, keys, row_stride, at, is_one, D: gl.constexpr):
+    """Products of 16 queries with 16 keys, rows ``at`` of ``keys``; 0 where there is none."""
+    dims = gl.arange(0, D, layout=gl.SliceLayout(1, RIGHT_HALF))
+    where = gl.multiple_of(keys + at[None, :].to(gl.int64) * row_stride + dims[:, None], [16, 16])
+    found = gl.load(where, mask=is_one[None, :], other=0.0)
+    return mma_v2(queries, found, gl.zeros([DRAFTS, PLACES], gl.float32, layout=MMA))
 
 
 @dispatch.unspecialized(gluon.jit)
@@ -141,11 +157,23 @@ def decode_ring_kernel(
     tokens = gl.minimum(count, since)
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
     ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride
-    at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, KEYS))
+    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows.
+    IS_SHORT: gl.constexpr = are_short(TYPE, q.dtype.element_ty, ring_k.dtype.element_ty)
+    KEY_AT: gl.constexpr = gl.SliceLayout(0, RIGHT_HALF) if IS_SHORT else gl.SliceLayout(1, KEYS)
+    at = gl.arange(0, PLACES, layout=KEY_AT)
     age = (count - 1 - at + PLACES * RING.places) % RING.places
     is_used = (at < RING.places) & (age < tokens)
-    dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
-    keys = gl.load(gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16]), mask=is_used[:, None], other=0.0)
+    if IS_SHORT:
+        first = gl.arange(0, DRAFTS, layout=gl.SliceLayout(1, LEFT_HALF))
+        parts = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT_HALF))
+        q_start = token * q_token_stride + head // TILE.group * q_head_stride
+        where_q = gl.multiple_of(q + q_start + first[:, None] * 0 + parts[None, :], [16, 16])
+        left = gl.load(where_q, mask=(first == 0)[:, None], other=0.0)
+        weight = gl.convert_layout(gl.sum(scores(left, ring_k, D, at, is_used, D), 0), KEY_AT)
+    else:
+        dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
+        where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
+        keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
     value_at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, VALUES))
     value_age = (count - 1 - value_at + PLACES * RING.places) % RING.places
     is_value = (value_at < RING.places) & (value_age < tokens)
@@ -159,19 +187,15 @@ def decode_ring_kernel(
         gl.store(gl.multiple_of(ring_k + place * D + share, 16), k_share.to(ring_k.dtype.element_ty))
     gl.store(gl.multiple_of(ring_v + place * E + cols, 16), v_row.to(ring_v.dtype.element_ty))
 
-    query = gl.convert_layout(q_row, gl.SliceLayout(0, KEYS), assert_trivial=True)
-    weight = gl.sum(keys.to(gl.float32) * query[None, :], 1) * power(x, gl.where(is_used, age, 0) + 1)
+    if not IS_SHORT:
+        query = gl.convert_layout(q_row, gl.SliceLayout(0, KEYS), assert_trivial=True)
+        weight = gl.sum(keys.to(gl.float32) * query[None, :], 1)
+    weight *= nearly(x, gl.where(is_used, age, 0) + 1)
     weight = gl.convert_layout(weight, gl.SliceLayout(1, VALUES))
     read = gl.sum(weight[:, None] * values.to(gl.float32), 0)
     read = gl.convert_layout(read, gl.SliceLayout(0, LAYOUT), assert_trivial=True)
     read += gl.sum(q_share * k_share, 0) * v_row
-    if q.dtype.element_ty == TYPE and gl.float32 != TYPE:
-        # Of 16 bits both: in the tensor cores, with the query as the first of 16 rows.
-        first = gl.arange(0, 16, layout=gl.SliceLayout(1, LEFT_HALF))
-        parts = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT_HALF))
-        q_start = token * q_token_stride + head // TILE.group * q_head_stride
-        where_q = gl.multiple_of(q + q_start + first[:, None] * 0 + parts[None, :], [16, 16])
-        left = gl.load(where_q, mask=(first == 0)[:, None], other=0.0)
+    if IS_SHORT:
         async_copy.wait_group(0)
         of_state = mma_v2(left, shared.load(RIGHT_HALF), gl.zeros([16, COLUMNS], gl.float32, layout=MMA))
         of_state = gl.convert_layout(gl.sum(of_state, 0), gl.SliceLayout(0, LAYOUT))
@@ -181,7 +205,7 @@ def decode_ring_kernel(
     else:
         async_copy.wait_group(0)
         of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
-    read += of_state * power(x, tokens + 1)
+    read += of_state * nearly(x, tokens + 1)
     gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
     barrier()  # all warps have read the count
     arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)

@@ -11,9 +11,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay
 from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring import count_of, power, top_bits
+from lightning_attention.kernels.triton.ring import count_of, nearly, top_bits
 from lightning_attention.kernels.triton.ring_decode import (
     COLUMNS,
+    DRAFTS,
     FOLDED,
     LEFT,
     LEFT_HALF,
@@ -24,13 +25,12 @@ from lightning_attention.kernels.triton.ring_decode import (
     add_product,
     barrier,
     copy,
+    scores,
     swizzled,
     tile_layout,
     width_of,
 )
 from lightning_attention.kernels.triton.ring_planes import numbers
-
-DRAFTS = gl.constexpr(16)  # of a sequence, at once
 
 #: A part [32, 32] of a state in 8 bits: a lane has 4 columns side by side, that are 8 apart in the product.
 FOURS = gl.constexpr(
@@ -41,19 +41,11 @@ FOURS = gl.constexpr(
 
 
 @gluon.jit
-def scores(queries, keys, row_stride, at, is_one, D: gl.constexpr):
-    """Products of 16 queries with 16 keys, rows ``at`` of ``keys``; 0 where there is none."""
-    dims = gl.arange(0, D, layout=gl.SliceLayout(1, RIGHT_HALF))
-    where = gl.multiple_of(keys + at[None, :] * row_stride + dims[:, None], [16, 16])
-    found = gl.load(where, mask=is_one[None, :], other=0.0)
-    return mma_v2(queries, found, gl.zeros([DRAFTS, PLACES], gl.float32, layout=MMA))
-
-
-@gluon.jit
 def rows_of(values, row_stride, at, is_one, column):
     """Columns of 16 rows of values in float32; 0 where there is none."""
     cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, RIGHT))
-    return gl.load(values + at[:, None] * row_stride + cols[None, :], mask=is_one[:, None], other=0.0).to(gl.float32)
+    where = values + at[:, None].to(gl.int64) * row_stride + cols[None, :]
+    return gl.load(where, mask=is_one[:, None], other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -88,16 +80,17 @@ def verify_ring_kernel(
     column = gl.program_id(0) % (E // COLUMNS) * COLUMNS
     first = gl.load(cu_seqlens + n).to(gl.int64)
     last = gl.load(cu_seqlens + n + 1).to(gl.int64)
+    length = (last - first).to(gl.int32)
     slot = slot_of(slots, n)
     out += head * E + column
-    if (slot < 0) | (first == last):
+    if (slot < 0) | (length <= 0):
         if clears != 0:
             clear(out, first, last, 1, H, E)
             clear(out, gl.load(cu_seqlens + N).to(gl.int64) + n, T, N, H, E)
         return
-    q += head // TILE.group * q_head_stride
-    k += head // TILE.group * k_head_stride
-    v += head * v_head_stride + column
+    q += first * q_token_stride + head // TILE.group * q_head_stride
+    k += first * k_token_stride + head // TILE.group * k_head_stride
+    v += first * v_token_stride + head * v_head_stride + column
     count = count_of(counts, slot)
     x = natural_decay(log_decay, head)
     TYPE: gl.constexpr = state.dtype.element_ty
@@ -115,6 +108,7 @@ def verify_ring_kernel(
 
     if clears != 0:
         clear(out, gl.load(cu_seqlens + N).to(gl.int64) + n, T, N, H, E)
+    out += first * H * E
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
@@ -125,33 +119,33 @@ def verify_ring_kernel(
     value_age = (count - 1 - value_at + PLACES * RING.places) % RING.places
     score_at = gl.arange(0, PLACES, layout=gl.SliceLayout(0, MMA))
     age = (count - 1 - score_at + PLACES * RING.places) % RING.places
-    by_age = power(x, gl.where((score_at < RING.places) & (age < tokens), age, 0))
+    by_age = nearly(x, gl.where((score_at < RING.places) & (age < tokens), age, 0))
     old_values = rows_of(ring_v, E, value_at, (value_at < RING.places) & (value_age < tokens), column)
     key_used = (key_at < RING.places) & (key_age < tokens)
 
     QUERIES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
     query_shared = gl.allocate_shared_memory(q.dtype.element_ty, [DRAFTS, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    for block in range(first, last, DRAFTS):
+    for block in range(0, length, DRAFTS):
         query_token = block + gl.arange(0, DRAFTS, layout=gl.SliceLayout(1, QUERIES))
         query_dims = gl.arange(0, D, layout=gl.SliceLayout(0, QUERIES))
-        where_q = gl.multiple_of(q + query_token[:, None] * q_token_stride + query_dims[None, :], [16, 16])
-        query_shared.store(gl.load(where_q, mask=(query_token < last)[:, None], other=0.0))
+        where_q = gl.multiple_of(q + query_token[:, None].to(gl.int64) * q_token_stride + query_dims[None, :], [16, 16])
+        query_shared.store(gl.load(where_q, mask=(query_token < length)[:, None], other=0.0))
         queries = query_shared.load(LEFT_HALF)
         token = block + gl.arange(0, DRAFTS, layout=gl.SliceLayout(1, MMA))
-        depth = token - first + 1
+        depth = token + 1
         # What is read of the ring and of drafts, while the state is on its way.
         read = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
         weights = scores(queries, ring_k, D, key_at, key_used, D) * by_age[None, :]
-        read = add_weighted(weights, old_values, read) * power(x, depth)[:, None]
-        for before in range(first, block + 1, DRAFTS):
+        read = add_weighted(weights, old_values, read) * nearly(x, depth)[:, None]
+        for before in range(0, block + 1, DRAFTS):
             new_key = before + gl.arange(0, PLACES, layout=gl.SliceLayout(0, RIGHT_HALF))
             new_value = before + gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
             draft = before + gl.arange(0, PLACES, layout=gl.SliceLayout(0, MMA))
-            new_values = rows_of(v, v_token_stride, new_value, new_value < last, 0)
+            new_values = rows_of(v, v_token_stride, new_value, new_value < length, 0)
             sees = draft[None, :] <= token[:, None]
             ahead = gl.where(sees, token[:, None] - draft[None, :], 0)
-            weights = scores(queries, k, k_token_stride, new_key, new_key < last, D)
-            weights = gl.where(sees, weights * power(x, ahead), 0.0)
+            weights = scores(queries, k, k_token_stride, new_key, new_key < length, D)
+            weights = gl.where(sees, weights * nearly(x, ahead), 0.0)
             # A NaN times a weight of 0 would be NaN in the drafts before it: who sees one is told by a product of
             # ones and zeros.
             is_finite = gl.abs(new_values) < float("inf")
@@ -177,7 +171,7 @@ def verify_ring_kernel(
             for start in gl.static_range(0, D, FOLDED):
                 part = shared.slice(start, FOLDED, dim=0).load(RIGHT).to(gl.float32)
                 of_state = add_product(query_shared.slice(start, FOLDED, dim=1).load(LEFT), part, of_state)
-        read += of_state * power(x, tokens + depth)[:, None]
+        read += of_state * nearly(x, tokens + depth)[:, None]
         out_cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
-        where_out = out + token[:, None] * (H * E) + out_cols[None, :]
-        gl.store(where_out, (read * scale).to(out.dtype.element_ty), mask=(token < last)[:, None])
+        where_out = out + token[:, None].to(gl.int64) * (H * E) + out_cols[None, :]
+        gl.store(where_out, (read * scale).to(out.dtype.element_ty), mask=(token < length)[:, None])
