@@ -14,6 +14,10 @@ from lightning_attention.kernels.triton.ring import power, top_bits
 #: From global to shared memory; called async_copy_global_to_shared before Triton 3.8.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
+_Shared = gl.shared_memory_descriptor
+#: The same shared memory with another shape; public since Triton 3.9.
+seen_as = getattr(_Shared, "reinterpret", None) or _Shared._reinterpret
+
 PLACES = gl.constexpr(16)  # of a ring, at most
 ROWS = gl.constexpr(16)  # of a state, folded at once
 COLUMNS = gl.constexpr(32)
@@ -107,10 +111,10 @@ def copy_plane(plane, shared, D: gl.constexpr, E: gl.constexpr):
 def fold_planes(state, low, scale, buffer, k, v, ring_k, ring_v, count, tokens, x, D: gl.constexpr, E: gl.constexpr,
                 RING: gl.constexpr):  # fmt: skip
     """Fold 32 columns, at which the pointers but k and ring_k point; ``buffer``: shared, 64 D bytes."""
-    copy_plane(state, buffer._reinterpret(gl.int8, [2, D, COLUMNS], PLAIN).index(0), D, E)
-    copy_plane(low, buffer._reinterpret(gl.int8, [2, D, COLUMNS], PLAIN).index(1), D, E)
+    copy_plane(state, seen_as(buffer, gl.int8, [2, D, COLUMNS], PLAIN).index(0), D, E)
+    copy_plane(low, seen_as(buffer, gl.int8, [2, D, COLUMNS], PLAIN).index(1), D, E)
     async_copy.commit_group()
-    parts = buffer._reinterpret(gl.int8, [2 * (D // ROWS), ROWS, COLUMNS], PLAIN)
+    parts = seen_as(buffer, gl.int8, [2 * (D // ROWS), ROWS, COLUMNS], PLAIN)
     VALUES: gl.constexpr = operand(1, ring_k.dtype.element_ty)
     at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, VALUES))
     age = age_of(at, count, RING)

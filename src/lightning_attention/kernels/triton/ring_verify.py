@@ -30,6 +30,14 @@ from lightning_attention.kernels.triton.ring_decode import (
     tile_layout,
     width_of,
 )
+from lightning_attention.kernels.triton.ring_planes import numbers
+
+#: A part [32, 32] of a state in 8 bits: a lane has 4 columns side by side, that are 8 apart in the product.
+FOURS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [4, 0], [8, 0], [16, 0]], [[1, 0], [2, 0], [0, 4], [0, 8], [0, 16]], [], [], [32, 32]
+    )
+)
 
 
 @gluon.jit
@@ -47,12 +55,6 @@ def add_weighted(weights, values, read):
     top = top_bits(weights)
     read = mma_v2(weights - top, values, read, input_precision="tf32")
     return mma_v2(top, values, read, input_precision="tf32")
-
-
-@gluon.jit
-def exactly(plane):
-    """Numbers of 8 bits in float32, as in ``ring_planes.py``, where they do not lie side by side."""
-    return (plane.to(gl.int32) + 0x4B400000).to(gl.float32, bitcast=True) - 1.5 * 2.0**23
 
 
 @gluon.jit
@@ -156,10 +158,13 @@ def verify_ring_kernel(
         of_state = gl.zeros([DRAFTS, COLUMNS], gl.float32, layout=MMA)
         if low is not None:
             for start in gl.static_range(0, D, FOLDED):
-                part = exactly(shared.slice(start, FOLDED, dim=0).load(RIGHT))
+                part = numbers(shared.slice(start, FOLDED, dim=0).load(FOURS))
+                part = part.reshape([FOLDED, 8, 4]).permute([0, 2, 1]).reshape([FOLDED, COLUMNS])
+                part = gl.convert_layout(part, RIGHT, assert_trivial=True)
                 query = query_shared.slice(start, FOLDED, dim=1).load(LEFT).to(gl.float32)
                 of_state = mma_v2(query, part, of_state, input_precision="tf32")
-            of_state *= by[None, :]
+            of_state = of_state.reshape([DRAFTS, 4, 8]).permute([0, 2, 1]).reshape([DRAFTS, COLUMNS])
+            of_state = gl.convert_layout(of_state, MMA) * by[None, :]
         elif q.dtype.element_ty == TYPE:
             of_state = mma_v2(queries, shared.load(RIGHT_HALF), of_state)
         else:

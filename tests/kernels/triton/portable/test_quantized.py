@@ -202,22 +202,23 @@ PORTABLE = ["verify_recent_kernel", "commit_recent_kernel", "fold_kernel"]
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(("N", "columns"), [(3, 32), (256, 64)])
 def test_steps_on_nvidia_chips(chip: str, N: int, columns: int):
-    """Decode is in registers alone, of which 15 programs fit; of one, states are copied 8 bytes at a time."""
+    """Next to nothing spills, with registers for 15 programs of decode; states are copied 8 bytes at a time."""
     found = stepped(chip, 128, N)
     decode, verify = found[:2]
     assert [x.name for x in found] == ["decode_ring_kernel", "verify_ring_kernel", *PORTABLE]
     assert decode.constants["TILE"].columns == columns
     assert decode.registers <= 136
-    assert decode.stack == 0
+    assert decode.stack <= 8
     assert decode.shared <= 9216
     assert decode.compiled.asm["ptx"].count("cp.async.ca") == 128 * columns // (8 * 32)
-    assert verify.stack <= 128
+    assert verify.stack <= 64
 
 
 def test_steps_with_float32_tokens():
+    """Where a head folds, products of float32 want more registers."""
     found = stepped("sm_90", 128, 256, torch.float32)
     assert [x.name for x in found] == ["decode_ring_kernel", "verify_recent_kernel", *PORTABLE]
-    assert found[0].stack <= 128, found[0]
+    assert found[0].stack <= 192, found[0]
 
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
