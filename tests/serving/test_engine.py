@@ -57,7 +57,7 @@ def draw_requests(source: random.Random, count: int, longest: int = 120, **setti
     ]
 
 
-# A GPU is always one step ahead of the host, and has rings; a CPU can be, and can have them.
+# A GPU is always one step ahead of the host, and has rings for many states; a CPU can be, and can have them.
 @pytest.mark.parametrize(("seed", "ahead", "recent"), [(0, 0, None), (1, 0, 16), (2, 1, 4), (3, 1, 0)])
 def test_each_request_gets_what_it_gets_alone_whoever_joins_and_leaves(
     model, seed: int, ahead: int, recent: int | None
@@ -71,7 +71,7 @@ def test_each_request_gets_what_it_gets_alone_whoever_joins_and_leaves(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 @pytest.mark.parametrize("seed", range(4))
 def test_each_request_gets_what_it_gets_alone_on_a_gpu(model, seed: int) -> None:
-    batch = check_random_requests(model.cuda(), seed, 1)
+    batch = check_random_requests(model.cuda(), seed, 1, 16)
     assert batch._graphs  # decode steps were replayed
     assert all(ring.k.shape[2] == 16 for ring in batch.recent)
 

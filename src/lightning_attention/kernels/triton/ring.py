@@ -138,11 +138,17 @@ def ring_of(k, k_slot_stride, k_head_stride, v, v_slot_stride, v_head_stride, sl
 
 
 @triton.jit
+def age_at(at, count, RING: tl.constexpr):
+    """How many tokens came since a place was filled, of so many appended."""
+    return (count - 1 - at + RING.rows * RING.places) % RING.places
+
+
+@triton.jit
 def held_by(count, head, RING: tl.constexpr):
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = tl.minimum(count, since)
     at = tl.arange(0, RING.rows)
-    age = (count - 1 - at + RING.rows * RING.places) % RING.places
+    age = age_at(at, count, RING)
     return Held(since, tokens, age, (at < RING.places) & (age < tokens))
 
 

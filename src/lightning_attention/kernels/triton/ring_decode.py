@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring import arrive, count_among, nearly, power, top_bits
+from lightning_attention.kernels.triton.ring import age_at, arrive, count_among, nearly, power, top_bits
 from lightning_attention.kernels.triton.ring_planes import MMA, PLACES, PLAIN, copy, fold_planes, numbers
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
@@ -161,7 +161,7 @@ def decode_ring_kernel(
     IS_SHORT: gl.constexpr = are_short(TYPE, q.dtype.element_ty, ring_k.dtype.element_ty)
     KEY_AT: gl.constexpr = gl.SliceLayout(0, RIGHT_HALF) if IS_SHORT else gl.SliceLayout(1, KEYS)
     at = gl.arange(0, PLACES, layout=KEY_AT)
-    age = (count - 1 - at + PLACES * RING.places) % RING.places
+    age = age_at(at, count, RING)
     is_used = (at < RING.places) & (age < tokens)
     if IS_SHORT:
         first = gl.arange(0, DRAFTS, layout=gl.SliceLayout(1, LEFT_HALF))
@@ -175,7 +175,7 @@ def decode_ring_kernel(
         where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
         keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
     value_at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, VALUES))
-    value_age = (count - 1 - value_at + PLACES * RING.places) % RING.places
+    value_age = age_at(value_at, count, RING)
     is_value = (value_at < RING.places) & (value_age < tokens)
     value_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, VALUES))
     values = gl.load(gl.multiple_of(ring_v + value_at[:, None] * E + value_cols[None, :], [16, 16]),
@@ -222,13 +222,13 @@ def decode_ring_kernel(
     elif folds:
         ROWS: gl.constexpr = FOLDED * 32 // COLUMNS
         old = gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
-        old_age = (count - 1 - old + PLACES * RING.places) % RING.places
+        old_age = age_at(old, count, RING)
         is_old = (old < RING.places) & (old_age < tokens)
         old_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, RIGHT))
         old_values = gl.load(ring_v + old[:, None] * E + old_cols[None, :], mask=is_old[:, None], other=0.0)
         old_values = old_values.to(gl.float32) * power(x, gl.where(is_old, old_age, 0) + 1)[:, None]
         token_of = gl.arange(0, PLACES, layout=gl.SliceLayout(0, LEFT))
-        is_token = (token_of < RING.places) & ((count - 1 - token_of + PLACES * RING.places) % RING.places < tokens)
+        is_token = (token_of < RING.places) & (age_at(token_of, count, RING) < tokens)
         old_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LEFT))
         old_keys = ring_k + token_of[None, :] * D + old_rows[:, None]
         part_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))

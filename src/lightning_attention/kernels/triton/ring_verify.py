@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay
 from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring import count_of, nearly, top_bits
+from lightning_attention.kernels.triton.ring import age_at, count_of, nearly, top_bits
 from lightning_attention.kernels.triton.ring_decode import (
     COLUMNS,
     DRAFTS,
@@ -114,11 +114,11 @@ def verify_ring_kernel(
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
     ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride
     key_at = gl.arange(0, PLACES, layout=gl.SliceLayout(0, RIGHT_HALF))
-    key_age = (count - 1 - key_at + PLACES * RING.places) % RING.places
+    key_age = age_at(key_at, count, RING)
     value_at = gl.arange(0, PLACES, layout=gl.SliceLayout(1, RIGHT))
-    value_age = (count - 1 - value_at + PLACES * RING.places) % RING.places
+    value_age = age_at(value_at, count, RING)
     score_at = gl.arange(0, PLACES, layout=gl.SliceLayout(0, MMA))
-    age = (count - 1 - score_at + PLACES * RING.places) % RING.places
+    age = age_at(score_at, count, RING)
     by_age = nearly(x, gl.where((score_at < RING.places) & (age < tokens), age, 0))
     old_values = rows_of(ring_v, E, value_at, (value_at < RING.places) & (value_age < tokens), column)
     key_used = (key_at < RING.places) & (key_age < tokens)
