@@ -229,8 +229,9 @@ def test_on_hopper(width: int, state_dtype: torch.dtype):
     assert len(found) >= 3
     assert all(x.stack <= 128 * x.name.startswith("verify") for x in found)
     decode = found[0]
-    assert decode.registers <= 128
-    assert decode.compiled.asm["ptx"].count("cp.async.cg") == width * 32 * state_dtype.itemsize // (16 * 32)
+    columns = decode.constants["TILE"].columns
+    assert decode.registers <= {32: 128, 64: 152}[columns]
+    assert decode.compiled.asm["ptx"].count("cp.async.cg") == width * columns * state_dtype.itemsize // (16 * 32)
 
 
 @pytest.mark.parametrize("width", [20, 256])
