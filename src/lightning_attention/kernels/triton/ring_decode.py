@@ -207,7 +207,7 @@ def decode_ring_kernel(
         of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
     read += of_state * nearly(x, tokens + 1)
     gl.store(out + cols, (read * scale).to(out.dtype.element_ty))
-    barrier()  # all warps have read the count
+    barrier()  # all threads have read the count
     arrive(counts, slot, count, gl.program_id(0), H * (E // COLUMNS), RING)
 
     folds = since == RING.places - 1
