@@ -192,6 +192,19 @@ def test_a_normalised_call_is_taken_up_where_it_ended():
     assert final is None
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_keys_that_sum_to_zero_are_not_divided_by(dtype: torch.dtype):
+    """Those of padding: 1e-10 is 0 in float16."""
+    q, k, v = torch.rand(3, 1, 8, 2, 16).to(dtype)
+    k[:, :3] = 0
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, _ = ours.chunk_linear_attn(q, k, v)
+    assert out.dtype == dtype
+    assert not out[:, :3].any()
+    for x in (out, *torch.autograd.grad(out[:, 3:].sum(), (q, k, v))):
+        assert x.isfinite().all()
+
+
 def test_strides_and_compilation():
     """Rows that are not dense are copied, as in fla; a call compiles as one graph."""
     q, k, v = (torch.randn(2, 3, 8, 50).transpose(1, 3).transpose(2, 3) for _ in range(3))

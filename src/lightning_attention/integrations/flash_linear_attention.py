@@ -304,7 +304,9 @@ def _linear(
         sum_of_k = sum_of_k[:, 0, :, :, None].expand(*(-1,) * 3, _COLUMNS_OF_ONES)
     total, sum_of_k = _attend(q, k, ones, None, scale, sum_of_k, True, cu_seqlens, reverse)
     assert sum_of_k is not None
-    return out / (total[..., :1] + 1e-10), (final, sum_of_k[..., 0].unsqueeze(1))
+    # In float32 at least: in float16 1e-10 is 0.
+    total = total[..., :1].to(sum_of_k.dtype) + 1e-10
+    return (out / total).to(out.dtype), (final, sum_of_k[..., 0].unsqueeze(1))
 
 
 def _attend(
