@@ -170,6 +170,44 @@ def test_other_arguments_that_are_not_served():
         ours.fused_recurrent_retention(q, q, q, reverse=True, cu_seqlens=torch.tensor([0, 2, 1]))
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("wrong", ["q", "k", "v", "initial_state"])
+def test_an_argument_that_is_wrong_is_named(name: str, wrong: str):
+    call = make(name)
+    call.tensors.pop("sum_of_k", None)
+    if wrong not in call.tensors:
+        return
+    given = call.tensors[wrong]
+    for option in ("", *(x for x in ("reverse", "head_first", "state_v_first") if takes(name, x))):
+        options = call.options | ({option: True} if option else {})
+        with pytest.raises(TypeError, match=f"^{wrong} is a list; it must be a tensor"):
+            getattr(ours, name)(**call.tensors | {wrong: [1]}, **options)
+        for x in (given[0, 0, 0], given[0, 0, 0, 0]):
+            with pytest.raises(ValueError, match=rf"^{wrong} has shape .*; it must be \["):
+                getattr(ours, name)(**call.tensors | {wrong: x}, **options)
+
+
+def test_other_arguments_that_are_wrong_are_named():
+    q, state = torch.zeros(2, 4, 3, 16), torch.zeros(2, 3, 16, 16)
+    for gamma in (0.5, [-0.5]):
+        with pytest.raises(TypeError, match=r"^g_gamma is a .*; it must be a tensor"):
+            ours.chunk_simple_gla(q, q, q, g_gamma=gamma)
+    with pytest.raises(ValueError, match=r"^num_layers is 0; it must be at least 1"):
+        ours.chunk_lightning_attn(q, q, q, 0, 0)
+    with pytest.raises(TypeError, match=r"^layer_idx is a str; it must be an integer"):
+        ours.fused_recurrent_lightning_attn(q, q, q, "1", 2)
+    with pytest.raises(ValueError, match=r"^initial_state is a tuple of 3; it must be"):
+        ours.chunk_linear_attn(q, q, q, initial_state=(state, state, state))
+    with pytest.raises(TypeError, match=r"^initial_state\[1\] is a list; it must be a tensor"):
+        ours.chunk_linear_attn(q, q, q, initial_state=(state, [1]))
+    for shape in ((2, 3, 16), (2, 3, 3, 16), (16,), (1, 1, 3, 16)):
+        with pytest.raises(ValueError, match=r"^initial_state\[1\] has shape .* \[N, 1, H, K\] = \[2, 1, 3, 16\]"):
+            ours.chunk_linear_attn(q, q, q, initial_state=(state, torch.zeros(shape)))
+    for length in (2, 6):
+        with pytest.raises(ValueError, match=rf"^k has shape \[2, {length}, 3, 16\]; it must be that of q"):
+            ours.fused_recurrent_retention(q, torch.zeros(2, length, 3, 16), q, reverse=True)
+
+
 @pytest.mark.parametrize("name", ["fused_recurrent_simple_gla", "fused_recurrent_retention"])
 def test_the_former_name_of_state_v_first(name: str):
     call = make(name, ratio=2)
@@ -190,6 +228,19 @@ def test_a_normalised_call_is_taken_up_where_it_ended():
     rest, (final, _) = ours.chunk_linear_attn(q[:, 40:], k[:, 40:], v[:, 40:], initial_state=state)
     torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-5, atol=1e-5)
     assert final is None
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_keys_that_sum_to_zero_are_not_divided_by(dtype: torch.dtype):
+    """Those of padding: 1e-10 is 0 in float16."""
+    q, k, v = torch.rand(3, 1, 8, 2, 16).to(dtype)
+    k[:, :3] = 0
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, _ = ours.chunk_linear_attn(q, k, v)
+    assert out.dtype == dtype
+    assert not out[:, :3].any()
+    for x in (out, *torch.autograd.grad(out[:, 3:].sum(), (q, k, v))):
+        assert x.isfinite().all()
 
 
 def test_strides_and_compilation():

@@ -126,6 +126,19 @@ def test_rows_that_are_not_dense():
     assert torch.equal(ours.lightning_attn_func(*apart, slopes), ours.lightning_attn_func(*tensors[:3], slopes))
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_an_argument_that_is_wrong_is_named(which: int):
+    arguments = [*make(*SMALL[0])[:3], ours._build_slope_tensor(3)]
+    name, given = "qkvs"[which], arguments[which]
+    arguments[which] = [1.0]
+    with pytest.raises(TypeError, match=f"^{name} is a list; it must be a tensor"):
+        ours.lightning_attn_func(*arguments)
+    if name != "s":
+        for arguments[which] in (given[0, 0, 0], given[0, 0, 0, 0]):
+            with pytest.raises(ValueError, match=rf"^{name} has shape .*; it must be \[B, H, T, "):
+                ours.lightning_attn_func(*arguments)
+
+
 @pytest.mark.gpu
 @needs_gpu[1]
 @pytest.mark.parametrize("sizes", GRID, ids=str)

@@ -372,7 +372,7 @@ def test_errors(wrong: str, operation: str):
 
 @pytest.mark.parametrize("operation", ["decode", "verify", "commit", "fold"])
 def test_without_rings_there_is_no_step(operation: str):
-    with pytest.raises(ValueError, match="recent is None; with QuantizedStates it must be RecentTokens"):
+    with pytest.raises(ValueError, match="recent is None; with QuantizedStates it must be RecentTokens: only prefill"):
         _calls(_pool(), None)[operation]()
 
 
@@ -405,10 +405,11 @@ def test_errors_of_rows():
         pool.dequantize(torch.zeros(1))
 
 
-def test_snapshots_of_drafts_do_not_go_with_it():
-    q, v, recent = torch.zeros(1, 2, 4), torch.zeros(1, 2, 6), RecentTokens.empty(3, 2, 4, 6, dtype=torch.float32)
+@pytest.mark.parametrize("recent", [None, RecentTokens.empty(3, 2, 4, 6, dtype=torch.float32)], ids=["no", "rings"])
+def test_snapshots_of_drafts_do_not_go_with_it(recent: RecentTokens | None):
+    q, v = torch.zeros(1, 2, 4), torch.zeros(1, 2, 6)
     after = {"snapshots": torch.zeros(1, 2, 4, 6), "snapshot_slots": torch.tensor([[0], [-1], [-1]])}
-    with pytest.raises(ValueError, match="snapshots and recent are both given"):
+    with pytest.raises(ValueError, match="snapshots are asked for and state is QuantizedStates"):
         lightning_attention_verify(
             q, q, v, None, _pool(), cu_seqlens=torch.tensor([0, 1, 1, 1]), recent=recent, **after
         )

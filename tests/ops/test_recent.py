@@ -189,7 +189,10 @@ WRONG = {
     "heads": (_ring_of(num_heads=1), ValueError, r"recent.k has shape \[3, 1, 5, 4\]; it must be .* = \[3, 2, 5, 4\]"),
     "D": (_ring_of(D=5), ValueError, r"recent.k has shape \[3, 2, 5, 5\]; it must be"),
     "E": (_ring_of(E=5), ValueError, r"recent.v has shape \[3, 2, 5, 5\]; it must be \[S, H, R, E\]"),
-    "dtype": (_ring_of(dtype=torch.bfloat16), TypeError, "recent.k has dtype bfloat16; it must be float32"),
+    "dtype": (
+        _ring_of(dtype=torch.bfloat16), TypeError,
+        r"recent.k has dtype bfloat16; it must be that of k, float32: .* dtype=torch.float32\)$",
+    ),
     "device": (_ring_of(device="meta"), ValueError, "recent.k is on meta; it must be on cpu"),
     "two dtypes": (
         replace(_ring_of(), v=torch.zeros(3, 2, 5, 6, dtype=torch.float16)), TypeError,
@@ -198,9 +201,12 @@ WRONG = {
     "two lengths": (
         replace(_ring_of(), v=torch.zeros(3, 2, 4, 6)), ValueError, r"recent.v has shape \[3, 2, 4, 6\]; it must be",
     ),
-    "rank": (replace(_ring_of(), k=torch.zeros(3, 2, 4)), ValueError, r"recent.k has shape \[3, 2, 4\]; it must be"),
+    "rank": (
+        replace(_ring_of(), k=torch.zeros(3, 2, 4)), ValueError,
+        r"recent.k has shape \[3, 2, 4\]; it must be .* \[3, 2, R, 4\], R from 1 to 64",
+    ),
     "too long": (
-        replace(_ring_of(), k=torch.zeros(3, 2, 65, 4)), ValueError, r"recent.k has shape .*, must be from 1 to 64",
+        replace(_ring_of(), k=torch.zeros(3, 2, 65, 4)), ValueError, r"recent.k has shape .*, R from 1 to 64$",
     ),
     "count's shape": (
         replace(_ring_of(), count=torch.zeros(2, dtype=torch.int32)), ValueError,
@@ -217,7 +223,8 @@ WRONG = {
         replace(_ring_of(), v=torch.zeros(1, 1, 5, 6).expand(3, 2, 5, 6)), ValueError, r"recent.v has strides",
     ),
     "count's strides": (
-        replace(_ring_of(), count=torch.zeros(6, dtype=torch.int32)[::2]), ValueError, "recent.count has strides",
+        replace(_ring_of(), count=torch.zeros(6, dtype=torch.int32)[::2]), ValueError,
+        "recent.count has strides .*; it must be contiguous",
     ),
     "a gradient": (replace(_ring_of(), k=torch.zeros(3, 2, 5, 4).requires_grad_()), ValueError, "recent.k requires"),
 }  # fmt: skip
@@ -244,9 +251,20 @@ def test_errors(wrong: str, operation: str):
         calls[operation]()
 
 
-@pytest.mark.parametrize("length", [0, 65])
-def test_lengths_that_are_none(length: int):
-    with pytest.raises(ValueError, match=f"length is {length}; it must be from 1 to 64"):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_ring_for_tokens_of_16_bits_has_their_dtype_or_float32(dtype: torch.dtype):
+    q, v = torch.zeros(3, 2, 4, dtype=dtype), torch.zeros(3, 2, 6, dtype=dtype)
+    (other,) = {torch.bfloat16, torch.float16} - {dtype}
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(TypeError, match=rf"that of k, {name} or float32: .* dtype=torch.{name}\)$"):
+        lightning_attention_decode(q, q, v, None, torch.zeros(3, 2, 4, 6), recent=_ring_of(dtype=other))
+
+
+@pytest.mark.parametrize(
+    ("length", "error"), [(0, ValueError), (65, ValueError), (1.5, TypeError), ("16", TypeError), (True, TypeError)]
+)
+def test_lengths_that_are_none(length: Any, error: type[Exception]):
+    with pytest.raises(error, match=r"^length is "):
         _ring_of(length=length)
 
 

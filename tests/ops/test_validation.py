@@ -147,6 +147,8 @@ def test_sizes_of_q_and_k(of: Callable):
     k = of()["k"]
     shape = [*k.shape[:-1], D + 1]
     _fails(of, ValueError, f"k has shape {shape}; it must be that of q, {list(k.shape)}", k=torch.zeros(shape))
+    longer = torch.cat([k, k])
+    _fails(of, ValueError, f"k has shape {list(longer.shape)}; it must be that of q, {list(k.shape)}", k=longer)
 
 
 @each(list(OPERATIONS))
@@ -181,12 +183,13 @@ def test_dtypes_of_qkv(of: Callable):
     _fails(of, TypeError, "v has dtype bfloat16; it must be float32", v=arguments["v"].bfloat16())
     if "q" in arguments:
         _fails(of, TypeError, "q has dtype float64; it must be float32", q=arguments["q"].double())
+        _fails(of, TypeError, "k has dtype float64; it must be float32", k=arguments["k"].double())
 
 
 @each_argument(list(OPERATIONS))
 def test_devices(of: Callable, name: str):
     elsewhere = of()[name].to("meta")
-    if name == "k":  # the one that others are compared with
+    if name == "k" and of is commit:  # the one that v is compared with
         _fails(of, ValueError, "v is on cpu; it must be on meta", k=elsewhere)
     else:
         _fails(of, ValueError, f"{name} is on meta; it must be on cpu, where the other inputs are", **{name: elsewhere})

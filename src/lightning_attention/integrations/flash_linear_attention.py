@@ -292,7 +292,12 @@ def _linear(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, initial_state: State | None, output_final_state: bool,
     normalize: bool, cu_seqlens: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    kv, sum_of_k = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    pair = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    if len(pair) != 2:
+        raise ValueError(
+            f"initial_state is a tuple of {len(pair)}; it must be a state, or a pair of it and the sum of k"
+        )
+    kv, sum_of_k = pair
     if not normalize:
         if sum_of_k is not None:
             raise ValueError("initial_state is a pair and normalize is False; the sum of k is for normalize=True")
@@ -301,10 +306,15 @@ def _linear(
     # The same operation on ones: a column of them beside v would leave the widths that the kernels are fast at.
     ones = v.new_ones(*v.shape[:-1], _COLUMNS_OF_ONES)
     if sum_of_k is not None:
+        N = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        validation.check_tensor("initial_state[1]", sum_of_k)
+        validation.check_shape("initial_state[1]", sum_of_k, (N, 1, v.shape[2], k.shape[3]), "[N, 1, H, K]")
         sum_of_k = sum_of_k[:, 0, :, :, None].expand(*(-1,) * 3, _COLUMNS_OF_ONES)
     total, sum_of_k = _attend(q, k, ones, None, scale, sum_of_k, True, cu_seqlens, reverse)
     assert sum_of_k is not None
-    return out / (total[..., :1] + 1e-10), (final, sum_of_k[..., 0].unsqueeze(1))
+    # In float32 at least: in float16 1e-10 is 0.
+    total = total[..., :1].to(sum_of_k.dtype) + 1e-10
+    return (out / total).to(out.dtype), (final, sum_of_k[..., 0].unsqueeze(1))
 
 
 def _attend(
@@ -312,12 +322,18 @@ def _attend(
     initial_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
     reverse: bool = False, state_v_first: bool = False, head_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, x, head_first)
     if head_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    order = _reversed(q, cu_seqlens) if reverse else None
-    q, k, v = (_turned(x, order) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    order = None
+    if reverse:
+        validation.check_inputs(q, k, v, log_decay, "BT")
+        order = _reversed(q, cu_seqlens)
+    q, k, v = (_turned(x, order) for x in (q, k, v))
     if initial_state is not None and state_v_first:
+        validation.check_rank("initial_state", initial_state, "[N, H, V, K]")
         initial_state = initial_state.mT
     out, final = lightning_attention(
         q, k, v, log_decay, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
@@ -327,6 +343,11 @@ def _attend(
     if final is not None and state_v_first:
         final = final.mT.contiguous()
     return out.transpose(1, 2) if head_first else out, final
+
+
+def _check_rank(name: str, x: Tensor, head_first: bool) -> None:
+    width = "V" if name == "v" else "K"
+    validation.check_rank(name, x, f"[B, H, T, {width}]" if head_first else f"[B, T, H, {width}]")
 
 
 def _reversed(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -352,7 +373,10 @@ def _fixed(g: Tensor | None, g_gamma: Tensor | None) -> Tensor | None:
             "g is given, decays that depend on the token; this function has one decay per head, g_gamma [H]; for g "
             "call fla's own"
         )
-    return None if g_gamma is None else g_gamma.float()
+    if g_gamma is None:
+        return None
+    validation.check_tensor("g_gamma", g_gamma)
+    return g_gamma.float()
 
 
 # As decay.py has them, but made on the device: a copy from the host would stand in the way of CUDA graphs.
@@ -361,12 +385,15 @@ def _retnet(q: Tensor, head_first: bool = False) -> Tensor:
 
 
 def _lightning(q: Tensor, layer: int, num_layers: int, head_first: bool = False) -> Tensor:
+    layer = validation.integer("layer_idx", layer)
+    num_layers = validation.integer("num_layers", num_layers, least=1)
     heads = _heads(q, head_first)
     return heads * (-8 / len(heads) * (1 - layer / num_layers))
 
 
 def _heads(q: Tensor, head_first: bool) -> Tensor:
     """0, 1, …, H − 1 on q's device."""
+    _check_rank("q", q, head_first)
     return torch.arange(q.shape[1 if head_first else 2], dtype=torch.float32, device=q.device)
 
 

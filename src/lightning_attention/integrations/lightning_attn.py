@@ -10,6 +10,7 @@ positive, a decay being exp(−s). There is no scale, and no state. docs/migrati
 from torch import Tensor
 
 from lightning_attention import decay
+from lightning_attention.ops import validation
 from lightning_attention.ops.attention import lightning_attention
 
 
@@ -28,6 +29,10 @@ def lightning_attn_func(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None
     Raises:
         TypeError, ValueError: as ``lightning_attention``, of [B, T, H, ...] and of log_decay = −s.
     """
+    for name, x, meaning in (("q", q, "[B, H, T, D]"), ("k", k, "[B, H, T, D]"), ("v", v, "[B, H, T, E]")):
+        validation.check_rank(name, x, meaning)
+    if s is not None:
+        validation.check_tensor("s", s)
     log_decay = None if s is None else -s.float().flatten()
     q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
     return lightning_attention(q, k, v, log_decay).output.transpose(1, 2)

@@ -14,7 +14,8 @@ from lightning_attention.ops.recent import RecentTokens
 class QuantizedStates:
     """A pool of states in two planes of 8 bits, of which a decoding step reads one.
 
-    Given as ``state`` to the serving operations; decode, verify and commit want ``recent`` with it. A state S is
+    Given as ``state`` to the serving operations; all but prefill want ``recent`` with it, and verify leaves no
+    ``snapshots`` of it. A state S is
     scale · (high + low / 254), a column e of it having one scale, so that its largest number is 127 in ``high``. Steps
     read scale · high, which has a relative error of 6e-3 (docs/numerics.md); S, which a fold or a prefill starts
     from, has one 254 times smaller, and so the errors of steps do not add up. A column with a NaN or an infinity in it
@@ -95,10 +96,10 @@ def planes(state: Tensor | QuantizedStates) -> tuple[Tensor, Tensor | None, Tens
 
 
 def check_has_rings(state: Tensor | QuantizedStates, recent: RecentTokens | None) -> None:
-    """Of a pool that is stepped over."""
+    """Of a pool that is not read by prefill."""
     if recent is None and isinstance(state, QuantizedStates):
         raise ValueError(
-            "recent is None; with QuantizedStates it must be RecentTokens: without, each step would write the states"
+            "recent is None; with QuantizedStates it must be RecentTokens: only prefill takes these states alone"
         )
 
 

@@ -58,10 +58,9 @@ class RecentTokens:
             device: that of the pool.
 
         Raises:
-            ValueError: ``length`` is not from 1 to 64.
+            TypeError, ValueError: ``length`` is no integer, or not from 1 to 64.
         """
-        if not 1 <= length <= LONGEST:
-            raise ValueError(f"length is {length}; it must be from 1 to {LONGEST}")
+        length = validation.integer("length", length, least=1, most=LONGEST)
         return cls(
             torch.zeros(slots, num_heads, length, D, dtype=dtype, device=device),
             torch.zeros(slots, num_heads, length, E, dtype=dtype, device=device),
@@ -76,8 +75,16 @@ def tensors(recent: RecentTokens | None) -> tuple[Tensor | None, Tensor | None, 
 
 def check_recent(recent: RecentTokens | None, state: Tensor, q: Tensor) -> None:
     """The rings of a checked pool, for tokens like q: they hold them exactly."""
-    if recent is not None:
-        _check(state, recent, (q.dtype, validation.state_dtype(q)))
+    if recent is None:
+        return
+    _check(state, recent)
+    wanted = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((q.dtype, validation.state_dtype(q)))]
+    came = str(recent.k.dtype).removeprefix("torch.")
+    if came not in wanted:
+        raise TypeError(
+            f"recent.k has dtype {came}; it must be that of k, {' or '.join(wanted)}: a ring holds k and v exactly. "
+            f"Make it with RecentTokens.empty(…, dtype=torch.{wanted[0]})"
+        )
 
 
 def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None, is_quantized: bool) -> None:
@@ -85,28 +92,31 @@ def check_rings(state: Tensor, recent: RecentTokens, log_decay: Tensor | None, i
     validation.check_tensor("state", state)
     if state.ndim != 4 or 0 in state.shape[1:]:
         raise ValueError(f"state has shape {list(state.shape)}; it must be [S, H, D, E], H, D and E at least 1")
-    _check(state, recent, validation.FLOATS)
+    _check(state, recent)
     validation.check_pool(state, recent.k[:, :, 0], recent.v[:, :, 0], None, state.shape[0], is_quantized)
     validation.check_log_decay(log_decay, recent.v[:, :, 0])
 
 
-def _check(state: Tensor, recent: RecentTokens, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check(state: Tensor, recent: RecentTokens) -> None:
     if not isinstance(recent, RecentTokens):
         raise TypeError(f"recent is a {type(recent).__name__}; it must be RecentTokens")
     k, v, count = recent.k, recent.v, recent.count
     validation.check_tensor("recent.k", k)
-    (S, H, D, E), R = state.shape, k.shape[2] if k.ndim == 4 else 1
-    if not 1 <= R <= LONGEST:
-        raise ValueError(f"recent.k has shape {list(k.shape)}; R, the third size, must be from 1 to {LONGEST}")
-    for name, x, wanted, meaning, types in (
-        ("recent.k", k, (S, H, R, D), "[S, H, R, D]", dtypes),
+    S, H, D, E = state.shape
+    if k.ndim != 4 or not 1 <= k.shape[2] <= LONGEST:
+        wanted = f"[S, H, R, D] = [{S}, {H}, R, {D}], R from 1 to {LONGEST}"
+        raise ValueError(f"recent.k has shape {list(k.shape)}; it must be {wanted}")
+    R = k.shape[2]
+    for name, x, shape, meaning, types in (
+        ("recent.k", k, (S, H, R, D), "[S, H, R, D]", validation.FLOATS),
         ("recent.v", v, (S, H, R, E), "[S, H, R, E]", (k.dtype,)),
         ("recent.count", count, (S,), "[S]", (torch.int32,)),
     ):
         validation.check_tensor(name, x)
         validation.check_device(name, x, state)
-        validation.check_shape(name, x, wanted, meaning)
+        validation.check_shape(name, x, shape, meaning)
         validation.check_dtype(name, x, types)
         if not (x if x.ndim == 1 else x[:1, 0]).is_contiguous() or (0 in x.stride() and x.numel() > 1):
-            raise ValueError(f"{name} has strides {list(x.stride())}; all but S and H must be contiguous")
+            wanted = "it" if x.ndim == 1 else "all but S and H"
+            raise ValueError(f"{name} has strides {list(x.stride())}; {wanted} must be contiguous")
     validation.check_no_grad(**{"recent.k": k, "recent.v": v})

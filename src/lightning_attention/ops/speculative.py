@@ -49,7 +49,8 @@ def lightning_attention_verify(
             ``snapshots``. None: none.
         snapshots: [R, H, D, E], of a dtype that ``state`` may have: the state after each draft is written there,
             rounded once. Whoever keeps them copies the last accepted one in place of ``lightning_attention_commit``.
-            It may be ``state`` itself, and the rows named may be the sequence's own: its state is read before.
+            It may be ``state`` itself, and the rows named may be the sequence's own: its state is read before. Not
+            possible with ``recent``, and so not with QuantizedStates.
         snapshot_slots: [N, P] int32 or int64, with ``snapshots``: the row of them for draft 0 to P − 1 of each
             sequence, all distinct; negative: none. Those of drafts that are not there are not looked at.
         out: [T, H, E] of q's dtype, contiguous, no part of another argument: the outputs are written there, rows of
@@ -76,6 +77,11 @@ def lightning_attention_verify(
         validation.check_packed(q, k, v, log_decay, pool, cu_seqlens, slots, low is not None)
         if parents is not None:
             validation.check_index("parents", parents, (q.shape[0],), "[T]", q)
+        if low is not None and not (snapshots is snapshot_slots is None):
+            raise ValueError(
+                "snapshots are asked for and state is QuantizedStates, of which there are none; use "
+                "lightning_attention_commit, which takes up what is accepted"
+            )
         validation.check_draft_snapshots(snapshots, snapshot_slots, cu_seqlens.shape[0] - 1, q, v)
         check_has_rings(state, recent)
         check_recent(recent, pool, q)

@@ -45,6 +45,13 @@ def check_shape(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning} = {list(wanted)}")
 
 
+def check_rank(name: str, x: Tensor, meaning: str) -> None:
+    """That it is a tensor of as many dimensions as are named, separated by commas."""
+    check_tensor(name, x)
+    if x.ndim != meaning.count(",") + 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning}")
+
+
 def check_dtype(name: str, x: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in wanted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
@@ -58,8 +65,8 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 def check_kv(k: Tensor, v: Tensor, leading: str) -> None:
     """Check k [*leading, Hk, D] and v [*leading, H, E], Hk dividing H: one dtype and device, and a unit last stride."""
-    _check_rank("k", k, leading)
-    _check_rank("v", v, leading)
+    _check_vectors("k", k, leading)
+    _check_vectors("v", v, leading)
     check_dtype("k", k, FLOATS)
     check_dtype("v", v, (k.dtype,))
     check_device("v", v, k)
@@ -81,10 +88,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, lead
             return
     except (RuntimeError, NotImplementedError):
         pass  # of a nested or sparse tensor, which has no shape or no strides: what follows says so
-    _check_rank("q", q, leading)
-    check_kv(k, v, leading)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_vectors(name, x, leading)
     if q.shape != k.shape:
         raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
+    if q.dtype == v.dtype:
+        check_dtype("k", k, (q.dtype,))
+    if q.device == v.device:
+        check_device("k", k, q)
+    check_kv(k, v, leading)
     check_dtype("q", q, (k.dtype,))
     check_device("q", q, k)
     check_log_decay(log_decay, v)
@@ -125,11 +137,8 @@ def _fits(keys: torch.Size, values: torch.Size) -> bool:
     return keys[:-2] == values[:-2] and values[-2] > 0 and values[-2] % keys[-2] == 0 and values[-1] > 0
 
 
-def _check_rank(name: str, x: Tensor, leading: str) -> None:
-    check_tensor(name, x)
-    if x.ndim != len(leading) + 2:
-        wanted = ", ".join([*leading, "H", "E" if name == "v" else "D"])
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be [{wanted}]")
+def _check_vectors(name: str, x: Tensor, leading: str) -> None:
+    check_rank(name, x, f"[{', '.join([*leading, 'H', 'E' if name == 'v' else 'D'])}]")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1")
 

@@ -63,8 +63,8 @@ class ContinuousBatch:
             None: the widest.
         suppress: token ids that are never generated, in a collection, tensor or array.
         recent_tokens: how many tokens the blocks that can keep beside their states, so that a decode step need not
-            write these: from 1 to 64, or 0 for none. None: 16 on a GPU where a block has 512 float32 states or more, or
-            2,048 of 16 bits; else none, for it would take longer.
+            write these: from 1 to 64, or 0 for none. None: 16 on a GPU where a block has 512 float32 states, rows ×
+            heads, or more, or 2,048 of 16 bits; else none, for it would take longer.
 
     Attributes:
         states: what each block allocated; for a layer of lightning attention a pool, [S, H, D, E].

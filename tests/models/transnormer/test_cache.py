@@ -102,6 +102,22 @@ def test_rings_change_nothing_but_what_is_written(model: TransnormerForCausalLM,
         assert not ringed.layers[layer].recent.count.any()
 
 
+@pytest.mark.parametrize("is_reordered", [False, True])
+def test_rings_of_inference_mode_are_read_outside_of_it(
+    model: TransnormerForCausalLM, ids: Tensor, is_reordered: bool
+) -> None:
+    with torch.inference_mode():
+        caches = [TransnormerCache(model.config, recent_tokens=length) for length in (4, 0)]
+        for cache in caches:
+            for piece in ids[:, :22].split([20, 1, 1], 1):
+                model(piece, cache=cache)
+    for cache in caches:
+        if is_reordered:
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+    for layer in range(3):
+        assert relative_error(*(cache.state(layer) for cache in caches)) <= 1e-6
+
+
 @torch.no_grad()
 def test_reset_forgets_and_an_empty_cache_is_nothing(
     model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor

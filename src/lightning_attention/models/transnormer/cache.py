@@ -31,7 +31,8 @@ class _RecurrentState(LinearAttentionLayer):
         if not self.has_previous_state[0]:
             return None
         if self.recent is not None:
-            with torch.no_grad():
+            # No other mode may write to states that were made in inference mode.
+            with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
                 lightning_attention_fold(self.recurrent_states[0], self.recent, self.log_decay)
         return self.recurrent_states[0]
 
