@@ -219,6 +219,9 @@ def chunk_linear_attn(
 
     With ``normalize`` a state is a pair, the second of which is the sum of k, [N, 1, H, K]; as in fla the final one is
     a pair even without ``output_final_state``, with None for its first. The sum is float32; fla's has k's dtype.
+
+    Raises:
+        TypeError, ValueError: as the operation; a pair comes without ``normalize``, or the sum in it has another shape.
     """
     return _linear(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, False)
 

@@ -15,11 +15,11 @@ class QuantizedStates:
     """A pool of states in two planes of 8 bits, of which a decoding step reads one.
 
     Given as ``state`` to the serving operations; all but prefill want ``recent`` with it, and verify leaves no
-    ``snapshots`` of it. A state S is
-    scale · (high + low / 254), a column e of it having one scale, so that its largest number is 127 in ``high``. Steps
-    read scale · high, which has a relative error of 6e-3 (docs/numerics.md); S, which a fold or a prefill starts
-    from, has one 254 times smaller, and so the errors of steps do not add up. A column with a NaN or an infinity in it
-    is NaN all over when it is read. The least scale is 2^-100: numbers below 1.6e-33 are read as 0.
+    ``snapshots`` of it. A state S is scale · (high + low / 254), a column e of it having one scale, so that its largest
+    number is 127 in ``high``. Steps read scale · high, which has a relative error of 6e-3 (docs/numerics.md); S, which
+    a fold or a prefill starts from, has one 254 times smaller, and so the errors of steps do not add up. A column with
+    a NaN or an infinity in it is NaN all over when it is read. The least scale is 2^-100: numbers below 1.6e-33 are
+    read as 0.
 
     A row of all three tensors is a sequence's state, with its row of ``recent``: copy them to any slot, or have
     ``dequantize`` make floats of them and ``quantize`` make them of floats.
