@@ -33,26 +33,26 @@ NO_PREFILL = ("decode", "decode", "decode", "verify", "commit", "commit", "fold"
         Walk(H=4, Hk=4, D=5, E=36, R=2, rate="slow", operations=NO_PREFILL),
         Walk(S=2, H=1, Hk=1, D=20, E=130, R=5, rate="none", operations=NO_PREFILL),
         Walk(H=2, Hk=1, R=1, operations=NO_PREFILL),
-        Walk(S=2, H=17, Hk=17, D=2, E=3, R=16, operations=("decode",)),
+        Walk(S=2, H=5, Hk=5, D=2, E=3, R=8, operations=("decode",)),
         Walk(H=2, R=20, operations=("decode", "commit", "commit")),
     ],
     ids=lambda of: f"{of.rate}-{of.H}-{of.R}-{of.E}",
 )
 def test_walks(interpreter: Interpreter, of: Walk):
-    interpreter.call(walk, of, 30, 0, "triton", "cpu", 5e-6, 10)
+    interpreter.call(walk, of, 16, 0, "triton", "cpu", 5e-6, 8)
 
 
 @interpreted
 def test_a_walk_with_prompts(interpreter: Interpreter):
     operations = ("decode", "decode", "prefill", "commit")
     of = Walk(H=2, R=3, operations=operations, lengths=(0, 1, 1, 1, 3, 20))
-    interpreter.call(walk, of, 30, 0, "triton", "cpu", 5e-6, 4)
+    interpreter.call(walk, of, 16, 0, "triton", "cpu", 5e-6, 4)
 
 
 @interpreted
 def test_float16(interpreter: Interpreter):
     of = Walk(H=2, R=3, dtype=FP16, ring_dtype=FP16, operations=NO_PREFILL)
-    interpreter.call(walk, of, 30, 0, "triton", "cpu", 1e-3, 10)
+    interpreter.call(walk, of, 16, 0, "triton", "cpu", 1e-3, 8)
 
 
 def _both_ways(spoilt: bool) -> dict[str, list[Tensor]]:
