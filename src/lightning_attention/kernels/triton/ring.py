@@ -127,8 +127,7 @@ def arrive(counts, slot, count, program, programs, RING: tl.constexpr):
     """
     shares = tl.maximum(programs - 1, 1)
     share = tl.where(program == 1, HALF - HALF // shares * (shares - 1), HALF // shares) * TICKET
-    after = tl.where(count + 1 < 2 * RING.places, count + 1, RING.places)
-    first = after - count + tl.where(programs > 1, -HALF * TICKET, 0)
+    first = count_after(count + 1, RING) - count + tl.where(programs > 1, -HALF * TICKET, 0)
     tl.atomic_add(counts + slot, tl.where(program == 0, first, share), sem="relaxed")
 
 

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from lightning_attention.kernels.triton.planes import LARGEST, LEAST, LEVELS, PARTS, in_planes
-from lightning_attention.kernels.triton.ring import power, top_bits
+from lightning_attention.kernels.triton.ring import age_at, power, top_bits
 
 #: From global to shared memory; called async_copy_global_to_shared before Triton 3.8.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -64,7 +64,7 @@ def operand(index, dtype):
 @gluon.jit
 def age_of(at, count, RING: gl.constexpr):
     """How many tokens ago places of a ring were filled, the next one's being R; more: there is no such place."""
-    return gl.where(at < RING.places, (count - 1 - at + PLACES * RING.places) % RING.places, PLACES + RING.places)
+    return gl.where(at < RING.places, age_at(at, count, RING), PLACES + RING.places)
 
 
 @gluon.jit
