@@ -263,3 +263,12 @@ def test_strides_and_compilation():
         + ours.chunk_lightning_attn(q, k, v, 0, 4)[0]
         + ours.chunk_linear_attn(q.exp(), k.exp(), v)[0],
     )
+
+
+def test_what_is_divided_may_be_larger_than_float16():
+    call = make("chunk_linear_attn", T=200, K=64, scale=1.0, dtype=FP16)
+    call.tensors["q"].mul_(30)
+    assert (call.tensors["q"].double() * call.tensors["k"].double().cumsum(1)).sum(-1).max() > torch.finfo(FP16).max
+    got = run_ours(call)
+    assert got["output"].dtype == FP16
+    check(got, exactly(call), TOLERANCE[FP16])

@@ -10,11 +10,12 @@ from tests.dropins.fla_calls import (
     PACKED,
     absent,
     check,
+    errors,
+    first_original,
     in_float64,
     make,
     moved,
     of_the_grid,
-    run_original,
     run_ours,
 )
 from tests.kernels.triton.support.device import DEVICE, needs_gpu
@@ -40,7 +41,11 @@ def test_against_float64(
 def test_flas_own_agrees(name: str, B: int, T: int, H: int, K: int, ratio: int, scale: Any, normalizer: Any):
     absent()
     call = moved(make(name, B, T, H, K, ratio, scale, normalizer, dtype=FP16), DEVICE)
-    check(run_original(call), run_ours(call), FLAS)
+    its = first_original(call)
+    wrong = errors(its, in_float64(call), FLAS)
+    if wrong:
+        pytest.xfail(f"fla's own is wrong here, against float64: {wrong}")
+    check(its, run_ours(call), FLAS)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -219,6 +219,7 @@ def chunk_linear_attn(
 
     With ``normalize`` a state is a pair, the second of which is the sum of k, [N, 1, H, K]; as in fla the final one is
     a pair even without ``output_final_state``, with None for its first. The sum is float32; fla's has k's dtype.
+    float16 is computed in float32, which takes longer: what is divided grows with the sequence, and fla's overflows.
 
     Raises:
         TypeError, ValueError: as the operation; a pair comes without ``normalize``, or the sum in it has another shape.
@@ -305,6 +306,11 @@ def _linear(
         if sum_of_k is not None:
             raise ValueError("initial_state is a pair and normalize is False; the sum of k is for normalize=True")
         return _attend(q, k, v, None, scale, kv, output_final_state, cu_seqlens, reverse)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, x, head_first=False)
+    # Sums over a sequence, before they are divided, go past float16's 65504.
+    dtype = v.dtype
+    q, k, v = (x.float() if x.dtype == torch.float16 else x for x in (q, k, v))
     out, final = _attend(q, k, v, None, scale, kv, output_final_state, cu_seqlens, reverse)
     # The same operation on ones: a column of them beside v would leave the widths that the kernels are fast at.
     ones = v.new_ones(*v.shape[:-1], _COLUMNS_OF_ONES)
@@ -315,9 +321,8 @@ def _linear(
         sum_of_k = sum_of_k[:, 0, :, :, None].expand(*(-1,) * 3, _COLUMNS_OF_ONES)
     total, sum_of_k = _attend(q, k, ones, None, scale, sum_of_k, True, cu_seqlens, reverse)
     assert sum_of_k is not None
-    # In float32 at least: in float16 1e-10 is 0.
     total = total[..., :1].to(sum_of_k.dtype) + 1e-10
-    return (out / total).to(out.dtype), (final, sum_of_k[..., 0].unsqueeze(1))
+    return (out / total).to(dtype), (final, sum_of_k[..., 0].unsqueeze(1))
 
 
 def _attend(
@@ -384,7 +389,8 @@ def _fixed(g: Tensor | None, g_gamma: Tensor | None) -> Tensor | None:
 
 # As decay.py has them, but made on the device: a copy from the host would stand in the way of CUDA graphs.
 def _retnet(q: Tensor, head_first: bool = False) -> Tensor:
-    return torch.log1p(-torch.exp2(-5.0 - _heads(q, head_first)))
+    # Not exp2, which PyTorch compiles at the first call in a process.
+    return torch.log1p(-torch.pow(2.0, -5.0 - _heads(q, head_first)))
 
 
 def _lightning(q: Tensor, layer: int, num_layers: int, head_first: bool = False) -> Tensor:
