@@ -1,4 +1,4 @@
-"""A linear layer with the norm, gate and activation around it, for the few rows of a step of generation."""
+"""A linear layer with the norm, gate and activation around it, for the rows of a step of generation."""
 
 from importlib.util import find_spec
 
@@ -34,8 +34,8 @@ def project(
         silu: how many of the first columns pass the activation.
 
     Returns:
-        [N, O] in x's dtype. On a GPU one kernel in bfloat16, up to 8 rows: nothing within is rounded. Otherwise by
-        PyTorch, each operation rounding.
+        [N, O] in x's dtype. In bfloat16 on a GPU one kernel, up to 8 rows, and on Hopper one for y and one for the rest,
+        up to 512: nothing else is rounded. Otherwise by PyTorch, each operation rounding.
     """
     return _operation(x, weight, second, gate, residual, eps, silu)
 
@@ -75,9 +75,9 @@ def _project(
     if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16 and alike:
         kernel = backends.get("triton").project
         assert kernel is not None
-        from lightning_attention.kernels.triton.projection import MOST_ROWS
+        from lightning_attention.kernels.triton.projection import most_rows
 
-        if len(x) <= MOST_ROWS:
+        if len(x) <= most_rows(x):
             return kernel(x, weight, second, gate, residual, eps, silu)
     y = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
     y = y if gate is None else y * gate

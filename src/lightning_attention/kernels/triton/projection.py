@@ -12,11 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_attention.kernels.triton import dispatch
+from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton.matmul import matmul, prepare
 
-#: More rows are cuBLAS's. A step of the 385M on an H200, by these kernels and by PyTorch: one row 0.60 ms for 1.22.
-#: With tensor cores instead 4 rows took 1.31 for 1.29, 64 rows 1.86 for 1.75.
-MOST_ROWS = 8
+#: Rows that are multiplied without tensor cores. A step of the 385M on an H200, so and by PyTorch: one row 0.60 ms for
+#: 1.22; with tensor cores 4 rows took 1.31 for 1.29.
+FEW = 8
+
+
+def most_rows(x: Tensor) -> int:
+    """How many rows x may have for these kernels to be faster than PyTorch: of more than a few only Hopper is known."""
+    return 512 if tiling.device(x)[0] == (9, 0) else FEW
 
 
 class Tile(NamedTuple):
@@ -48,12 +54,14 @@ def project(
 ) -> Tensor:
     """The arguments are those of ``Backend.project``."""
     (N, K), O = x.shape, len(weight)
-    out = x.new_empty(N, O)
     if N == 0:
-        return out
+        return x.new_empty(N, O)
     x, weight = dispatch.with_unit_rows(x), dispatch.with_unit_rows(weight)
     second, gate = (None if other is None else dispatch.with_unit_rows(other) for other in (second, gate))
     residual = None if residual is None else dispatch.with_unit_rows(residual)
+    if N > FEW:
+        return matmul(prepare(x, gate, eps), weight, second, residual, silu)
+    out = x.new_empty(N, O)
     chosen = tile(N, O, K, second is not None)
     args = (
         x, x.stride(0), weight, weight.stride(0), second, 0 if second is None else second.stride(0), gate,

@@ -1,9 +1,13 @@
 """Products with what stands around them, in Triton's interpreter, against float64."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_attention.kernels.triton import tiling
+from lightning_attention.kernels.triton.matmul import tile
 from lightning_attention.kernels.triton.projection import project
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.support.numerics import relative_error
@@ -43,6 +47,35 @@ def test_products_are_those_of_float64(interpreter: Interpreter, N: int, K: int,
         assert relative_error(found, wanted(*args)) < 1e-5
         forgotten = (*args[:5], None if args[5] else EPS, args[6])
         assert relative_error(found, wanted(*forgotten)) > 1e-2
+
+
+@interpreted
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("N", [9, 70, 130])
+@pytest.mark.parametrize(("K", "O"), [(64, 96), (100, 72), (200, 136)])
+def test_many_rows(interpreter: Interpreter, multiprocessors: int, N: int, K: int, O: int):
+    for args in calls(N, K, O):
+        args = [x.half() if isinstance(x, torch.Tensor) else x for x in args]
+        found = interpreter.call(_project_on, multiprocessors, *args)
+        assert found.dtype == torch.float16
+        assert relative_error(found, wanted(*args)) < 5e-4  # half a unit of float16 is 4.9e-4
+        forgotten = (*args[:5], None if args[5] else EPS, args[6])
+        assert relative_error(found, wanted(*forgotten)) > 1e-2
+
+
+def _project_on(multiprocessors: int, *args):
+    with patch.object(tiling, "device", lambda x: ((9, 0), multiprocessors)):
+        return project(*args)
+
+
+@pytest.mark.parametrize("O", [40, 1024, 4096, 11008])
+@pytest.mark.parametrize("twin", [False, True])
+def test_tiles_have_room(O: int, twin: bool):
+    for N in (9, 64, 65, 256, 512):
+        rows, columns, width, stages = tile(N, O, twin, 132)
+        assert stages >= 3
+        programs = -(-N // rows) * -(-O // columns)
+        assert stages * width * (rows + columns * (1 + twin)) * 2 * (1 + (programs > 132)) <= 226 << 10
 
 
 @interpreted

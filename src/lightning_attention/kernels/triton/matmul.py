@@ -1,0 +1,122 @@
+"""Products of some hundred rows with a matrix in the tensor cores, with what a block of a model does after them.
+
+Of fewer rows ``projection.py`` computes products without tensor cores. Of more, one takes so long that the launches
+around it do not count, and cuBLAS is as good. Here a product takes 4 to 10 µs, and each operation on its result 2.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_attention.kernels.triton import tiling
+
+#: Bytes of shared memory for what is on its way: of one program on a multiprocessor, or of each of two.
+ALONE, SHARED = 200 << 10, 100 << 10
+
+
+class Tile(NamedTuple):
+    """What a program computes, ``rows`` by ``columns``, over ``width`` numbers at a time, ``stages`` of them loaded."""
+
+    rows: int
+    columns: int
+    width: int
+    stages: int
+
+
+@cache
+def tile(N: int, O: int, twin: bool, multiprocessors: int) -> Tile:
+    """For N rows and a matrix of O, or two.
+
+    Measured on an H200 for the products of the 385M, N 16 to 512: 32 columns as long as programs have a multiprocessor
+    each, then more, since all of them read the rows again. 128 numbers at a time are best where 3 such stages fit.
+    """
+    rows, columns = 64, 32
+    programs = lambda columns: -(-N // rows) * -(-O // columns)  # noqa: E731
+    while programs(columns) > multiprocessors and columns < (64 if twin else 128):
+        columns *= 2
+    loaded = rows + columns * (2 if twin else 1)
+    width = 128 if loaded <= 128 else 64
+    memory = ALONE if programs(columns) <= multiprocessors else SHARED
+    return Tile(rows, columns, width, min(8, memory // (2 * loaded * width)))
+
+
+def prepare(x: Tensor, gate: Tensor | None, eps: float | None) -> Tensor:
+    """SRMSNorm(x) ⊙ gate, x's rows one after another; x itself without either."""
+    if gate is None and eps is None:
+        return x
+    N, K = x.shape
+    out = x.new_empty(N, K)
+    prepare_kernel[(N, 1, 1)](
+        x, x.stride(0), gate, 0 if gate is None else gate.stride(0), out, 0.0 if eps is None else eps, K,
+        triton.next_power_of_2(K), eps is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def matmul(x: Tensor, weight: Tensor, second: Tensor | None, residual: Tensor | None, silu: int) -> Tensor:
+    """The product of ``Backend.project``, after norm and gate; all with rows one after another, of 16 bits."""
+    (N, K), O = x.shape, len(weight)
+    out = x.new_empty(N, O)
+    chosen = tile(N, O, second is not None, tiling.device(x)[1])
+    args = (
+        x, x.stride(0), weight, weight.stride(0), second, 0 if second is None else second.stride(0), residual,
+        0 if residual is None else residual.stride(0), out, N,
+    )  # fmt: skip
+    rows, columns, width, stages = chosen
+    matmul_kernel[(triton.cdiv(N, rows) * triton.cdiv(O, columns), 1, 1)](
+        *args, O, K, silu, rows, columns, width, num_warps=4, num_stages=stages
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["eps"])
+def prepare_kernel(x, x_stride, gate, gate_stride, out, eps, K: tl.constexpr, WIDTH: tl.constexpr,
+                   NORM: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, WIDTH)
+    y = tl.load(x + row * x_stride + at, mask=at < K, other=0.0).to(tl.float32)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(y * y, 0) / K + eps)
+    if gate is not None:
+        y *= tl.load(gate + row * gate_stride + at, mask=at < K, other=0.0).to(tl.float32)
+    tl.store(out + row * K + at, y.to(out.dtype.element_ty), mask=at < K)
+
+
+@triton.jit(do_not_specialize=["N"])
+def matmul_kernel(x, x_stride, weight, weight_stride, second, second_stride, residual, residual_stride, out, N,
+                  O: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  WIDTH: tl.constexpr):  # fmt: skip
+    """Programs that share a part of the matrix are started one after another: one of them brings it into the L2."""
+    tiles = tl.cdiv(N, ROWS)
+    row = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    col = (tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    at = tl.arange(0, WIDTH)
+    xs = x + row[:, None] * x_stride + at[None, :]
+    weights = weight + col[None, :] * weight_stride + at[:, None]
+    if second is not None:
+        seconds = second + col[None, :] * second_stride + at[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    twins = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, K, WIDTH):
+        # Rows that do not exist are not read: one read for all of them, again and again, took longer than 64.
+        x_there = (row < N)[:, None]
+        there = (col < O)[None, :]
+        if K % WIDTH:
+            x_there &= (first + at < K)[None, :]
+            there &= (first + at < K)[:, None]
+        a = tl.load(xs + first, mask=x_there, other=0.0)
+        sums = tl.dot(a, tl.load(weights + first, mask=there, other=0.0), sums)
+        if second is not None:
+            twins = tl.dot(a, tl.load(seconds + first, mask=there, other=0.0), twins)
+    if second is not None:
+        sums *= twins
+    if SILU > 0:
+        sums = tl.where((col < SILU)[None, :], sums * tl.sigmoid(sums), sums)
+    written = (row < N)[:, None] & (col < O)[None, :]
+    if residual is not None:
+        stream = residual + row[:, None] * residual_stride + col[None, :]
+        sums += tl.load(stream, mask=written, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * O + col[None, :], sums.to(out.dtype.element_ty), mask=written)
