@@ -34,8 +34,8 @@ def project(
         silu: how many of the first columns pass the activation.
 
     Returns:
-        [N, O] in x's dtype. In bfloat16 on a GPU one kernel, up to 8 rows, and on Hopper one for y and one for the rest,
-        up to 512: nothing else is rounded. Otherwise by PyTorch, each operation rounding.
+        [N, O] in x's dtype. In bfloat16 on a GPU one kernel, up to 8 rows, and on Hopper one for y and one for what
+        follows, up to 512: nothing else is rounded. Otherwise by PyTorch, each operation rounding.
     """
     return _operation(x, weight, second, gate, residual, eps, silu)
 

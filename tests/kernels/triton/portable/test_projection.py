@@ -1,15 +1,18 @@
 """Products with what stands around them, in Triton's interpreter, against float64."""
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from lightning_attention.kernels.triton import tiling
 from lightning_attention.kernels.triton.matmul import tile
 from lightning_attention.kernels.triton.projection import project
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.offline import CHIPS, launched_by
 from tests.support.numerics import relative_error
 
 WIDTHS = [(64, 96), (100, 72), (40, 40)]
@@ -76,6 +79,17 @@ def test_tiles_have_room(O: int, twin: bool):
         assert stages >= 3
         programs = -(-N // rows) * -(-O // columns)
         assert stages * width * (rows + columns * (1 + twin)) * 2 * (1 + (programs > 132)) <= 226 << 10
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: Triton compiles nothing")
+@pytest.mark.parametrize("N", [64, 512])
+def test_nothing_spills_on_hopper(N: int):
+    for args in calls(N, 1024, 2816):
+        args = [x.to("meta", torch.bfloat16) if isinstance(x, torch.Tensor) else x for x in args]
+        *_, launch = launched_by(partial(project, *args), CHIPS["sm_90"])
+        assert launch.name == "matmul_kernel"
+        assert launch.stack == 0
+        assert launch.shared <= CHIPS["sm_90"].shared
 
 
 @interpreted
