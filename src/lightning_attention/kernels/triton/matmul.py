@@ -51,7 +51,7 @@ def prepare(x: Tensor, gate: Tensor | None, eps: float | None) -> Tensor:
     out = x.new_empty(N, K)
     prepare_kernel[(N, 1, 1)](
         x, x.stride(0), gate, 0 if gate is None else gate.stride(0), out, 0.0 if eps is None else eps, K,
-        triton.next_power_of_2(K), eps is not None, num_warps=4,
+        triton.next_power_of_2(K), eps is not None, num_warps=4, **dispatch.FUSION,
     )  # fmt: skip
     return out
 
@@ -67,7 +67,7 @@ def matmul(x: Tensor, weight: Tensor, second: Tensor | None, residual: Tensor | 
     )  # fmt: skip
     rows, columns, width, stages = chosen
     matmul_kernel[(triton.cdiv(N, rows) * triton.cdiv(O, columns), 1, 1)](
-        *args, O, K, silu, rows, columns, width, num_warps=4, num_stages=stages
+        *args, O, K, silu, rows, columns, width, num_warps=4, num_stages=stages, **dispatch.FUSION
     )
     return out
 

@@ -68,7 +68,9 @@ def project(
         0 if gate is None else gate.stride(0), residual, 0 if residual is None else residual.stride(0), out, N,
         0.0 if eps is None else eps,
     )  # fmt: skip
-    project_kernel[(triton.cdiv(O, chosen.columns), 1, 1)](*args, O, K, silu, eps is not None, *chosen, num_warps=4)
+    project_kernel[(triton.cdiv(O, chosen.columns), 1, 1)](
+        *args, O, K, silu, eps is not None, *chosen, num_warps=4, **dispatch.FUSION
+    )
     return out
 
 
