@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_attention.kernels.triton import tiling
+from lightning_attention.kernels.triton import dispatch, tiling
 
 #: Bytes of shared memory for what is on its way: of one program on a multiprocessor, or of each of two.
 ALONE, SHARED = 200 << 10, 100 << 10
