@@ -304,6 +304,11 @@ def hooked() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
+def is_recorded() -> bool:
+    """Whether this thread's launches are taken down."""
+    return getattr(_thread, "recorder", None) is not None
+
+
 @contextmanager
 def recorded_by(recorder: Any) -> Iterator[None]:
     """Tell ``recorder.launched`` of each kernel that this thread launches; by None where it must be compiled first."""

@@ -171,6 +171,7 @@ def _parted(cu_seqlens: Tensor, slots: Tensor | None, fresh: Tensor | None) -> t
     return single, rest
 
 
+@recorded
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor,
     slots: Tensor | None, fresh: Tensor | None, scale: float, snapshot_at: Tensor | None,

@@ -167,6 +167,8 @@ def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
         device = args[0].get_device()
         if not _is_current(device):
             return on_its_device(*args)
+        if dispatch.is_recorded():  # as part of another function
+            return run(*args)
         args += defaults[len(args) :]
         tensors = tensors_of(args)
         addresses = [x.data_ptr() for x in tensors if x is not None]

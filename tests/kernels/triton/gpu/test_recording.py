@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention import (
+    RecentTokens,
     decay,
     lightning_attention,
     lightning_attention_commit,
@@ -61,8 +62,8 @@ def sequences(
     return run
 
 
-def pools(operation: str) -> Callable[[int], list[Tensor]]:
-    """Outputs and the pool afterwards, of the tensors of a seed."""
+def pools(operation: str, rings: str = "") -> Callable[[int], list[Tensor]]:
+    """Outputs and the pool afterwards, with what its rings hold, of the tensors of a seed."""
     N, H, D = 3, 4, 64
     lengths = [1] * N if operation == "decode" else [1, 300, 9]
     cu = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
@@ -71,24 +72,32 @@ def pools(operation: str) -> Callable[[int], list[Tensor]]:
         torch.manual_seed(seed)
         q, k, v = (torch.randn(sum(lengths), H, D, dtype=BF16, device="cuda") for _ in range(3))
         state, log_decay = torch.randn(8, H, D, D, device="cuda"), decay.alibi(H).cuda()
-        slots = torch.randperm(8, device="cuda")[:N].int()
+        recent = RecentTokens.empty(8, H, D, D, device="cuda") if rings else None
+        pool = {"slots": torch.randperm(8, device="cuda")[:N].int(), "recent": recent}
+        kept = [state]
+        if recent is not None:
+            recent.k.zero_(), recent.v.zero_(), recent.count.fill_(5)
+            kept += [recent.k, recent.v, recent.count]
         if operation == "decode":
-            return [lightning_attention_decode(q, k, v, log_decay, state, slots=slots), state]
+            return [lightning_attention_decode(q, k, v, log_decay, state, **pool), *kept]
         if operation == "prefill":
             fresh = torch.tensor([False, True, False], device="cuda")
-            given = {"cu_seqlens": cu, "slots": slots, "fresh": fresh}
-            return [lightning_attention_prefill(q, k, v, log_decay, state, **given), state]
+            return [lightning_attention_prefill(q, k, v, log_decay, state, cu_seqlens=cu, fresh=fresh, **pool), *kept]
         if operation == "verify":
-            return [lightning_attention_verify(q, k, v, log_decay, state, cu_seqlens=cu, slots=slots), state]
+            return [lightning_attention_verify(q, k, v, log_decay, state, cu_seqlens=cu, **pool), *kept]
         accepted = torch.ones(len(q), dtype=torch.bool, device="cuda")
-        lightning_attention_commit(k, v, log_decay, state, cu_seqlens=cu, accepted=accepted, slots=slots)
-        return [state]
+        lightning_attention_commit(k, v, log_decay, state, cu_seqlens=cu, accepted=accepted, **pool)
+        return kept
 
     return run
 
 
 RUNS = {name: lambda options=options: sequences(**options) for name, options in SEQUENCES.items()}
-RUNS |= {name: lambda name=name: pools(name) for name in ("decode", "prefill", "verify", "commit")}
+RUNS |= {
+    name + rings: lambda name=name, rings=rings: pools(name, rings)
+    for name in ("decode", "prefill", "verify", "commit")
+    for rings in ("", ", rings")
+}
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -70,6 +70,21 @@ def settle(call: Callable[..., Any], *args: Any) -> None:
     RUNS.clear(), LAUNCHED.clear()
 
 
+def test_a_recorded_function_may_be_part_of_another(call):
+    @recording.recorded
+    def whole(q: Tensor, k: Tensor, rate: Tensor | None, scale: float, wants: bool) -> tuple[Tensor, Tensor | None]:
+        RUNS.append("whole")
+        call(k, q, rate, scale, wants)
+        return call(q, k, rate, scale, wants)
+
+    args = (*tensors(4, 2), torch.empty(1), 1.0, True)
+    settle(call, *args)  # even if the part is known by itself
+    settle(whole, *args)
+    whole(*args)
+    assert not RUNS
+    assert len(LAUNCHED) == 4
+
+
 def test_a_recording_keeps_no_tensor(call):
     """Kept inputs would be memory that nobody can free, and keep the graph that leads to them."""
     (q, k), rate = tensors(4, 2), torch.empty(1)
