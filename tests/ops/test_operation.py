@@ -106,7 +106,7 @@ def serving_calls(pool_of: str) -> dict[str, tuple[Callable[..., Tensor | None],
         "prefill": (
             lightning_attention_prefill,
             (q, k, v, log_decay, pool),
-            {**packed, **snapshots, "scale": 0.5, "batch_invariant": True},
+            {**packed, **snapshots, "scale": 0.5, "batch_invariant": pool_of != "8 bits"},
         ),
         "verify": (lightning_attention_verify, (q, k, v, log_decay, pool), {**packed, **tree, "scale": 0.5, **after}),
         "commit": (lightning_attention_commit, (k, v, log_decay, pool), {**packed, "accepted": accepted}),

@@ -144,6 +144,16 @@ def test_a_bfloat16_state_is_rounded_once():
     assert torch.equal(pool, exact.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pool_that_is_rounded_between_calls_gives_no_bits_to_rely_on(dtype: torch.dtype):
+    wrong = "state of a call with batch_invariant has dtype .*; it must be float32"
+    with pytest.raises(TypeError, match=wrong):
+        lightning_attention_prefill(
+            *tokens(300), decay.alibi(H), torch.zeros(S, H, D, E, dtype=dtype), cu_seqlens=indices([0, 300]),
+            slots=indices([2]), batch_invariant=True,
+        )  # fmt: skip
+
+
 def test_decode_rows_among_prompts_are_decode():
     pool, log_decay, (q, k, v) = torch.randn(S, H, D, E), decay.alibi(H), tokens(103)
     alone = pool.clone()

@@ -88,6 +88,8 @@ def lightning_attention_prefill(
         if out is not None:
             validation.check_out(out, v)
         run = operation.checked(given)
+    if batch_invariant:  # or the bits would depend on where a prompt's calls end, which round the state
+        validation.check_dtype("state of a call with batch_invariant", pool, (validation.state_dtype(q),))
     scale = validation.checked_scale(scale, q)
     backend = backends.choose(None, q.device)
     inputs = (

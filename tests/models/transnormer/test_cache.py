@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,21 @@ def test_rings_of_inference_mode_are_read_outside_of_it(
             cache.reorder_cache(torch.tensor([2, 0, 0]))
     for layer in range(3):
         assert relative_error(*(cache.state(layer) for cache in caches)) <= 1e-6
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 4])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(
+    model: TransnormerForCausalLM, ids: Tensor, recent_tokens: int, mode: Any
+) -> None:
+    cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
+    with torch.inference_mode():
+        for piece in ids[:, :22].split([20, 1, 1], 1):
+            model(piece, cache=cache)
+    with mode():
+        for piece in ids[:, 22:30].split([1, 1, 5, 1], 1):
+            logits = model(piece, cache=cache).logits
+    assert relative_error(logits[:, -1], model(ids[:, :30]).logits[:, -1]) <= 1e-5
 
 
 @torch.no_grad()

@@ -111,6 +111,13 @@ class TransnormerCache(Cache):
         """One layer's state and ring of recent tokens, which a step of ``mixer`` updates; after the first token."""
         return self.layers[layer_idx].with_ring(mixer, self._recent_tokens)
 
+    def leave_inference_mode(self) -> None:
+        """Copy what was made in inference mode, which nothing else may write to, if a call is made outside of it."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if self.positions is not None and self.positions.is_inference():
+            self._map_rows(Tensor.clone)
+
     def advance(self, columns: int, lengths: Tensor) -> None:
         """Count a forward pass over ``columns`` token columns, of which ``lengths``, [N], were real tokens."""
         self._columns += columns

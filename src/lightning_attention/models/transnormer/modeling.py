@@ -180,6 +180,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = TransnormerCache(self.config)
+        elif cache is not None:
+            cache.leave_inference_mode()
         offsets = None if cache is None else cache.positions
         # One token after others, nothing to differentiate: the states are updated in place. The numbers are the same
         # either way.
