@@ -196,6 +196,9 @@ def test_other_arguments_that_are_wrong_are_named():
         ours.chunk_lightning_attn(q, q, q, 0, 0)
     with pytest.raises(TypeError, match=r"^layer_idx is a str; it must be an integer"):
         ours.fused_recurrent_lightning_attn(q, q, q, "1", 2)
+    for layer, wanted in ((-1, "at least 0"), (4, "at most 3")):
+        with pytest.raises(ValueError, match=rf"^layer_idx is {layer}; it must be {wanted}"):
+            ours.chunk_lightning_attn(*torch.randn(3, 1, 8, 2, 16), layer, 4)
     with pytest.raises(ValueError, match=r"^initial_state is a tuple of 3; it must be"):
         ours.chunk_linear_attn(q, q, q, initial_state=(state, state, state))
     with pytest.raises(TypeError, match=r"^initial_state\[1\] is a list; it must be a tensor"):

@@ -394,8 +394,8 @@ def _retnet(q: Tensor, head_first: bool = False) -> Tensor:
 
 
 def _lightning(q: Tensor, layer: int, num_layers: int, head_first: bool = False) -> Tensor:
-    layer = validation.integer("layer_idx", layer)
     num_layers = validation.integer("num_layers", num_layers, least=1)
+    layer = validation.integer("layer_idx", layer, least=0, most=num_layers - 1)
     heads = _heads(q, head_first)
     return heads * (-8 / len(heads) * (1 - layer / num_layers))
 
