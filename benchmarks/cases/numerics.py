@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_attention.bench.attention import result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
-from lightning_attention.bench.peers import Peer, ours
+from lightning_attention.bench.peers import ATTENTION, Peer, ours
 from lightning_attention.bench.render import pivot
 from lightning_attention.bench.report import Record, Report
 from lightning_attention.check import relative_error
@@ -48,7 +49,6 @@ def measure(run: Run) -> None:
     """The output's relative Frobenius error of each head, each of which has a decay of its own."""
     scale, own = run.scale, ours(run.backend)
     log_decay = torch.tensor(scale.decays, device=run.device)
-    forward = own.attention()
     for T in scale.lengths:
         generator = torch.Generator(run.device).manual_seed(T)
         shape = (3, 1, T, len(scale.decays), scale.D)
@@ -56,10 +56,20 @@ def measure(run: Run) -> None:
         for dtype in scale.dtypes:
             q, k, v = drawn.to(dtype)
             exact = lightning_attention(q.double(), k.double(), v.double(), log_decay, backend="tiled").output
-            for peer, found in ((own, forward(q, k, v, log_decay)), (NAIVE, naive(q, k, v, log_decay))):
+            for peer in (own, NAIVE, *(peer for peer in run.peers if not peer.softmax)):
+                found = result_or_error(lambda: {"out": _output(peer, q, k, v, log_decay)})  # noqa: B023
                 for h, decay in enumerate(scale.decays):
-                    error = relative_error(found[:, :, h], exact[:, :, h])
-                    run.add("numerics", peer, T=T, D=scale.D, dtype=dtype, log_decay=decay, relative_error=error)
+                    result = {x: y for x, y in found.items() if x != "out"}
+                    if "out" in found:
+                        result["relative_error"] = relative_error(found["out"][:, :, h], exact[:, :, h])
+                    run.add("numerics", peer, T=T, D=scale.D, dtype=dtype, log_decay=decay, **result)
+
+
+def _output(peer: Peer, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    forward = naive if peer is NAIVE else peer.attention()
+    if not peer.heads_first:
+        return forward(q, k, v, log_decay)
+    return forward(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), log_decay).transpose(1, 2)
 
 
 def show(report: Report) -> Iterator[Shown]:
@@ -69,10 +79,10 @@ def show(report: Report) -> Iterator[Shown]:
         return f"{r['log_decay']:g}"
 
     def cells(r: Record) -> dict[str, str]:
-        return {r["label"]: f"{float(r['relative_error']):.1e}"}
+        return {r["label"]: f"{float(r['relative_error']):.1e}" if "relative_error" in r else "failed"}
 
     keys: dict[str, str | Callable[[Record], str]] = {"type": "dtype", "T": "T", "log_decay": decay}
     yield from pivot("relative error of the output", keys, report.find("numerics"), cells)
 
 
-CASE = Case(measure, show, SCALES, backends=True)
+CASE = Case(measure, show, SCALES, operations=(ATTENTION,), backends=True)

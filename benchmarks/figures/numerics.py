@@ -1,4 +1,4 @@
-"""The error of the output against float64, by length and by decay, ours and the naive recurrence's."""
+"""The error of the output against float64, by length and by decay: ours, the peers' and the naive recurrence's."""
 
 from __future__ import annotations
 
@@ -35,15 +35,20 @@ def draw(path: Path, numerics: Report) -> None:
 
 
 def curves(ax: Axes, points: list[tuple[float, Record]]) -> None:
-    """A line for each type, solid for ours and dotted for the naive one; an error that is no number is left out."""
-    for own, style in ((True, "o-"), (False, "x:")):
+    """A line for each type, solid for ours, dashed for peers and dotted for the naive one.
+
+    An error that is no number is left out, and a type that an implementation has not.
+    """
+    for name in dict.fromkeys(r["implementation"] for _, r in points):
+        own, is_naive = is_ours(name), name == "naive"
         for dtype, colour in COLOURS.items():
             line = sorted(
                 (x, error)
                 for x, r in points
-                if r["dtype"] == dtype and is_ours(r["implementation"]) == own
-                if math.isfinite(error := float(r["relative_error"]))
+                if (r["implementation"], r["dtype"]) == (name, dtype)
+                if math.isfinite(error := float(r.get("relative_error", math.nan)))
             )
-            label = dtype if own else f"{dtype}, naive"
-            ax.plot(*zip(*line, strict=True), style, color=colour, linewidth=2 if own else 1.4, label=label)
+            if line:
+                style, label = "o-" if own else "x:" if is_naive else "s--", dtype if own else f"{dtype}, {name}"
+                ax.plot(*zip(*line, strict=True), style, color=colour, linewidth=2 if own else 1.4, label=label)
     ax.set(yscale="log")
