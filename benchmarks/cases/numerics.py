@@ -14,8 +14,6 @@ from lightning_attention.bench.report import Record, Report
 from lightning_attention.check import relative_error
 from lightning_attention.ops.attention import lightning_attention
 
-NAIVE = Peer("naive", "the recurrence in the inputs' type", "torch", {})
-
 
 class Scale(NamedTuple):
     """Lengths, the decays, one for each head, and D."""
@@ -34,15 +32,19 @@ SCALES = {
 }
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
     """The definition token by token, with the state, the decay and every product in the inputs' type."""
     B, T, H, D = q.shape
     state = q.new_zeros(B, H, D, v.shape[-1])
-    decay, out = log_decay.exp().to(q.dtype).view(H, 1, 1), torch.empty_like(v)
+    decay = q.new_ones(1) if log_decay is None else log_decay.exp().to(q.dtype).view(H, 1, 1)
+    out = torch.empty_like(v)
     for t in range(T):
         state = decay * state + k[:, t, :, :, None] * v[:, t, :, None]
         out[:, t] = (q[:, t, :, None] @ state).squeeze(2)
     return out
+
+
+NAIVE = Peer("naive", "the recurrence in the inputs' type", "torch", {ATTENTION: lambda: naive})
 
 
 def measure(run: Run) -> None:
@@ -66,10 +68,11 @@ def measure(run: Run) -> None:
 
 
 def _output(peer: Peer, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    forward = naive if peer is NAIVE else peer.attention()
+    forward = peer.attention()
     if not peer.heads_first:
         return forward(q, k, v, log_decay)
-    return forward(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), log_decay).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return forward(q, k, v, log_decay).transpose(1, 2)
 
 
 def show(report: Report) -> Iterator[Shown]:
