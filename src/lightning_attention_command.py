@@ -19,6 +19,11 @@ def main(args: list[str] | None = None) -> None:
         run(args)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        if missing == "typer" and (sys.argv[1:] if args is None else args) == ["check"]:
+            from lightning_attention.cli.check import check
+
+            check()
+            return
         if missing in ("", "lightning_attention"):
             raise
         print(f"error: this needs {missing}: pip install 'lightning-attention[all]'", file=sys.stderr)

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import typer
@@ -34,10 +36,18 @@ def test_a_broken_operation_is_told_by_the_exit_status(run, monkeypatch):
     assert result.stdout.count(" NO") == 4
 
 
-def test_a_wrong_row_is_red(run, monkeypatch):
+@pytest.mark.parametrize("plain", ["", "1"])
+def test_a_wrong_row_is_red_in_a_terminal(monkeypatch, capsys, plain):
     right = la.lightning_attention_decode
     monkeypatch.setattr(la, "lightning_attention_decode", lambda *args, **kwargs: 0.99 * right(*args, **kwargs))
-    lines = run(color=True).stdout.splitlines()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", plain)
+    with pytest.raises(SystemExit, match="1"):
+        check()
+    lines = capsys.readouterr().out.splitlines()
+    if plain:
+        assert not any("\x1b" in line for line in lines)
+        return
     red = [line for line in lines if line.startswith("\x1b[31m")]
     named = [next((x for x in ("decode", "rings") if x in line), None) for line in red]
     assert named == ["decode", "rings", "decode", "rings", None]

@@ -1,14 +1,16 @@
-"""``lightning-attention check``: does it give the right numbers on this machine?"""
+"""``lightning-attention check``: does it give the right numbers on this machine? It needs PyTorch alone."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
-
-import typer
 
 if TYPE_CHECKING:
     from lightning_attention.bench.render import Table
     from lightning_attention.check import Row
+
+BOLD, RED = 1, 31  # as terminals number them
 
 
 def check() -> None:
@@ -20,7 +22,6 @@ def check() -> None:
     import platform
 
     import torch
-    from rich.console import Console
 
     import lightning_attention
     from lightning_attention import check as checks
@@ -28,29 +29,33 @@ def check() -> None:
 
     versions = {"lightning-attention": lightning_attention.__version__, "torch": torch.__version__,
                 "triton": package_version("triton") or "none", "python": platform.python_version()}  # fmt: skip
-    typer.echo("   ".join(f"{name} {version}" for name, version in versions.items()))
+    print("   ".join(f"{name} {version}" for name, version in versions.items()))
 
     devices = checks.devices()
     for device in devices:
         about = f", driver {driver()}" if device.type == "cuda" else ""
-        typer.echo(f"{typer.style(device.type, bold=True)}  {device_name(device)}{about}")
+        print(f"{_styled(device.type, BOLD)}  {device_name(device)}{about}")
         for backend, missing in checks.backends(device).items():
             default = ", the default" if backend == checks.choose(None, device) else ""
             state = f"not here: {missing}" if missing else f"available{default}"
-            typer.echo(f"  {backend:<10} {state}")
+            print(f"  {backend:<10} {state}", flush=True)
 
-    with Console().status("checking"):
-        rows = [row for device in devices for row in checks.check(device)]
+    rows = [row for device in devices for row in checks.check(device)]
     lines = table(rows, several_devices=len(devices) > 1).lines()
-    typer.echo("\n" + "\n".join(lines[: -len(rows)]))
+    print("\n" + "\n".join(lines[: -len(rows)]))
     for line, row in zip(lines[-len(rows) :], rows, strict=True):
-        typer.secho(line, fg=None if row.ok else "red")
-    typer.echo("\nA budget is what rounding to the input type allows; docs/benchmarks.md derives it.")
+        print(line if row.ok else _styled(line, RED))
+    print("\nA budget is what rounding to the input type allows; docs/benchmarks.md derives it.")
     failed = sum(not row.ok for row in rows)
     if failed:
-        typer.secho(f"{failed} of {len(rows)} checks failed", fg="red")
-        raise typer.Exit(1)
-    typer.echo(f"all {len(rows)} checks passed")
+        print(_styled(f"{failed} of {len(rows)} checks failed", RED))
+        sys.exit(1)
+    print(f"all {len(rows)} checks passed")
+
+
+def _styled(text: str, style: int) -> str:
+    """For a terminal whose user has not asked for plain text."""
+    return f"\x1b[{style}m{text}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
 def table(rows: list[Row], several_devices: bool) -> Table:
