@@ -140,6 +140,43 @@ def test_links_lead_somewhere(document: Path):
     assert not missing
 
 
+def features(page: str) -> list[tuple[str, str]]:
+    """Each row of the tables beside other libraries: its name, and what stands under "here"."""
+    rows: list[tuple[str, str]] = []
+    within = False
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        within = line.startswith("|") and (within or cells[1] == "here")
+        if within and cells[1] != "here" and set(cells[1]) != {"-"}:
+            rows.append((cells[0], cells[1]))
+    return rows
+
+
+def unproven(page: str) -> list[str]:
+    """The rows of which "here" is not a link to a file of tests, or, of what there is not, to the limitations."""
+    return [
+        name
+        for name, here in features(page)
+        if not (link := re.fullmatch(r"\[([^]]+)\]\(([^)]+)\)", here))
+        or (link[1] == "no") != (link[2] == "#limitations")
+        or (link[1] != "no" and not ((ROOT / link[2]).is_file() and re.match(r"tests/.*test_\w+\.py$", link[2])))
+    ]
+
+
+def test_every_feature_leads_to_its_test():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(features(page)) >= 18
+    assert unproven(page) == []
+
+
+def test_a_feature_without_a_test_is_found():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    decode, states = "| [yes](tests/ops/test_decode.py)", "| [yes](tests/ops/test_quantized.py)"
+    for wrong in ("| yes", "| [yes](tests/ops/test_none.py)", "| [yes](README.md)", "| [yes](#limitations)"):
+        assert unproven(page.replace(decode, wrong)) == ["decode from a pool of states, by slot"], wrong
+    assert unproven(page.replace(states, "| [no](tests/ops/test_quantized.py)")) == ["states in 8 bits"]
+
+
 def has_code(file: Path) -> bool:
     """Whether there is more in it than a docstring."""
     module = ast.parse(file.read_text(encoding="utf-8"))

@@ -32,6 +32,7 @@ PLACES = (
     ((0, 9), "center", "bottom"),
     ((0, -9), "right", "top"),
     ((0, -9), "center", "top"),
+    ((11, 4), "left", "bottom"),
 )
 
 
@@ -190,7 +191,7 @@ def _frame(ax: Axes, panel: Panel, alike: Sequence[Panel]) -> None:
 
     xs = sorted({x for line in panel.lines for x, _ in line.points})
     ys = [y for other in alike for line in other.lines for _, y in line.points]
-    ax.set(xscale="log", xlim=(xs[0] / 1.3, xs[-1] * 1.3), xlabel=panel.x, ylabel=panel.y)
+    ax.set(xscale="log", xlim=(xs[0] / 1.2, xs[-1] * 1.2), xlabel=panel.x, ylabel=panel.y)
     ax.set_xticks(xs[:: 1 if len(xs) <= 8 else 2 if len(xs) <= 16 else len(xs) // 6])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(x)))
     ax.xaxis.set_minor_locator(NullLocator())
