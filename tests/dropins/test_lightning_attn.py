@@ -103,7 +103,7 @@ def _interpreted(function: str, tensors: Results, slopes: Tensor | None) -> Resu
 @interpreted
 @pytest.mark.parametrize(("function", "decays"), FUNCTIONS)
 def test_the_packages_own_agrees(interpreter: Interpreter, function: str, decays: bool):
-    """Of lengths that are no multiple of its block of 64 too; of a width of 16 it has no function."""
+    """Also for lengths that are not a multiple of its block of 64; it does not compute a width of 16."""
     absent()
     for T in (64, 100):
         tensors, slopes = make(1, 2, T, 32, 64), ours._build_slope_tensor(2) if decays else None

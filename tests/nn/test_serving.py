@@ -52,7 +52,7 @@ def alone(layer: Layer, tokens: Tensor, state: Tensor, start: int) -> tuple[Tens
 
 
 def paths(parents: Sequence[int]) -> list[list[int]]:
-    """Of each draft, its ancestors and itself, from the root."""
+    """For each draft, its ancestors and itself, from the root."""
     found: list[list[int]] = []
     for draft, parent in enumerate(parents):
         found.append([*(found[parent] if parent >= 0 else []), draft])

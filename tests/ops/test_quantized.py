@@ -142,7 +142,7 @@ RATES = torch.tensor([-0.5, -(2.0**-8), -1e-4, 0.0])  # ALiBi's fastest of 8 hea
 
 
 def errors(steps: int, backend: str, D: int, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Of each head's outputs, relative to float64 and by tenths of so many tokens, [10, H].
+    """The error of each head's outputs, relative to float64, in each tenth of so many tokens: [10, H].
 
     ``rounded``: what is stored of a state, in place of QuantizedStates.
     """

@@ -76,7 +76,7 @@ def test_flops_of_a_linear_model_are_those_of_its_products():
     wide = torch.randn(4, BLOCK, 16)
 
     def products(q: torch.Tensor, k: torch.Tensor) -> int:
-        """Of one block of four heads."""
+        """The multiplications and additions of one block of four heads."""
         with FlopCounterMode(display=False) as within:
             (q @ k.mT) @ v
         with FlopCounterMode(display=False) as between:

@@ -54,7 +54,7 @@ def check() -> None:
 
 
 def _styled(text: str, style: int) -> str:
-    """For a terminal whose user has not asked for plain text."""
+    """The text in a style, on a terminal whose user has not asked for plain text."""
     return f"\x1b[{style}m{text}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 

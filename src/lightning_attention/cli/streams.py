@@ -28,7 +28,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is left: every write flushes."""
+        """Do nothing: every write flushes."""
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the stream's own."""

@@ -68,7 +68,7 @@ def parallelize(
 
 
 def _check_dtypes(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """FSDP reduces the gradients of a unit in one tensor. Its own error comes in the first pass and names no weight."""
+    """Refuse two dtypes in a unit: FSDP reduces its gradients in one tensor, and FSDP's own error names no weight."""
     unit_of = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
     dtypes: dict[int, dict[torch.dtype, str]] = {}
     for name, weight in model.named_parameters():
@@ -85,7 +85,7 @@ def _check_dtypes(model: nn.Module, blocks: list[nn.Module]) -> None:
 
 
 def _in_bf16(forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """The same under autocast."""
+    """The forward pass under autocast."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device_type, torch.bfloat16):

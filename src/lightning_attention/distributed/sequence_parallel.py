@@ -80,7 +80,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group_name: str) -> "Ranks":
-        """Those of the group that has this name now."""
+        """The ranks of the group that has this name now."""
         group = _resolve(group_name)
         return cls(group_name, group.rank(), group.size())
 
@@ -95,4 +95,4 @@ class Ranks:
 
 
 def _nothing() -> None:
-    """Where the current stream has the collective already."""
+    """Do nothing: the current stream already has the collective."""

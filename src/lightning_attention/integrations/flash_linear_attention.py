@@ -407,7 +407,7 @@ def _heads(q: Tensor, head_first: bool) -> Tensor:
 
 
 def _state_v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
-    """With the name that it had before, which is taken out of ``kwargs``."""
+    """``state_v_first`` by either of its names; the former one is taken out of ``kwargs``."""
     if "transpose_state_layout" not in kwargs:
         return state_v_first
     if state_v_first:
@@ -417,7 +417,7 @@ def _state_v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
 
 
 def _keywords(kwargs: dict[str, Any]) -> bool:
-    """Whether the layout is head first, and that there is no keyword but those that fla's functions look at."""
+    """Whether the layout is head first. Refuses keywords that fla's functions do not look at."""
     unknown = kwargs.keys() - {"head_first", "chunk_size"}
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))} is no argument of this function")

@@ -1,1 +1,1 @@
-"""How each operation is computed: a package for each backend, whose ``BACKEND`` has the same seven functions."""
+"""How each operation is computed: a package for each backend, whose ``BACKEND`` has the same functions."""

@@ -44,7 +44,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     """transformers' own, under the same name in a saved folder; training makes no logits, as with TransNormerLLM."""
 
     def forward(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
-        """As there. With labels ``skip_logits`` leaves logits out; None: in training."""
+        """As in transformers. With labels ``skip_logits`` leaves logits out; None: in training."""
         skip = self.training if skip_logits is None else skip_logits
         if not skip or kwargs.get("labels") is None or kwargs.get("logits_to_keep") or not is_plain(self.lm_head):
             return super().forward(*args, **kwargs)
@@ -79,7 +79,7 @@ class ServedLlama:
         return logits
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the model."""
+        """The model's parameters."""
         return self._model.parameters()
 
     def eval(self) -> ServedLlama:

@@ -97,7 +97,7 @@ class Operation:
         self.register()
 
     def register(self) -> None:
-        """What autograd and vmap make of it: nothing."""
+        """Register what autograd and vmap make of it: nothing."""
         transforms.refuse_vmap(_library, self.name)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -96,7 +96,7 @@ def planes(state: Tensor | QuantizedStates) -> tuple[Tensor, Tensor | None, Tens
 
 
 def check_has_rings(state: Tensor | QuantizedStates, recent: RecentTokens | None) -> None:
-    """Of a pool that is not read by prefill."""
+    """Refuse 8-bit states without rings, for operations other than prefill."""
     if recent is None and isinstance(state, QuantizedStates):
         raise ValueError(
             "recent is None; with QuantizedStates it must be RecentTokens: only prefill takes these states alone"

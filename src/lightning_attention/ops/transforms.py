@@ -34,7 +34,7 @@ def has_tangent(x: Tensor | None) -> bool:
 
 
 def refuse_operator(name: str) -> None:
-    """What PyTorch says of a function that a transform meets below the dispatcher helps nobody."""
+    """Raise a clear error: PyTorch's own, of a function that a transform meets below the dispatcher, helps nobody."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"torch.ops.lightning_attention.{name} cannot be differentiated by torch.func; call the function "
@@ -84,7 +84,7 @@ def _as_heads(x: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
 
 
 def refuse_vmap(library: torch.library.Library, name: str) -> None:
-    """For operations on one pool of states, and others without a rule."""
+    """Refuse vmap, for operations on one pool of states and others without a rule."""
 
     def rule(*_: Any) -> Any:
         raise NotImplementedError(

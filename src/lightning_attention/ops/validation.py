@@ -46,7 +46,7 @@ def check_shape(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str) -> 
 
 
 def check_rank(name: str, x: Tensor, meaning: str) -> None:
-    """That it is a tensor of as many dimensions as are named, separated by commas."""
+    """Check that it is a tensor of as many dimensions as are named, separated by commas."""
     check_tensor(name, x)
     if x.ndim != meaning.count(",") + 1:
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning}")
@@ -144,7 +144,7 @@ def _check_vectors(name: str, x: Tensor, leading: str) -> None:
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:
-    """For operations without a derivative: autograd would record their insides, and keep every state of the pool."""
+    """Refuse inputs that require grad: autograd would record the insides, and keep every state of the pool."""
     for name, x in tensors.items():
         if isinstance(x, Tensor) and transforms.has_tangent(x):
             raise ValueError(f"{name} has a tangent of forward-mode differentiation; this operation has no derivative")
@@ -183,7 +183,7 @@ def check_log_decay(log_decay: Tensor | None, v: Tensor) -> None:
 
 
 def check_log_decay_values(log_decay: Tensor | None) -> None:
-    """The numbers themselves, only where reading them costs no synchronisation."""
+    """Check the numbers themselves, only where reading them costs no synchronisation."""
     if log_decay is None or not log_decay.is_cpu:
         return
     for head, value in enumerate(log_decay.tolist()):
@@ -222,7 +222,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
-    """The numbers themselves, only where reading them costs no synchronisation."""
+    """Check the numbers themselves, only where reading them costs no synchronisation."""
     if cu_seqlens is None or not cu_seqlens.is_cpu:
         return
     cuts = cu_seqlens.tolist()  # a list: for the few numbers of a call a tenth of the time of tensor operations
@@ -235,7 +235,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, num_tokens: int) -> None:
 def check_pool(
     state: Tensor, q: Tensor, v: Tensor, slots: Tensor | None, num_sequences: int, is_quantized: bool = False
 ) -> None:
-    """A pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own.
+    """Check a pool of states [S, H, D, E] and the rows of it, ``slots`` [N], that the sequences own.
 
     ``is_quantized``: ``state`` is the first plane of QuantizedStates.
     """
@@ -266,7 +266,7 @@ def _check_states(
 
 
 def check_out(out: Tensor, v: Tensor) -> None:
-    """Where the outputs go."""
+    """Check where the outputs go."""
     check_tensor("out", out)
     check_shape("out", out, v.shape, "the shape of v")
     check_dtype("out", out, (v.dtype,))
@@ -279,7 +279,7 @@ def check_out(out: Tensor, v: Tensor) -> None:
 def check_index(
     name: str, x: Tensor, wanted: tuple[int, ...], meaning: str, q: Tensor, dtypes: tuple[torch.dtype, ...] = INDICES
 ) -> None:
-    """An index tensor or, with ``dtypes`` (torch.bool,), a mask."""
+    """Check an index tensor or, with ``dtypes`` (torch.bool,), a mask."""
     check_tensor(name, x)
     check_shape(name, x, wanted, meaning)
     check_dtype(name, x, dtypes)
@@ -290,7 +290,7 @@ def check_packed(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     is_quantized: bool,
 ) -> int:  # fmt: skip
-    """What operations on packed sequences [T, H, *] and a pool have in common; returns N."""
+    """Check what operations on packed sequences [T, H, *] and a pool have in common; returns N."""
     check_inputs(q, k, v, log_decay, "T")
     check_cu_seqlens(cu_seqlens, q)
     check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state)
@@ -315,7 +315,7 @@ def check_snapshots(snapshot_at: Tensor | None, snapshot_slots: Tensor | None, n
 def check_draft_snapshots(
     snapshots: Tensor | None, snapshot_slots: Tensor | None, num_sequences: int, q: Tensor, v: Tensor
 ) -> None:
-    """A pool [R, H, D, E] for the states after drafts, and which row of it is whose."""
+    """Check a pool [R, H, D, E] for the states after drafts, and which row of it is whose."""
     if snapshots is None and snapshot_slots is None:
         return
     if snapshot_slots is None:
@@ -330,7 +330,7 @@ def check_draft_snapshots(
 
 
 def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tensor | None = None) -> None:
-    """The numbers themselves, only where reading them costs no synchronisation."""
+    """Check the numbers themselves, only where reading them costs no synchronisation."""
     owned = None if slots is None else _distinct("slots", slots, num_slots)
     if snapshot_slots is None:
         return
@@ -341,7 +341,7 @@ def check_slot_values(slots: Tensor | None, num_slots: int, snapshot_slots: Tens
 
 
 def check_draft_snapshot_values(snapshot_slots: Tensor | None, snapshots: Tensor | None, cu_seqlens: Tensor) -> None:
-    """The numbers themselves, of drafts that are there, only where reading them costs no synchronisation."""
+    """Check the numbers themselves, of drafts that are there, only where reading them costs no synchronisation."""
     if snapshot_slots is None or snapshots is None or not snapshot_slots.is_cpu:
         return
     there = torch.arange(snapshot_slots.shape[1], device="cpu") < cu_seqlens.diff()[:, None]
@@ -363,7 +363,7 @@ def _distinct(name: str, slots: Tensor, num_slots: int, pool: str = "state") -> 
 
 
 def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
-    """The numbers themselves, only where reading them costs no synchronisation."""
+    """Check the numbers themselves, only where reading them costs no synchronisation."""
     if parents is None or not parents.is_cpu:
         return
     given = parents.tolist()
@@ -376,7 +376,7 @@ def check_parents_values(parents: Tensor | None, cu_seqlens: Tensor) -> None:
 
 
 def check_accepted_values(accepted: Tensor, parents: Tensor | None, cu_seqlens: Tensor, slots: Tensor | None) -> None:
-    """That the accepted drafts of a sequence are one path from its state, only where reading them is free."""
+    """Check that the accepted drafts of a sequence are one path from its state, only where reading them is free."""
     if not accepted.is_cpu:
         return
     taken = accepted.tolist()

@@ -20,7 +20,7 @@ class Runtime:
 
     @classmethod
     def choose(cls, device: str, precision: str, local_rank: int | None = None) -> Runtime:
-        """From the settings of the same names. Raises InputError when the device is unknown or not there.
+        """The runtime for the settings of the same names. Raises InputError when the device is unknown or not there.
 
         With a `local_rank`, which process of this host it is, `cuda` is the GPU of that number.
         """

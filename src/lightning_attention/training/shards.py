@@ -49,7 +49,7 @@ class Part:
 
 
 def dtype_of(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """The smallest of two: 16 bits, or 32."""
+    """The smaller dtype that holds all tokens: 16 bits, or 32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 

@@ -36,7 +36,7 @@ class Decay:
         return (self.rate.view(-1, *(1,) * exponent.ndim) * exponent).exp()
 
     def of(self, heads: slice) -> "Decay":
-        """The same for some heads."""
+        """These decays for some heads."""
         part = copy(self)
         part.rate, part.mask, part.start = self.rate[heads], self.mask[heads], self.start[heads]
         return part

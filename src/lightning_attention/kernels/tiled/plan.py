@@ -33,22 +33,22 @@ class Share:
         self.run, self._rows, self._heads, self._group, self._packed = run, rows, heads, group, packed
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[B, T, H, X] -> theirs."""
+        """The share's part of [B, T, H, X]."""
         return x[self._rows, :, self._heads]
 
     def keys(self, x: Tensor) -> Tensor:
-        """[B, T, Hk, X], q or k -> theirs."""
+        """The share's part of q or k [B, T, Hk, X]."""
         if self._group == 1:
             return self.tokens(x)
         head = self._heads.start // self._group
         return x[self._rows, :, head : head + 1].expand(-1, -1, self._heads.stop - self._heads.start, -1)
 
     def states(self, x: Tensor | None) -> Tensor | None:
-        """[N, H, D, E] -> theirs."""
+        """The share's part of [N, H, D, E]."""
         return None if x is None else x[slice(None) if self._packed else self._rows, self._heads]
 
     def heads(self, x: Tensor) -> Tensor:
-        """[H] -> theirs."""
+        """The share's part of [H]."""
         return x[self._heads]
 
 

@@ -105,7 +105,7 @@ def attention_backward(
 
 
 def _sum(parts: tuple[Tensor, ...]) -> Tensor:
-    """Rounded once, as adding two is; without a copy of both."""
+    """The sum of the parts, rounded once as adding two is; two are not copied."""
     return parts[0] + parts[1] if len(parts) == 2 else torch.stack(parts).sum(0)
 
 

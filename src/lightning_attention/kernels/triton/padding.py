@@ -1,4 +1,4 @@
-"""Outputs of rows that belong to nobody."""
+"""Clearing the outputs of rows that belong to no sequence."""
 
 import triton
 import triton.language as tl

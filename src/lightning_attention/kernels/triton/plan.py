@@ -76,7 +76,7 @@ class Plan(NamedTuple):
 def plan_dense(
     B: int, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool, final: bool = False
 ) -> Plan:
-    """For a batch of B sequences; ``width``: the larger of D and E; ``programs``: those of a sequence's segment.
+    """Plan a batch of B sequences; ``width``: the larger of D and E; ``programs``: those of a sequence's segment.
 
     The rest as in ``plan_packed``.
     """
@@ -93,7 +93,7 @@ def plan_packed(
     cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, batch_invariant: bool, final: bool = False,
     slots: Tensor | None = None, short: int = -1,
 ) -> Plan:  # fmt: skip
-    """For a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment.
+    """Plan a packed batch; sequences of at most ``short`` rows, and those whose slot is negative, get no segment.
 
     ``batch_invariant``: every sequence is cut after so many rows from its own beginning, whatever else there is. For
     ``final`` states one that ends at such a place has a segment of no rows more, whose state is the scan's: the one
@@ -117,7 +117,7 @@ def plan_packed(
 
 
 def plan_documents(cu_seqlens: Tensor, T: int, width: int, chosen: Tiling, programs: int, reverse: bool) -> Plan:
-    """For a packed batch whose states nobody has or wants: one sequence of T rows, in which masks part documents.
+    """Plan a packed batch whose states nobody has or wants: one sequence of T rows, in which masks part documents.
 
     What it costs does not depend on their lengths. ``reverse``: whether it is swept with time reversed, too.
     """
@@ -133,7 +133,7 @@ def plan(
     k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chosen: Tiling, programs: int, batch_invariant: bool,
     has_states: bool, final: bool = False, reverse: bool = False,
 ) -> Plan:  # fmt: skip
-    """Of k [B, T, Hk, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
+    """Plan the segments of k [B, T, Hk, D] and v [B, T, H, E], which are packed if there is ``cu_seqlens``.
 
     ``has_states``: whether sequences have states, or gradients of them, that the call is given or returns; ``final``:
     whether final ones are wanted.

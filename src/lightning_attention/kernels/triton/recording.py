@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
-    """Two tensors that have it in common are the same numbers."""
+    """A key by which two tensors are the same numbers in memory."""
     return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
@@ -145,12 +145,12 @@ Result = TypeVar("Result")
 
 
 def _taken(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """These of some arguments, in C where there are several."""
+    """A function that picks these places of its arguments, in C where there are several."""
     return itemgetter(*places) if len(places) > 1 else lambda args: tuple([args[i] for i in places])
 
 
 def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
-    """For a function whose allocations and launches depend on the shapes of its tensors, and not on their numbers.
+    """Record a function whose allocations and launches depend on the shapes of its tensors, and not on their numbers.
 
     It is run on the device of its first argument. The second call of a shape is recorded, and the third is made from
     that: a shape that never comes again is not.

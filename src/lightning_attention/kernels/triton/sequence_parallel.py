@@ -92,7 +92,7 @@ def _backward(
     cu_seqlens: Tensor | None, lengths: Tensor, scale: float, batch_invariant: bool, need_dlog_decay: bool,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Where v has no more columns than the sweeps for dq and dk take.
+    """The backward pass where v has no more columns than the sweeps for dq and dk take.
 
     The states before segments, which need nothing from elsewhere, are computed while the gradients are under way.
     """

@@ -141,7 +141,7 @@ def tiles(
 
 
 def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
-    """For 16 bits on Hopper, whose widths are the sum of two powers of two: 80 is 64 and 16.
+    """Tiles for 16 bits on Hopper, whose widths are the sum of two powers of two: 80 is 64 and 16.
 
     Two programs of four warps on a multiprocessor, with 64 columns each, or one of eight with 128. The second computes
     the scores once where the first do it twice: backward at 128 it takes 0.90 of the time (4, 8192, 32), forward the
@@ -156,7 +156,7 @@ def hopper_tiles(D: int, E: int, backward: bool) -> Tiles:
 
 
 def hopper_float32_tiles(BD: int, BE: int, exact: bool, backward: bool) -> Tiles:
-    """For float32 on Hopper, D and E up to 128: one program of eight warps on a multiprocessor, or two of four.
+    """Tiles for float32 on Hopper, D and E up to 128: one program of eight warps on a multiprocessor, or two of four.
 
     Stages are those of c, what was fastest: one is 6 % slower than two forward at 128, and 3 % faster backward in TF32;
     at 64 it is 4 to 6 % faster with exact products, and 1 to 5 % slower in TF32.
@@ -169,7 +169,7 @@ def hopper_float32_tiles(BD: int, BE: int, exact: bool, backward: bool) -> Tiles
 
 
 def with_decay_gradient(tiles: Tiles) -> Tiles:
-    """The same where sweeps read one more tile: with fewer stages, if Hopper's shared memory has not room for all."""
+    """The tiles where sweeps read one more: with fewer stages, if Hopper's shared memory has no room for all."""
     if tiles.sweep != "hopper" or tiles.per_multiprocessor > 1:
         return tiles
     a_row = 2 * (2 * max(tiles.BD, tiles.BE) + 2 * tiles.TD)
@@ -225,7 +225,7 @@ def tiling(
     *tensors: Tensor, batch_invariant: bool = False, backward: bool = False, learned: bool = False,
     out: Tensor | None = None,
 ) -> Tiling:  # fmt: skip
-    """For q, k and v, or k and v alone, and others that programs copy; ``out``: where outputs go, if not to a new one.
+    """The tiling for q, k and v, or k and v alone, and others that programs copy; ``out``: where outputs go, if given.
 
     Raises:
         TypeError: dtype is float64.

@@ -111,7 +111,7 @@ def reach(rate, segment_rows):
 
 @triton.jit
 def rows_in_a_piece(rows, segment_rows, piece_rows, last_piece_rows):
-    """In a segment of so many rows; only the last of a sequence has fewer than the others."""
+    """Rows in a piece of a segment of so many rows; only a sequence's last segment has shorter pieces."""
     return tl.where(rows < segment_rows, last_piece_rows, piece_rows)
 
 
@@ -146,7 +146,7 @@ def is_within(row, border, REVERSE: tl.constexpr):
 
 @triton.jit
 def piece_from_end(segment, rows, reach, begins):
-    """Those of a piece's rows that matter to the state after the segment; maybe none."""
+    """The rows of a piece that matter to the state after the segment; maybe none."""
     start = tl.maximum(segment.start, segment.stop - reach)
     if begins is not None:
         start = tl.maximum(start, nearest_border(begins, segment.start, segment.stop, False))
@@ -156,7 +156,7 @@ def piece_from_end(segment, rows, reach, begins):
 
 @triton.jit
 def piece_from_start(segment, rows, reach, ends):
-    """With time reversed: those that matter to the state before the segment."""
+    """The same with time reversed: the rows that matter to the state before the segment."""
     stop = tl.minimum(segment.stop, segment.start + reach)
     if ends is not None:
         stop = tl.minimum(stop, nearest_border(ends, segment.start, segment.stop, True))

@@ -27,7 +27,7 @@ class _RecurrentState(LinearAttentionLayer):
 
     @property
     def state(self) -> Tensor | None:
-        """With what the ring of recent tokens holds."""
+        """The state with what the ring of recent tokens holds."""
         if not self.has_previous_state[0]:
             return None
         if self.recent is not None:

@@ -33,7 +33,7 @@ class SliceDocuments:
 
 
 def _by_boundaries(cu_seqlens: Tensor, length: int, group: "ProcessGroup") -> SliceDocuments | None:
-    """Those of the one row that ``cu_seqlens``, [N+1], cuts, of which this rank has ``length`` tokens; None for one.
+    """The documents of a row cut by ``cu_seqlens``, [N+1], of which this rank has ``length`` tokens; None for one.
 
     Raises:
         ValueError: the row that ``cu_seqlens`` describes is not as long as the ranks' slices together; looked at only
@@ -58,7 +58,7 @@ def _by_boundaries(cu_seqlens: Tensor, length: int, group: "ProcessGroup") -> Sl
 # Not traced, as packing.documents is not.
 @torch.compiler.disable(reason="position_ids say how many documents there are; pass cu_seqlens to stay in one graph")
 def _by_positions(position_ids: Tensor, batch: int, group: "ProcessGroup") -> SliceDocuments | None:
-    """Those that ``position_ids``, [B, T] or [1, T], mark by starting again; waits for the device.
+    """The documents that ``position_ids``, [B, T] or [1, T], mark by starting again; waits for the device.
 
     None where every row is one document.
     """

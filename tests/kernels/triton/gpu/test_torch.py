@@ -98,7 +98,7 @@ def test_batch_invariance(dtype: torch.dtype, width: int):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("dtype", "width"), [(BF16, 128), (BF16, 64), (BF16, 256), (torch.float16, 128), (FP32, 64)])
 def test_batch_invariance_of_long_sequences(dtype: torch.dtype, width: int, seed: int):
-    """Of segments, with last ones of every kind: random lengths, whole segments, a token more."""
+    """Sequences of several segments that end in every way: random lengths, whole segments, a token more."""
     options = {"H": 8 if width <= 128 else 2, "D": width, "dtype": dtype, "seed": seed}
     lengths = torch.randint(1, 20_000, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
     lengths += [2 * INVARIANT_CHUNK, INVARIANT_CHUNK + 1, 1]

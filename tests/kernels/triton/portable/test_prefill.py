@@ -158,7 +158,7 @@ def _read(prompt: Problem, cuts: list[int], snapshot_at: int) -> tuple[Tensor, T
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, torch.float16])
 def test_chunks_have_the_bits_of_training(interpreter: Interpreter, dtype: torch.dtype):
-    """Of prompts that end with a segment, a token after one, and within one; of a short one in blocks; of snapshots."""
+    """For prompts that end with a segment, a token after one, or within one; for a short one; for snapshots."""
     chunk = chunk_of(dtype)
     for T, cuts, at in (
         (2 * chunk, [chunk], -1), (2 * chunk + 1, [2 * chunk], chunk), (chunk + 9, [], chunk + 5),

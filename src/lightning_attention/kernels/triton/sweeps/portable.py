@@ -43,7 +43,7 @@ class Input(NamedTuple):
 
 
 class Output(NamedTuple):
-    """A contiguous one that is written."""
+    """A contiguous tensor that is written."""
 
     pointer: tl.tensor
     batch_stride: tl.tensor
