@@ -50,8 +50,8 @@ def rows_layout(rows):
 def column_bases(columns, bits):
     """Which columns a lane has of a state of so many bits, and by which lanes differ.
 
-    As they are read from shared memory: in 8 bits 4 side by side, in 32 bits 2, that are a product's operand at once; in
-    16 bits 8 apart, as ldmatrix gives them. The first two fill a tile of 16 rows of the product.
+    As they are read from shared memory: in 8 bits 4 side by side; in 32 bits 2, which two registers of an operand want
+    side by side; in 16 bits 8 apart, as ldmatrix gives them. The first two are in a product's same 16 rows.
     """
     lanes = {8: [4, 8, 16], 16: [1, 2, 4], 32: [2, 4, 8]}[bits]
     return [i for i in (1, 2, 4, 8, 16, 32) if i < columns and i not in lanes], lanes
@@ -79,6 +79,14 @@ def read_layout(columns, bits):
     mine, lanes = column_bases(columns, bits)
     registers = [[0, i] for i in mine] + [[1, 0]]
     return gl.DistributedLinearLayout(registers, [[2, 0], [4, 0]] + [[0, i] for i in lanes], [], [], [8, columns])
+
+
+@gluon.constexpr_function
+def shared_layout(dtype, columns):
+    """Shared memory for a tile of a state, from which ``state_layout`` is read without conflicts."""
+    if dtype.primitive_bitwidth == 8 and columns == 64:
+        return gl.SwizzledSharedLayout(32, 2, 2, [1, 0])
+    return swizzled(dtype, columns)
 
 
 @gluon.jit
@@ -138,10 +146,10 @@ def fulls(x):
 
 
 @gluon.jit
-def load_rows(x, row_stride, at, is_one, D: gl.constexpr):
+def load_rows(x, starts, is_one, D: gl.constexpr):
     """Rows of queries or keys, in parts of 32 numbers; 0 where there is none."""
-    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, rows_layout(at.shape[0])))
-    where = gl.multiple_of(x + at[:, None].to(gl.int64) * row_stride + dims[None, :], [16, 16])
+    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, rows_layout(starts.shape[0])))
+    where = gl.multiple_of(x + (starts[:, None] + dims[None, :]), [16, 16])
     is_one = is_one[:, None]
     parts = (gl.load(where, mask=is_one, other=0.0), gl.load(where + DIMS, mask=is_one, other=0.0))
     if D == 128:
@@ -152,10 +160,10 @@ def load_rows(x, row_stride, at, is_one, D: gl.constexpr):
 
 
 @gluon.jit
-def load_values(x, row_stride, at, is_one, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+def load_values(x, starts, is_one, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
     """Columns of some rows of values; 0 where there is none."""
     cols = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    where = gl.multiple_of(x + at[:, None].to(gl.int64) * row_stride + cols[None, :], [16, 16])
+    where = gl.multiple_of(x + (starts[:, None] + cols[None, :]), [16, 16])
     return gl.load(where, mask=is_one[:, None], other=0.0)
 
 
@@ -243,7 +251,7 @@ def verify_ring_kernel(
     v += first * v_token_stride + head * v_head_stride + column
     count = count_of(counts, slot)
     x = natural_decay(log_decay, head)
-    shared = gl.allocate_shared_memory(TYPE, [D, COLUMNS], swizzled(TYPE, COLUMNS))
+    shared = gl.allocate_shared_memory(TYPE, [D, COLUMNS], shared_layout(TYPE, COLUMNS))
     LAYOUT: gl.constexpr = tile_layout(D, width_of(TYPE), COLUMNS)
     rows = row_of(gl.arange(0, D, layout=gl.SliceLayout(1, LAYOUT)), IS_SHORT)
     cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
@@ -263,22 +271,22 @@ def verify_ring_kernel(
     NEW_ROWS: gl.constexpr = gl.SliceLayout(1, rows_layout(DRAFTS))
     for block in range(0, length, DRAFTS):
         query_at = block + gl.arange(0, DRAFTS, layout=NEW_ROWS)
-        queries = load_rows(q, q_token_stride, query_at, query_at < length, D)
+        queries = load_rows(q, query_at.to(gl.int64) * q_token_stride, query_at < length, D)
         since = (count + head * RING.places // RING.heads) % RING.places
         tokens = gl.minimum(count, since)
         place = gl.arange(0, PLACES, layout=gl.SliceLayout(1, rows_layout(PLACES)))
         is_key = (place < RING.places) & (age_at(place, count, RING) < tokens)
-        old_keys = load_rows(ring_k, D, place, is_key, D)
+        old_keys = load_rows(ring_k, place * D, is_key, D)
         place = gl.arange(0, PLACES, layout=gl.SliceLayout(1, OLD_VALUES))
         is_value = (place < RING.places) & (age_at(place, count, RING) < tokens)
-        old_values = load_values(ring_v, E, place, is_value, COLUMNS, OLD_VALUES)
+        old_values = load_values(ring_v, place * E, is_value, COLUMNS, OLD_VALUES)
         token = block + gl.arange(0, 2 * DRAFTS, layout=gl.SliceLayout(1, MMA))
         read = gl.zeros([COLUMNS, DRAFTS], gl.float32, layout=MMA)
         for before in range(0, block + 1, DRAFTS):
             new = before + gl.arange(0, DRAFTS, layout=NEW_ROWS)
-            new_keys = load_rows(k, k_token_stride, new, new < length, D)
+            new_keys = load_rows(k, new.to(gl.int64) * k_token_stride, new < length, D)
             new = before + gl.arange(0, DRAFTS, layout=gl.SliceLayout(1, NEW_VALUES))
-            new_values = load_values(v, v_token_stride, new, new < length, COLUMNS, NEW_VALUES)
+            new_values = load_values(v, new.to(gl.int64) * v_token_stride, new < length, COLUMNS, NEW_VALUES)
             draft = before + gl.arange(0, DRAFTS, layout=gl.SliceLayout(0, MMA))
             sees = draft[None, :] <= token[:, None]
             ahead = gl.where(sees, token[:, None] - draft[None, :], 0)
@@ -303,6 +311,7 @@ def verify_ring_kernel(
 
         async_copy.wait_group(0)
         of_state = gl.zeros([COLUMNS, DRAFTS], gl.float32, layout=MMA)
+        of_rests = gl.zeros([COLUMNS, DRAFTS], gl.float32, layout=MMA)  # by itself, for sums wait for the one before
         for i in gl.static_range(D // DIMS):
             part = shared.slice(i * DIMS, DIMS, dim=0)
             if IS_SHORT:
@@ -314,10 +323,12 @@ def verify_ring_kernel(
                 S = gl.convert_layout(as_rows(S, BITS), LEFT, assert_trivial=True)
                 right = fulls(queries[i])
                 top = S
-                if low is None:  # a number of float32 is two of TF32
+                if BITS == 32:  # such a number is two of TF32
                     top = top_bits(S)
-                    of_state = mma_v2(S - top, right, of_state, input_precision="tf32")
+                    of_rests = mma_v2(S - top, right, of_rests, input_precision="tf32")
                 of_state = mma_v2(top, right, of_state, input_precision="tf32")
+        if BITS == 32:
+            of_state += of_rests
         of_state = as_columns(of_state, BITS)
         if low is not None:
             of_state *= by[None, :]
