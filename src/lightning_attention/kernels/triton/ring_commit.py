@@ -75,8 +75,8 @@ def hidden(x):
 
 @gluon.jit
 def accepted_from(accepted, block, last, RING: gl.constexpr, LANES: gl.constexpr):
-    """Which of the R drafts from ``block`` are accepted, a bit each."""
-    i = gl.arange(0, PLACES, layout=LANES)
+    """Which of the R drafts from ``block`` are accepted, a bit each; of 32, for one instruction sums up a whole warp."""
+    i = gl.arange(0, 32, layout=LANES)
     is_one = gl.load(accepted + block + i, mask=(i < RING.places) & (block + i < last), other=0) != 0
     return gl.sum(gl.where(is_one, 1 << i, 0), 0)
 
