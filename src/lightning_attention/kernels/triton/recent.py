@@ -25,9 +25,10 @@ from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-#: Of a thread, nothing spilled, so that 16 programs of decode and 4 of commit, which have four warps, run on a
-#: multiprocessor at once; 0: any number.
-REGISTERS = {"decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "verify": 0, "commit": 128}
+#: Of a thread, nothing spilled, so that 16 programs of decode, 13 of verify and 4 of commit, which have four warps, run
+#: on a multiprocessor at once.
+REGISTERS = {"decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "verify": 152,
+             "verify of 64 columns": 168, "commit": 128}  # fmt: skip
 
 
 @cache
@@ -213,11 +214,11 @@ def verify(
     before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state)
     slots, log_decay, cuts = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous()
     after = (*ring, *_planes(low, state_scale), N, T, H, scale, int(made is not None))
-    is_short = q.dtype == ring_k.dtype != torch.float32
+    is_short = q.dtype == ring_k.dtype != torch.float32 and (out is None or _aligned(out))
     if parents is None and is_short and _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
-        args = (*before, *strides[:2], slots, log_decay, cuts, *after)
-        registers = REGISTERS["verify"]
-        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, COLUMNS.value, args, constants, state, registers)
+        args, width = (*before, *strides[:2], slots, log_decay, cuts, *after), _width(E, N, H, state, False)
+        registers = REGISTERS["verify" if width == COLUMNS.value else "verify of 64 columns"]
+        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
         return made
     args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
     over_states(

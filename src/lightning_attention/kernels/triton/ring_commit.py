@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring import TICKET, count_after, give, power, take_ticket
+from lightning_attention.kernels.triton.ring import TICKET, age_at, count_after, give, power, take_ticket
 from lightning_attention.kernels.triton.ring_decode import PLACES, add_product, width_of
 
 FOLDED = gl.constexpr(16)  # rows of a state, at once
@@ -75,8 +75,8 @@ def hidden(x):
 
 @gluon.jit
 def accepted_from(accepted, block, last, RING: gl.constexpr, LANES: gl.constexpr):
-    """Which of the R drafts from ``block`` are accepted, a bit each."""
-    i = gl.arange(0, PLACES, layout=LANES)
+    """Which of the R drafts from ``block`` are accepted, a bit each; of 32, for one instruction sums up a whole warp."""
+    i = gl.arange(0, 32, layout=LANES)
     is_one = gl.load(accepted + block + i, mask=(i < RING.places) & (block + i < last), other=0) != 0
     return gl.sum(gl.where(is_one, 1 << i, 0), 0)
 
@@ -99,12 +99,6 @@ def draft_of(order, rank):
 def at_of(count, RING: gl.constexpr):
     """The place of the token that so many come before, with a remainder that takes one instruction."""
     return (count.to(gl.uint32) % RING.places).to(gl.int32)
-
-
-@gluon.jit
-def age_at(place, count, RING: gl.constexpr):
-    """How many tokens came to other places since one came to this, when so many were appended."""
-    return at_of(count - 1 - place + PLACES * RING.places, RING)
 
 
 @gluon.jit
