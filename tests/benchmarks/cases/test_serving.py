@@ -295,7 +295,7 @@ def test_a_wrong_peer_is_not_timed(report, run, stand_ins):
 
 
 def test_a_peer_that_ignores_slots_is_not_timed(report, run, stand_ins, monkeypatch):
-    """As cuLA's decode did until May 2026: right for one sequence alone."""
+    """As cuLA's decode did before its pull request 75: right for one sequence alone."""
     step = CULA["linear_attention_decode"]
 
     def in_order(q, k, v, s, out, **rest):
