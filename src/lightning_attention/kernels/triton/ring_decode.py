@@ -15,7 +15,18 @@ from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
 from lightning_attention.kernels.triton.ring import age_at, arrive, count_among, nearly, power, top_bits
-from lightning_attention.kernels.triton.ring_planes import MMA, PLACES, PLAIN, copy, fold_planes, numbers
+from lightning_attention.kernels.triton.ring_planes import (
+    MMA,
+    PLACES,
+    PLAIN,
+    copy,
+    digits,
+    fold_planes,
+    fours,
+    plane_copy,
+    plane_layout,
+    product_with_plane,
+)
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
 COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be twice as many
@@ -117,7 +128,7 @@ def decode_ring_kernel(
     LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
     VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
     KEYS: gl.constexpr = keys_layout(D, WIDTH, COLUMNS)
-    SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
+    SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0]) if low is None else fours(D)
     n = gl.program_id(1)
     head = gl.program_id(0) // (E // COLUMNS)
     column = gl.program_id(0) % (E // COLUMNS) * COLUMNS
@@ -140,10 +151,14 @@ def decode_ring_kernel(
         return
     TYPE: gl.constexpr = state.dtype.element_ty
     COPIES: gl.constexpr = copies_of(TYPE, COLUMNS)
-    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], swizzled(TYPE, COLUMNS))
+    SHARED: gl.constexpr = swizzled(TYPE, COLUMNS) if low is None else plane_layout(COLUMNS)
+    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], SHARED)
     shared = buffer.index(0)
     state += slot * slot_stride + head * head_stride
-    where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
+    COPY: gl.constexpr = LAYOUT if low is None else plane_copy(COLUMNS)
+    copied_rows = gl.arange(0, D, layout=gl.SliceLayout(1, COPY))
+    copied_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, COPY))
+    where = gl.multiple_of(state + copied_rows[:, None] * E + copied_cols[None, :], [16, 16])
     count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
     copy(shared, where)
@@ -201,7 +216,9 @@ def decode_ring_kernel(
         of_state = gl.convert_layout(gl.sum(of_state, 0), gl.SliceLayout(0, LAYOUT))
     elif low is not None:
         async_copy.wait_group(0)
-        of_state = gl.sum(q_row[:, None] * numbers(shared.load(LAYOUT)), 0) * by
+        found, exponent = digits(q_share)
+        of_state = product_with_plane(found, exponent, shared, D, COLUMNS)
+        of_state = gl.convert_layout(of_state, gl.SliceLayout(0, LAYOUT)) * by
     else:
         async_copy.wait_group(0)
         of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)
