@@ -21,11 +21,13 @@ from lightning_attention.kernels.triton.ring_planes import (
     PLAIN,
     copy,
     digits,
+    eights,
     fold_planes,
     fours,
     plane_copy,
     plane_layout,
     product_with_plane,
+    ring_scores,
 )
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
@@ -127,7 +129,9 @@ def decode_ring_kernel(
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
     LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
     VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
-    KEYS: gl.constexpr = keys_layout(D, WIDTH, COLUMNS)
+    #: Keys in the tensor cores, where they and the query are of one type of 16 bits.
+    HAS_EIGHTS: gl.constexpr = low is not None and are_short(q.dtype.element_ty, q.dtype.element_ty, ring_k.dtype.element_ty)
+    KEYS: gl.constexpr = eights(PLACES, D) if HAS_EIGHTS else keys_layout(D, WIDTH, COLUMNS)
     SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0]) if low is None else fours(D)
     n = gl.program_id(1)
     head = gl.program_id(0) // (E // COLUMNS)
@@ -159,15 +163,24 @@ def decode_ring_kernel(
     copied_rows = gl.arange(0, D, layout=gl.SliceLayout(1, COPY))
     copied_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, COPY))
     where = gl.multiple_of(state + copied_rows[:, None] * E + copied_cols[None, :], [16, 16])
-    count = count_among(counts, slot, gl.program_id(0))
+    if low is None:
+        count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
     copy(shared, where)
     async_copy.commit_group()
     if low is not None:
         scales += slot * scale_slot_stride + head * scale_head_stride
         by = gl.load(gl.multiple_of(scales + cols, 16))
+    if HAS_EIGHTS:
+        QUERY: gl.constexpr = eights(8, D)
+        eight = gl.arange(0, 8, layout=gl.SliceLayout(1, QUERY))
+        query_dims = gl.arange(0, D, layout=gl.SliceLayout(0, QUERY))
+        q += token * q_token_stride + head // TILE.group * q_head_stride
+        query = gl.load(gl.multiple_of(q + eight[:, None] * 0 + query_dims[None, :], [16, 16]))
     barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
+    if low is not None:
+        count = count_among(counts, slot, gl.program_id(0))
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
@@ -185,7 +198,7 @@ def decode_ring_kernel(
         where_q = gl.multiple_of(q + q_start + first[:, None] * 0 + parts[None, :], [16, 16])
         left = gl.load(where_q, mask=(first == 0)[:, None], other=0.0)
         weight = gl.convert_layout(gl.sum(scores(left, ring_k, D, at, is_used, D), 0), KEY_AT)
-    else:
+    elif not HAS_EIGHTS:
         dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
         where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
         keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
@@ -195,6 +208,11 @@ def decode_ring_kernel(
     value_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, VALUES))
     values = gl.load(gl.multiple_of(ring_v + value_at[:, None] * E + value_cols[None, :], [16, 16]),
                      mask=is_value[:, None], other=0.0)  # fmt: skip
+    if HAS_EIGHTS:
+        barrier()  # else it would have values wait for keys
+        dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
+        where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
+        keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
     # All programs of the head read its keys, and one writes. Nobody wants what was in that place: before it gets
     # another token a head holds R − 1 at most.
     place = count % RING.places
@@ -202,7 +220,9 @@ def decode_ring_kernel(
         gl.store(gl.multiple_of(ring_k + place * D + share, 16), k_share.to(ring_k.dtype.element_ty))
     gl.store(gl.multiple_of(ring_v + place * E + cols, 16), v_row.to(ring_v.dtype.element_ty))
 
-    if not IS_SHORT:
+    if HAS_EIGHTS:
+        weight = gl.convert_layout(ring_scores(keys, query), gl.SliceLayout(1, KEYS))
+    elif not IS_SHORT:
         query = gl.convert_layout(q_row, gl.SliceLayout(0, KEYS), assert_trivial=True)
         weight = gl.sum(keys.to(gl.float32) * query[None, :], 1)
     weight *= nearly(x, gl.where(is_used, age, 0) + 1)

@@ -89,6 +89,30 @@ def by_lanes(x):
     return x.reshape([x.shape[0] * 16, x.shape[4]])
 
 
+@gluon.constexpr_function
+def eights(rows, D):
+    """16 keys or 8 times a query, [rows, D], of which a lane reads 8 numbers at a time."""
+    registers = [[0, i] for i in (1, 2, 4, 32, 64) if i < D] + [[8, 0]] * (rows == 16)
+    return gl.DistributedLinearLayout(registers, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [], [], [rows, D])
+
+
+@gluon.jit
+def by_eights(x):
+    """Numbers of ``eights`` in the order in which the lanes have them of a product."""
+    x = x.reshape([x.shape[0], x.shape[1] // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4])
+    return x.reshape([x.shape[0], x.shape[1] * 32])
+
+
+@gluon.jit
+def ring_scores(keys, query):
+    """Products [16] of a ring's keys and a query of the same 16 bits, read as ``eights``."""
+    keys = gl.convert_layout(by_eights(keys), gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+    query = gl.convert_layout(by_eights(query).permute([1, 0]), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+    found = mma_v2(keys, query, gl.zeros([PLACES, 8], gl.float32, layout=MMA))
+    first = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA)) == 0
+    return gl.sum(gl.where(first[None, :], found, 0.0), 1)
+
+
 @gluon.jit
 def digits(q):
     """A query [D] in ``fours`` as whole numbers, three digits of 8 bits each, and what the first digits count.
@@ -96,7 +120,7 @@ def digits(q):
     To 2^-22 of the largest: more than what ``high`` has left of a state, also where a few numbers of q are far larger
     than the others. If one is not finite, neither is q · k, and the digits may be any.
     """
-    exponent = gl.maximum(gl.max(gl.abs(q).to(gl.int32, bitcast=True), 0) >> 23, 22)
+    exponent = gl.maximum(gl.max(gl.abs(q).to(gl.int32, bitcast=True), 0) >> 23, 23)
     up = ((275 - exponent) << 23).to(gl.float32, bitcast=True)  # all are less than 2^22 then
     word = (q * up + ROUNDING).to(gl.int32, bitcast=True)
     word = (word + (OFFSET - 0x4B400000)) ^ OFFSET
@@ -105,7 +129,7 @@ def digits(q):
     nothing = gl.zeros_like(first)
     found = gl.join(gl.join(first, third), gl.join(second, nothing)).reshape([q.shape[0], 4])
     found = by_lanes(gl.join(found, found).reshape([q.shape[0], DIGITS]))
-    return gl.convert_layout(found, gl.DotOperandLayout(1, MMA, 4)), exponent - 21
+    return gl.convert_layout(found, gl.DotOperandLayout(1, MMA, 4)), exponent - 22  # which are there twice
 
 
 @gluon.jit
@@ -118,7 +142,10 @@ def product_with_plane(found, exponent, plane, D: gl.constexpr, WIDTH: gl.conste
     pairs = seen_as(plane, gl.int16, [D, WIDTH // 2], plane_layout(WIDTH, 2)).load(gl.DotOperandLayout(1, MMA, 2))
     even, odd = gl.inline_asm_elementwise(
         APART, "=r,=r,r,r", [pairs], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)  # fmt: skip
-    return gl.join(digits_read(even, found, exponent), digits_read(odd, found, exponent)).reshape([WIDTH])
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 4], [4 * 64 // WIDTH, WIDTH // 8], [1, 1], [1, 0]))
+    even = gl.convert_layout(digits_read(even, found, exponent), LAYOUT)
+    odd = gl.convert_layout(digits_read(odd, found, exponent), LAYOUT)
+    return gl.join(even, odd).reshape([WIDTH])
 
 
 @gluon.jit
@@ -126,7 +153,7 @@ def digits_read(part, found, exponent):
     """Products of every other column with a query in digits."""
     columns = gl.convert_layout(by_lanes(part).permute([1, 0]), gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
     each = mma_v2(columns, found, gl.zeros([columns.shape[0], DIGITS], gl.int32, layout=MMA))
-    each, _ = gl.split(each.reshape([columns.shape[0], 4, 2]))
+    each = gl.sum(each.reshape([columns.shape[0], 4, 2]), 2)
     digit = gl.arange(0, 4, layout=gl.SliceLayout(0, each.type.layout))
     by = gl.where(digit < 3, exponent + 8 * digit, 0) << 23
     return gl.sum(each.to(gl.float32) * by.to(gl.float32, bitcast=True)[None, :], 1)
