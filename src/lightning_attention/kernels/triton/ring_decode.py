@@ -56,7 +56,7 @@ def are_short(state, tokens, ring):
 @gluon.constexpr_function
 def copies_of(dtype, columns):
     """Of a program's part of a state, that shared memory has room for; two planes of 32 columns are folded there."""
-    return 64 // columns if dtype.primitive_bitwidth == 8 else 1
+    return max(64 // columns, 1) if dtype.primitive_bitwidth == 8 else 1
 
 
 @gluon.constexpr_function
@@ -129,8 +129,11 @@ def decode_ring_kernel(
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
     LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
     VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
-    #: Keys in the tensor cores, where they and the query are of one type of 16 bits.
-    HAS_EIGHTS: gl.constexpr = low is not None and are_short(q.dtype.element_ty, q.dtype.element_ty, ring_k.dtype.element_ty)
+    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows. With a state in 8 bits keys are the
+    # rows, and the query a column.
+    TOKENS: gl.constexpr = q.dtype.element_ty
+    IS_SHORT: gl.constexpr = are_short(state.dtype.element_ty, TOKENS, ring_k.dtype.element_ty)
+    HAS_EIGHTS: gl.constexpr = low is not None and are_short(TOKENS, TOKENS, ring_k.dtype.element_ty)
     KEYS: gl.constexpr = eights(PLACES, D) if HAS_EIGHTS else keys_layout(D, WIDTH, COLUMNS)
     SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0]) if low is None else fours(D)
     n = gl.program_id(1)
@@ -179,14 +182,12 @@ def decode_ring_kernel(
         query = gl.load(gl.multiple_of(q + eight[:, None] * 0 + query_dims[None, :], [16, 16]))
     barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
-    if low is not None:
+    if low is not None:  # or it would wait for the count, which is the same for all lanes, before most of the copies
         count = count_among(counts, slot, gl.program_id(0))
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
     ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride
-    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows.
-    IS_SHORT: gl.constexpr = are_short(TYPE, q.dtype.element_ty, ring_k.dtype.element_ty)
     KEY_AT: gl.constexpr = gl.SliceLayout(0, RIGHT_HALF) if IS_SHORT else gl.SliceLayout(1, KEYS)
     at = gl.arange(0, PLACES, layout=KEY_AT)
     age = age_at(at, count, RING)
@@ -209,7 +210,7 @@ def decode_ring_kernel(
     values = gl.load(gl.multiple_of(ring_v + value_at[:, None] * E + value_cols[None, :], [16, 16]),
                      mask=is_value[:, None], other=0.0)  # fmt: skip
     if HAS_EIGHTS:
-        barrier()  # else it would have values wait for keys
+        barrier()  # else the values would be loaded after what waits for the keys
         dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
         where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
         keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
@@ -220,6 +221,8 @@ def decode_ring_kernel(
         gl.store(gl.multiple_of(ring_k + place * D + share, 16), k_share.to(ring_k.dtype.element_ty))
     gl.store(gl.multiple_of(ring_v + place * E + cols, 16), v_row.to(ring_v.dtype.element_ty))
 
+    if low is not None:
+        in_digits, exponent = digits(q_share)
     if HAS_EIGHTS:
         weight = gl.convert_layout(ring_scores(keys, query), gl.SliceLayout(1, KEYS))
     elif not IS_SHORT:
@@ -236,8 +239,7 @@ def decode_ring_kernel(
         of_state = gl.convert_layout(gl.sum(of_state, 0), gl.SliceLayout(0, LAYOUT))
     elif low is not None:
         async_copy.wait_group(0)
-        found, exponent = digits(q_share)
-        of_state = product_with_plane(found, exponent, shared, D, COLUMNS)
+        of_state = product_with_plane(in_digits, exponent, shared, D, COLUMNS)
         of_state = gl.convert_layout(of_state, gl.SliceLayout(0, LAYOUT)) * by
     else:
         async_copy.wait_group(0)

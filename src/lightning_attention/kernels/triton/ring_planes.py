@@ -141,7 +141,7 @@ def product_with_plane(found, exponent, plane, D: gl.constexpr, WIDTH: gl.conste
     """
     pairs = seen_as(plane, gl.int16, [D, WIDTH // 2], plane_layout(WIDTH, 2)).load(gl.DotOperandLayout(1, MMA, 2))
     even, odd = gl.inline_asm_elementwise(
-        APART, "=r,=r,r,r", [pairs], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)  # fmt: skip
+        APART, "=&r,=&r,r,r", [pairs], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)  # fmt: skip
     LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 4], [4 * 64 // WIDTH, WIDTH // 8], [1, 1], [1, 0]))
     even = gl.convert_layout(digits_read(even, found, exponent), LAYOUT)
     odd = gl.convert_layout(digits_read(odd, found, exponent), LAYOUT)
