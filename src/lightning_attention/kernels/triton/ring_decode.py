@@ -1,8 +1,8 @@
 """Decode over states with rings on NVIDIA chips, in Gluon: what ``decode_recent_kernel`` computes, with fewer waits.
 
 Triton passes each row that it loads through shared memory, to give it the layout of what it is multiplied with: the
-threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, or
-64 in 8 bits, and needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q
+threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, 64 in
+16 bits or up to 128 in 8, and needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q
 and of the ring's keys. States come by way of shared memory, where they wait without taking registers: so all loads of a
 program are on their way at once, and three or more programs a multiprocessor.
 """
@@ -31,7 +31,7 @@ from lightning_attention.kernels.triton.ring_planes import (
 )
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
-COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be twice as many
+COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be four times as many
 FOLDED = gl.constexpr(32)  # rows of a state, at once
 DRAFTS = gl.constexpr(16)  # queries that are read for at once, of which decode has one
 
