@@ -1,10 +1,13 @@
 """Decode over states with rings on NVIDIA chips, in Gluon: what ``decode_recent_kernel`` computes, with fewer waits.
 
 Triton passes each row that it loads through shared memory, to give it the layout of what it is multiplied with: the
-threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, 64 in
-16 bits or up to 128 in 8, and needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q
-and of the ring's keys. States come by way of shared memory, where they wait without taking registers: so all loads of a
-program are on their way at once, and three or more programs a multiprocessor.
+threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, 64
+in 16 bits or up to 128 in 8, and needs no other; each of G groups of its lanes has D / G rows one after another, and
+the same part of q and of the ring's keys. States come by way of shared memory, where they wait without taking
+registers: so all loads of a program are on their way at once, and three or more programs a multiprocessor.
+
+States in 8 bits meet the query in the tensor cores as whole numbers (``product_with_plane``): in float32 each of their
+bytes took three instructions, a permutation, a subtraction and a product, and that was most of a program.
 """
 
 from triton.experimental import gluon

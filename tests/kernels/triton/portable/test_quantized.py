@@ -200,10 +200,11 @@ PORTABLE = ["verify_recent_kernel", "commit_recent_kernel", "fold_kernel"]
 
 
 @pytest.mark.parametrize(
-    ("chip", "N", "columns"), [("sm_80", 3, 32), ("sm_90", 3, 32), ("sm_90", 64, 64), ("sm_90", 256, 128), ("sm_100", 256, 128)]
+    ("chip", "N", "columns"),
+    [("sm_80", 3, 32), ("sm_90", 3, 32), ("sm_90", 64, 64), ("sm_90", 256, 128), ("sm_100", 256, 128)],
 )
 def test_steps_on_nvidia_chips(chip: str, N: int, columns: int):
-    """Next to nothing spills, with room for 15 programs of decode or 12 wide ones; states are copied 16 bytes at a time."""
+    """Next to nothing spills, with room for 15 programs of decode or 12 of 128 columns; copies are of 16 bytes."""
     found = stepped(chip, 128, N)
     decode, verify = found[:2]
     assert [x.name for x in found] == ["decode_ring_kernel", "verify_ring_kernel", *PORTABLE]
