@@ -117,9 +117,8 @@ def ring_scores(keys, query):
 def digits(q):
     """A query [D] in ``fours`` as whole numbers, three digits of 8 bits each, and what the first digits count.
 
-    To 2^-22 of the largest, or to 2^-126: more than what ``high`` has left of a state, also where a few numbers of q are
-    far larger than the others. If one is not finite, neither is q · k, and the digits may be any. Numbers of 16 bits
-    instead, 1024 + byte as the bits of float16 make it, would want a power of two of q and as many permutations.
+    To 2^-22 of the largest, or to 2^-126: more than what ``high`` has left of a state, also where a few numbers of q
+    are far larger than the others. If one is not finite, neither is q · k, and the digits may be any.
     """
     exponent = gl.maximum(gl.max(gl.abs(q).to(gl.int32, bitcast=True), 0) >> 23, 23)
     up = ((275 - exponent) << 23).to(gl.float32, bitcast=True)  # all are less than 2^22 then

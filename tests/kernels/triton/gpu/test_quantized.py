@@ -153,43 +153,25 @@ def test_a_captured_step_replayed(N: int, H: int, D: int, E: int):
     assert relative_error(whole(pool, recent, rate).cpu(), reference.stacked()) <= STATES
 
 
-@pytest.mark.parametrize(("N", "H"), [(4, 8), (44, 64), (130, 64)], ids=["32 columns", "64", "128"])
+@pytest.mark.parametrize(("N", "H"), [(3, 8), (44, 64), (130, 64)], ids=["32 columns", "64", "128"])
 @pytest.mark.parametrize(
-    ("dtype", "ring_dtype", "most", "tolerance"),
-    [(BF16, BF16, 2.0**60, 4e-3), (FP16, FP16, 8.0, 5e-4), (FP32, FP32, 2.0**60, 3e-6), (FP32, BF16, 2.0**60, 3e-6)],
+    ("dtype", "ring_dtype", "tolerance"),
+    [(BF16, BF16, 4e-3), (FP16, FP16, 5e-4), (FP32, FP32, 3e-6), (FP32, BF16, 3e-6)],
 )
-def test_queries_of_any_size(
-    N: int, H: int, dtype: torch.dtype, ring_dtype: torch.dtype, most: float, tolerance: float
-):
-    """What is read of a state is what ``high`` says, and a query that is not finite reads nothing finite."""
+def test_what_is_read_of_a_state(N: int, H: int, dtype: torch.dtype, ring_dtype: torch.dtype, tolerance: float):
+    """What ``high`` says, by programs of all widths: keys of 0 read nothing else."""
     torch.manual_seed(0)
     D = E = 128
     pool = QuantizedStates.empty(N, H, D, E, device=DEVICE)
     pool.quantize(torch.randn(N, H, D, E, device=DEVICE) + 0.1)
     recent = RecentTokens.empty(N, H, D, E, 16, ring_dtype, DEVICE)
-    first = torch.randn(N, H, D, device=DEVICE)
-    outlying = first.clone()
-    outlying[..., 5] *= 100
-    v, nothing = torch.randn(N, H, E, device=DEVICE).to(dtype), torch.zeros(N, H, D, device=DEVICE, dtype=dtype)
-    for q in (first, outlying):
-        for factor in (1 / most, 1.0, most):
-            states = pool.high.double() * pool.scale.double()[..., None, :]  # heads that fold round theirs anew
-            query = (q * factor).to(dtype)
-            out = lightning_attention_decode(query, nothing, v, None, pool, scale=0.5, recent=recent)
-            expected = torch.einsum("nhd,nhde->nhe", query.double() * (0.5 / factor), states)
-            assert relative_error(out.double() / factor, expected) <= tolerance, factor
-    clean = first.to(dtype)
-    spoilt = clean.clone()
-    spoilt[0, :, 3], spoilt[1, :, 4], spoilt[2, :, D - 1] = torch.inf, torch.nan, -torch.inf
-    for k in (nothing, torch.randn(N, H, D, device=DEVICE).to(dtype)):
-        before = [x.clone() for x in (*tensors(pool), recent.k, recent.v, recent.count)]
-        outs = []
-        for query in (clean, spoilt):
-            for x, old in zip((*tensors(pool), recent.k, recent.v, recent.count), before, strict=True):
-                x.copy_(old)
-            outs.append(lightning_attention_decode(query, k, v, None, pool, recent=recent))
-        assert not outs[1][:3].isfinite().any()
-        assert torch.equal(outs[1][3:], outs[0][3:])
+    k, v = torch.zeros(N, H, D, device=DEVICE, dtype=dtype), torch.randn(N, H, E, device=DEVICE).to(dtype)
+    for _ in range(3):
+        states = pool.high.double() * pool.scale.double()[..., None, :]  # heads that fold round theirs anew
+        q = torch.randn(N, H, D, device=DEVICE).to(dtype)
+        out = lightning_attention_decode(q, k, v, None, pool, scale=0.5, recent=recent)
+        expected = torch.einsum("nhd,nhde->nhe", q.double() * 0.5, states)
+        assert relative_error(out, expected) <= tolerance
 
 
 def test_drafts_captured_and_replayed():
