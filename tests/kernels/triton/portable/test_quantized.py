@@ -83,7 +83,7 @@ SNAPSHOTS = {
 
 @interpreted
 @pytest.mark.parametrize("rings", [False, True])
-@pytest.mark.parametrize("options", [{}, SNAPSHOTS, {"batch_invariant": True}], ids=["", "snapshots", "invariant"])
+@pytest.mark.parametrize("options", [{}, SNAPSHOTS], ids=["", "snapshots"])
 def test_prefill(interpreter: Interpreter, rings: bool, options: dict[str, Any]):
     def call(backend: str) -> list[Tensor]:
         return interpreter.call(_prefill_with, backend, rings, options)
