@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.errors import errors, reference, within
+from benchmarks.harness.errors import errors, mark, reference, within
 from benchmarks.harness.timing import copy_rate, host_us, in_flight_us
 from lightning_attention import decay
-from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, result_or_error
+from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, has, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
 from lightning_attention.bench.peers import ATTENTION, PACKED_ATTENTION, SDPA, Peer, is_ours, ours
 from lightning_attention.bench.render import Table
@@ -328,7 +328,8 @@ def _measure(run: Run, row: Row, rate: float) -> None:
     del wanted
     base = replace(row, **row.against) if row.against else None
     for pass_ in row.passes:
-        calls = {p.name: partial(problem.call, p, pass_) for p in peers if "error" not in wrong[p.name]}
+        able = [p for p in peers if has(p, pass_)]
+        calls = {p.name: partial(problem.call, p, pass_) for p in able if "error" not in wrong[p.name]}
         if base is not None:
             calls["against"] = partial(base.problem(device).call, base.ours(device, run.backend), pass_)
         ready: dict[str, Callable[[], object]] = {}
@@ -343,7 +344,7 @@ def _measure(run: Run, row: Row, rate: float) -> None:
         for name, timing in time_calls(ready, device, seconds=run.scale.seconds, flushes=FLUSHES).items():
             found[name] |= asdict(timing)
         ready.clear()
-        for p in peers:
+        for p in able:
             record = wrong[p.name] if "error" in wrong[p.name] else found[p.name]
             if "ms" in record:
                 record[FLOOR] = row.bytes(pass_) / rate / record["ms"] * 1e3
@@ -391,7 +392,7 @@ def _measure_host(run: Run, row: HostRow) -> None:
             wall_ms(calls[p.name], run.device)  # noqa: B023
             return {}
 
-        peers = [ours(run.backend), softmax, *(p for p in run.peers if not p.softmax)]
+        peers = [ours(run.backend), softmax, *(p for p in run.peers if not p.softmax and has(p, pass_))]
         found: dict[str, dict[str, Any]] = {p.name: result_or_error(partial(prepare, p)) for p in peers}
         for _ in range(5):
             for name, call in calls.items():
@@ -441,7 +442,8 @@ def show(report: Report) -> Iterator[Shown]:
         met = ("yes" if r["met"] else "NO") if "met" in r else ""
         rows[_row(r)] = [taken(r), part, ratio, _bound(r), met, error, *[""] * len(labels)]
     for r in (r for r in records if not is_ours(r["implementation"])):
-        more = f" ({_time(r) / times[_row(r)]:.1f}×)" if "error" not in r else ""
+        wrong = mark(r["relative_error"]) if "relative_error" in r else ""
+        more = f" ({_time(r) / times[_row(r)]:.1f}×{wrong})" if "error" not in r else ""
         rows[_row(r)][6 + labels.index(r["label"])] = taken(r) + more
     columns = [
         "case",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness.errors import COMPARED, errors, reference
+from benchmarks.harness.errors import COMPARED, errors, mark, reference
 from benchmarks.harness.timing import copy_rate
 from lightning_attention.bench.attention import BACKWARD, BOTH, FORWARD, Problem, Shape, measure, result_or_error
 from lightning_attention.bench.case import Case, Run, Shown
@@ -52,6 +52,8 @@ def floor_ms(shape: Shape, pass_: str, dtype: torch.dtype, bytes_per_second: flo
 def measure_shapes(run: Run) -> None:
     """Each shape: forward, backward and both; the part of the floor reached; errors against float64 in the same run.
 
+    A peer whose error is large stays in the table, with its times, and is called wrong there.
+
     ``floor_fraction`` is the time to move what the definition reads and writes at the copy rate of this process,
     divided by the time taken. ``memory_ratio`` is the peak of forward+backward, inputs and output gradient
     included, over the eight tensors q, k, v, o, do, dq, dk, dv.
@@ -93,7 +95,7 @@ def table(records: list[Record], found_errors: list[Record]) -> Iterator[Table]:
             return {f"worst error\n{'ours' if ours_ else name}": _worst(r)}
         head = f"{'ours' if ours_ else r['label']}\n{short[r['pass']]}"
         if "ms" not in r:
-            return {head: "failed"}
+            return {head: "–" if "skipped" in r else "failed"}
         if not ours_:
             own = mine.get((_shape(r), r["pass"]), {}).get("ms", float("nan"))
             return {head: f"{r['ms']:.3f} ({r['ms'] / own:.1f}×)"}
@@ -110,7 +112,8 @@ def _worst(found: Record) -> str:
     values = [found[x] for x in COMPARED if x in found]
     if not values:
         return "failed"
-    return next((x for x in values if isinstance(x, str)), None) or f"{max(values):.1e}"
+    worst = next((x for x in values if isinstance(x, str)), None) or max(values)
+    return (worst if isinstance(worst, str) else f"{worst:.1e}") + mark(worst)
 
 
 def by_length(records: list[Record]) -> list[Record]:

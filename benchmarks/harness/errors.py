@@ -8,6 +8,9 @@ from lightning_attention.bench.attention import Problem
 from lightning_attention.bench.peers import Peer, ours
 from lightning_attention.check import relative_error
 
+#: Past this error the numbers of a peer are shown as wrong: half a dozen roundings of the inputs to bfloat16.
+WRONG = 1e-2
+
 #: What errors are taken of, in this order.
 COMPARED = ("output", "dq", "dk", "dv", "dlog_decay")
 
@@ -16,6 +19,11 @@ def within(budget: float, error: float) -> dict[str, Any]:
     """The relative error as fields of a record; one past its budget makes the record a failure."""
     wrong = {} if error <= budget else {"error": f"relative error {error:.1e}, allowed {budget:.0e}"}
     return {"relative_error": error} | wrong
+
+
+def mark(error: float | str) -> str:
+    """What a table says of a peer with this error, a number or, where it is none, a record's word for it."""
+    return "" if float(error) <= WRONG else ", wrong"
 
 
 def _slice(x: Tensor, problem: Problem) -> Tensor:

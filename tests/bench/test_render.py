@@ -28,6 +28,7 @@ def _record(name: str, label: str, T: int, pass_: str, **values: object) -> dict
 def records() -> list[dict]:
     found = []
     for pass_, cost in ((FORWARD, 1.0), (BOTH, 3.0)):
+        found.append(_record("cula", "cuLA", 1024, pass_, skipped="it has no backward pass"))
         for T in LENGTHS:
             found.append(_record("lightning_attention", "lightning attention", T, pass_, ms=1, us_per_token=cost))
             found.append(_record("fla", "flash-linear-attention", T, pass_, ms=3, us_per_token=3 * cost))

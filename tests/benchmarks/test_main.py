@@ -72,9 +72,9 @@ def test_cases_are_measured_one_after_the_other(tmp_path, monkeypatch, capsys):
     [
         (("op",), "CASE is 'op'; it must be one of cases, "),
         (("host", "--backend", "x"), "--backend: backend is 'x'; it must be one of "),
-        (("serving", "--peers", "sdpa"), "'sdpa' is not among engines, fla, seg_la, vllm, vllm_layer"),
+        (("serving", "--peers", "sdpa"), "'sdpa' is not among cula, engines, fla, seg_la, vllm, vllm_layer"),
         (("serve", "--peers", "fla"), "'fla' cannot be compared with: serve has no peers"),
-        (("shapes", "--peers", "seg_la"), "'seg_la' is not among fla, lightning_attn, sdpa"),
+        (("shapes", "--peers", "seg_la"), "'seg_la' is not among cula, fla, lightning_attn, linghe, sdpa"),
         (("serving", "--backend", "tiled"), "--backend: serving has no such choice"),
         (("shapes", "--quick"), "--quick: shapes has no such choice"),
         (("shapes", "--only", "x"), "--only: shapes has no such choice"),

@@ -19,6 +19,15 @@ from lightning_attention.bench.timing import Call, peak_bytes, time_calls, wall_
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 
+#: Instead of a measurement.
+NO_BACKWARD = {"skipped": "it has no backward pass"}
+
+
+def has(peer: Peer, pass_: str) -> bool:
+    """Whether attention has the pass."""
+    return peer.backward or pass_ == FORWARD
+
+
 class Shape(NamedTuple):
     """[B, T, H, D], with E = D."""
 
@@ -66,11 +75,15 @@ class Problem:
         return learned, (learned,)
 
     def results(self, peer: Peer) -> list[Tensor]:
-        """The output and the gradients of q, k and v, each [B, T, H, *], and of a learnable log_decay, [H]."""
-        q, k, v, do = self.inputs(peer, grad=True)
-        log_decay, learned = self._decay(grad=True)
+        """The output and the gradients of q, k and v, each [B, T, H, *], and of a learnable log_decay, [H].
+
+        Of a peer without a backward pass the output alone.
+        """
+        q, k, v, do = self.inputs(peer, grad=peer.backward)
+        log_decay, learned = self._decay(grad=peer.backward)
         out = peer.attention()(q, k, v, log_decay)
-        found = [out.detach(), *torch.autograd.grad(out, (q, k, v, *learned), do)]
+        gradients = torch.autograd.grad(out, (q, k, v, *learned), do) if peer.backward else ()
+        found = [out.detach(), *gradients]
         return [x.transpose(1, 2) if x.ndim == 4 else x for x in found] if peer.heads_first else found
 
     def call(self, peer: Peer, pass_: str) -> Call:
@@ -100,7 +113,8 @@ def measure(peers: list[Peer], problem: Problem, pass_: str, *, seconds: float) 
 
     On a GPU they are timed one by one, because the tensors of all of them do not fit at the large shapes.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {p.name: dict(NO_BACKWARD) for p in peers}
+    peers = [p for p in peers if has(p, pass_)]
     device, tokens = problem.device, problem.shape.B * problem.shape.T
     calls: dict[str, Call] = {}
 

@@ -134,9 +134,9 @@ def time_per_token(records: list[Record], environment: dict[str, Any]) -> Figure
     tokens = {r["B"] * r["T"] for r in records}
     batch = f"B·T = {tokens.pop():,}" if len(tokens) == 1 else "one sequence" if records[-1]["B"] == 1 else "batched"
     text = caption(environment, f"{records[0]['dtype']}, {records[0]['H']} heads of {records[0]['D']}, {batch}")
-    skipped = next((r["skipped"] for r in records if "skipped" in r), None)
-    if skipped is not None:
-        text += f"\nA line ends where the next call would take more than {skipped.rpartition('more than ')[2]}."
+    limits = [limit for r in records if (limit := r.get("skipped", "").partition("more than ")[2])]
+    if limits:
+        text += f"\nA line ends where the next call would take more than {limits[0]}."
     softmax = any(r["implementation"].startswith("sdpa") for r in records)
     return Figure("Time per token against sequence length", panels, text, EXPLANATION if softmax else "")
 

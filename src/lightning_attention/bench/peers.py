@@ -28,7 +28,8 @@ class Peer:
     case that measures another operation says what that takes and gives.
 
     ``heads_first``: attention takes [B, H, T, D] instead of [B, T, H, D]. ``softmax``: it computes softmax attention,
-    so its time grows with T² and its numbers are not compared. ``states``: the types of state that it takes.
+    so its time grows with T² and its numbers are not compared. ``backward``: attention has a backward pass.
+    ``states``: the types of state that it takes.
     ``against``: the name of the one that its time is held against, where that is measured too.
     """
 
@@ -38,6 +39,7 @@ class Peer:
     operations: Mapping[str, Callable[..., Any]]
     heads_first: bool = False
     softmax: bool = False
+    backward: bool = True
     states: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     devices: tuple[str, ...] = ("cpu", "cuda")
     against: str | None = None

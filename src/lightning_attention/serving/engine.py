@@ -251,10 +251,11 @@ class ContinuousBatch:
 
     def _next(self, hidden: Tensor, slots: Tensor, controls: Tensor, sampled: bool) -> Tensor:
         """The tokens [N] after hidden states [N, width], kept for the next step too."""
-        logits = self._model.head(hidden).float()
+        logits = self._model.head(hidden)
         logits.index_fill_(1, self._suppress, -torch.inf)
-        # Sorting the vocabulary takes longer than a small model's layers: not where every row is greedy.
-        tokens = sample(logits, *controls) if sampled else logits.argmax(-1)
+        # Sorting the vocabulary takes longer than a small model's layers, and to write it in float32 as long as two of
+        # them: not where every row is greedy.
+        tokens = sample(logits.float(), *controls) if sampled else logits.argmax(-1)
         self._newest[slots] = tokens
         return tokens
 

@@ -118,6 +118,17 @@ def test_a_missing_peer_does_not_hide_the_others(report, run):
     assert next(cases.show(report)).rows[0][-1] == "failed"
 
 
+def test_a_peer_is_measured_in_the_passes_that_it_has_and_called_wrong_where_it_is(report, run):
+    right = peers.ours().attention()
+    loads = {"right": lambda: right, "wrong": lambda: lambda q, k, v, d: right(q, k, v, d) * 1.1}
+    forward_only = [Peer(name, name, "", {ATTENTION: load}, backward=False) for name, load in loads.items()]
+    cases.measure(run(Scale((SMALL,), (), 0.0, 1), forward_only))
+    forward, backward = next(cases.show(report)).rows
+    assert forward[-2].endswith("×)")
+    assert forward[-1].endswith("×, wrong)")
+    assert backward[-2:] == ["", ""]
+
+
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_the_host_is_held_against_softmax_attention(in_flight, report, run):
     row = HostRow("host", (1, 8, 1, 8), (FORWARD, BOTH), "sdpa_flash", 1e9, in_flight)

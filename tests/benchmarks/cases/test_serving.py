@@ -13,6 +13,7 @@ from benchmarks.harness.pool import DECODE, EAGER, PREFILL, SPECULATE
 from benchmarks.peers import _sglang, engines, vllm_layer
 from lightning_attention import decay, lightning_attention
 from lightning_attention.bench.peers import OURS
+from tests.benchmarks.stand_ins import CULA
 
 PACKINGS = (("equal", (5,) * 8, True), ("mixed", (40, 1, 1, 23), False))
 SCALE = Scale(2, 16, torch.float32, (1, 3), PACKINGS, drafts=(3, 4), seconds=0.001)
@@ -92,7 +93,9 @@ def stand_ins(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, f"_sglang_{name}")
     fla, ops, simple_gla = (ModuleType(name) for name in ("fla", "fla.ops", "fla.ops.simple_gla"))
     simple_gla.fused_recurrent_simple_gla = fused_recurrent_simple_gla
-    for module in (fla, ops, simple_gla):
+    cula, lightning = ModuleType("cula"), ModuleType("cula.lightning")
+    vars(lightning).update(CULA)
+    for module in (fla, ops, simple_gla, cula, lightning):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     yield folder
     for name in ("seg_la", "lightning_attn"):
@@ -153,7 +156,7 @@ def test_ours_is_measured_everywhere_beside_the_training_forward(report, run, tm
 
 @pytest.mark.usefixtures("stand_ins")
 def test_the_peers_signatures_give_the_same_functions(report, run):
-    serving.measure(run(SCALE, peers("seg_la", "fla", "vllm")))
+    serving.measure(run(SCALE, peers("seg_la", "fla", "vllm", "cula")))
     assert not [r for r in report.find(SUITE) if "error" in r]
     found = {(r["what"], r["state"]): [] for r in report.find(SUITE)}
     for r in report.find(SUITE):
@@ -161,9 +164,9 @@ def test_the_peers_signatures_give_the_same_functions(report, run):
         if r["implementation"] != "dense":
             assert r["output_error"] < output_error(r)
             assert r["state_error"] < state_error(r)
-    assert found[DECODE, "float32"] == [OURS, "seg_la", "fla", "vllm", RINGS, EIGHT_BITS] * 2
-    assert found[DECODE, "bfloat16"] == [OURS, "seg_la", "vllm", RINGS] * 2  # fla's states leave in float32
-    assert found[PREFILL, "float32"] == [OURS, "seg_la", "forward", "dense"] * 2
+    assert found[DECODE, "float32"] == [OURS, "seg_la", "fla", "vllm", "cula", RINGS, EIGHT_BITS] * 2
+    assert found[DECODE, "bfloat16"] == [OURS, "seg_la", "vllm", RINGS] * 2  # fla's states leave in float32, cuLA's are
+    assert found[PREFILL, "float32"] == [OURS, "seg_la", "cula", "forward", "dense"] * 2
     assert found[SPECULATE, "float32"] == [OURS, "seg_la", RINGS, EIGHT_BITS, "decodes"]
 
 
@@ -289,6 +292,21 @@ def test_a_wrong_peer_is_not_timed(report, run, stand_ins):
     records = report.find(SUITE, implementation="vllm")
     assert len(records) == 5
     assert all(r["error"].startswith("ArithmeticError: output_error is ") and "ms" not in r for r in records)
+
+
+def test_a_peer_that_ignores_slots_is_not_timed(report, run, stand_ins, monkeypatch):
+    """As cuLA's decode did before its pull request 75: right for one sequence alone."""
+    step = CULA["linear_attention_decode"]
+
+    def in_order(q, k, v, s, out, **rest):
+        step(q, k, v, s, out, **rest | {"s_offsets": torch.arange(len(q), dtype=torch.int32)})
+
+    monkeypatch.setattr(sys.modules["cula.lightning"], "linear_attention_decode", in_order)
+    serving.measure(run(replace(SCALE, decode=(1, 8)), peers("cula")))
+    one, eight, _ = (r for r in report.find(SUITE, implementation="cula") if r["what"] != PREFILL)
+    assert one["ms"] > 0
+    assert eight["error"].startswith("ArithmeticError: output_error is ")
+    assert "ms" not in eight
 
 
 def test_our_own_wrong_numbers_are_a_failure(report, run, monkeypatch):

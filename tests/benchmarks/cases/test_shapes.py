@@ -87,7 +87,7 @@ def test_shapes_table_gives_floor_ratio_memory_and_the_worst_error():
     ]
     assert next(shapes.table(records, errors)).rows[0] == [
         "4, 2048, 32, 128", "0.100 (0.80)", "0.300 (0.80)", "0.400 (0.80)", "1.010", "0.250 (2.5×)", "failed",
-        "3.0e-03", "nan",
+        "3.0e-03", "nan, wrong",
     ]  # fmt: skip
 
 

@@ -113,6 +113,12 @@ def matmul_kernel(x, x_stride, weight, weight_stride, second, second_stride, res
             twins = tl.dot(a, tl.load(seconds + first, mask=there, other=0.0), twins)
     if second is not None:
         sums *= twins
+    finish(sums, row, col, residual, residual_stride, out, N, O, SILU)
+
+
+@triton.jit
+def finish(sums, row, col, residual, residual_stride, out, N, O: tl.constexpr, SILU: tl.constexpr):
+    """Activation, sum and store of these rows and columns of a product."""
     if SILU > 0:
         sums = tl.where((col < SILU)[None, :], sums * tl.sigmoid(sums), sums)
     written = (row < N)[:, None] & (col < O)[None, :]

@@ -138,8 +138,9 @@ def ring_of(k, k_slot_stride, k_head_stride, v, v_slot_stride, v_head_stride, sl
 
 @triton.jit
 def age_at(at, count, RING: tl.constexpr):
-    """How many tokens came since a place was filled, of so many appended."""
-    return (count - 1 - at + RING.rows * RING.places) % RING.places
+    """How many tokens came since a place was filled, of so many appended; unsigned, a remainder is one instruction."""
+    ahead = count - 1 - at + RING.rows * RING.places
+    return (ahead.to(tl.uint32) % RING.places).to(tl.int32)
 
 
 @triton.jit

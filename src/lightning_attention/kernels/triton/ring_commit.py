@@ -4,7 +4,8 @@ A program has a head of a sequence; each of its warps has 32 columns of the stat
 programs only copy some rows: so a program takes little room, and what waits in memory waits in many of them. A head
 that folds has no more than R tokens to fold, each of which has a place of the ring of its own, or would have: one
 product takes up those that are held and those that are new, each read from where it lies, and the state goes through
-registers a few rows at a time. More than R drafts go R at a time, through memory.
+registers a few rows at a time, four times as many being on their way to shared memory. More than R drafts go R at a
+time, through memory.
 
 The rows and columns of a product may stand in any order. Columns stand such that what a lane has of a row of the
 product is 16 bytes of the state.
@@ -13,14 +14,16 @@ product is 16 bytes of the state.
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring import TICKET, count_after, give, power, take_ticket
-from lightning_attention.kernels.triton.ring_decode import PLACES, add_product, width_of
+from lightning_attention.kernels.triton.ring import TICKET, age_at, count_after, give, power, take_ticket
+from lightning_attention.kernels.triton.ring_decode import PLACES, add_product, copy, width_of
 
 FOLDED = gl.constexpr(16)  # rows of a state, at once
+AHEAD = gl.constexpr(4)  # times as many, on their way to shared memory
 
 
 @gluon.constexpr_function
@@ -76,7 +79,7 @@ def hidden(x):
 @gluon.jit
 def accepted_from(accepted, block, last, RING: gl.constexpr, LANES: gl.constexpr):
     """Which of the R drafts from ``block`` are accepted, a bit each."""
-    i = gl.arange(0, PLACES, layout=LANES)
+    i = gl.arange(0, 32, layout=LANES)  # more than there are, for one instruction sums up a whole warp
     is_one = gl.load(accepted + block + i, mask=(i < RING.places) & (block + i < last), other=0) != 0
     return gl.sum(gl.where(is_one, 1 << i, 0), 0)
 
@@ -99,12 +102,6 @@ def draft_of(order, rank):
 def at_of(count, RING: gl.constexpr):
     """The place of the token that so many come before, with a remainder that takes one instruction."""
     return (count.to(gl.uint32) % RING.places).to(gl.int32)
-
-
-@gluon.jit
-def age_at(place, count, RING: gl.constexpr):
-    """How many tokens came to other places since one came to this, when so many were appended."""
-    return at_of(count - 1 - place + PLACES * RING.places, RING)
 
 
 @gluon.jit
@@ -173,6 +170,9 @@ def commit_ring_kernel(
         found |= accepted_from(accepted, block, length, RING, LANES)
     if found == 0:
         return
+    # Rows of a lane's neighbours, which are copied with its own, lie in other banks.
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(4 * WIDTH, 1, 2, [1, 0])
+    waiting = gl.allocate_shared_memory(state.dtype.element_ty, [AHEAD, FOLDED, E], swizzled)
     lane = gl.arange(0, 32 * WARPS, layout=LANES)
     ticket = take_ticket(counts, slot, lane)
 
@@ -189,10 +189,10 @@ def commit_ring_kernel(
             tokens = gl.minimum(count, since) + drafts
             rows = gl.arange(0, FOLDED, layout=gl.SliceLayout(1, PART))
             cols = gl.arange(0, E, layout=gl.SliceLayout(0, PART))
-            where = state + rows[:, None] * E + cols[None, :]
-            ahead = gl.load(gl.multiple_of(where, [16, 16]))
-            then = gl.load(gl.multiple_of(where + FOLDED * E, [16, 16]))
-
+            where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
+            for i in gl.static_range(AHEAD):
+                copy(waiting.index(i), gl.multiple_of(where + i * FOLDED * E, [16, 16]))
+                async_copy.commit_group()
             order = in_order(bits, LANES)
             place = gl.arange(0, PLACES, layout=gl.SliceLayout(0, KEYS))
             age = age_at(place, count + drafts, RING)
@@ -210,16 +210,17 @@ def commit_ring_kernel(
             values *= power(x, age)[:, None]
             whole, rest = whole_and_rest(x * tokens.to(gl.float32))
             for start in gl.static_range(0, D, FOLDED):
-                part = ahead
                 keys_part = keys_ahead
-                ahead = then
                 if start + FOLDED < D:
                     keys_ahead = gl.load(keys + (start + FOLDED), mask=is_key, other=0.0)
                 change = add_product(keys_part, values, gl.zeros([FOLDED, E], gl.float32, layout=MMA))
-                S = as_product(part, E, WIDTH, MMA).to(gl.float32)
+                async_copy.wait_group(AHEAD - 1)
+                part = waiting.index(start // FOLDED % AHEAD)
+                S = as_product(part.load(PART), E, WIDTH, MMA).to(gl.float32)
+                if start + AHEAD * FOLDED < D:
+                    copy(part, gl.multiple_of(where + (start + AHEAD * FOLDED) * E, [16, 16]))
+                async_copy.commit_group()  # of nothing at the end, for so many are counted
                 S = S * whole + (S * rest + change)
-                if start + 2 * FOLDED < D:
-                    then = gl.load(gl.multiple_of(where + (start + 2 * FOLDED) * E, [16, 16]))
                 S = as_part(S.to(state.dtype.element_ty), E, WIDTH, PART)
                 gl.store(gl.multiple_of(where + start * E, [16, 16]), S)
             new_keys = draft_rows(k, k_token_stride, block, length, D, KEY_ROWS)  # again: they took room

@@ -1,10 +1,13 @@
 """Decode over states with rings on NVIDIA chips, in Gluon: what ``decode_recent_kernel`` computes, with fewer waits.
 
 Triton passes each row that it loads through shared memory, to give it the layout of what it is multiplied with: the
-threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, or
-64 in 8 bits, and needs no other; each of G groups of its lanes has D / G rows one after another, and the same part of q
-and of the ring's keys. States come by way of shared memory, where they wait without taking registers: so all loads of a
-program are on their way at once, and three or more programs a multiprocessor.
+threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, 64
+in 16 bits or up to 128 in 8, and needs no other; each of G groups of its lanes has D / G rows one after another, and
+the same part of q and of the ring's keys. States come by way of shared memory, where they wait without taking
+registers: so all loads of a program are on their way at once, and three or more programs a multiprocessor.
+
+States in 8 bits meet the query in the tensor cores as whole numbers (``product_with_plane``): in float32 each of their
+bytes took three instructions, a permutation, a subtraction and a product, and that was most of a program.
 """
 
 from triton.experimental import gluon
@@ -15,10 +18,23 @@ from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
 from lightning_attention.kernels.triton.recurrent import slot_of
 from lightning_attention.kernels.triton.ring import age_at, arrive, count_among, nearly, power, top_bits
-from lightning_attention.kernels.triton.ring_planes import MMA, PLACES, PLAIN, copy, fold_planes, numbers
+from lightning_attention.kernels.triton.ring_planes import (
+    MMA,
+    PLACES,
+    PLAIN,
+    copy,
+    digits,
+    eights,
+    fold_planes,
+    fours,
+    plane_copy,
+    plane_layout,
+    product_with_plane,
+    ring_scores,
+)
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
-COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be twice as many
+COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be four times as many
 FOLDED = gl.constexpr(32)  # rows of a state, at once
 DRAFTS = gl.constexpr(16)  # queries that are read for at once, of which decode has one
 
@@ -43,7 +59,7 @@ def are_short(state, tokens, ring):
 @gluon.constexpr_function
 def copies_of(dtype, columns):
     """Of a program's part of a state, that shared memory has room for; two planes of 32 columns are folded there."""
-    return 64 // columns if dtype.primitive_bitwidth == 8 else 1
+    return max(64 // columns, 1) if dtype.primitive_bitwidth == 8 else 1
 
 
 @gluon.constexpr_function
@@ -116,8 +132,13 @@ def decode_ring_kernel(
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
     LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
     VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
-    KEYS: gl.constexpr = keys_layout(D, WIDTH, COLUMNS)
-    SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
+    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows. With a state in 8 bits keys are the
+    # rows, and the query a column.
+    TOKENS: gl.constexpr = q.dtype.element_ty
+    IS_SHORT: gl.constexpr = are_short(state.dtype.element_ty, TOKENS, ring_k.dtype.element_ty)
+    HAS_EIGHTS: gl.constexpr = low is not None and are_short(TOKENS, TOKENS, ring_k.dtype.element_ty)
+    KEYS: gl.constexpr = eights(PLACES, D) if HAS_EIGHTS else keys_layout(D, WIDTH, COLUMNS)
+    SHARES: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0]) if low is None else fours(D)
     n = gl.program_id(1)
     head = gl.program_id(0) // (E // COLUMNS)
     column = gl.program_id(0) % (E // COLUMNS) * COLUMNS
@@ -140,25 +161,36 @@ def decode_ring_kernel(
         return
     TYPE: gl.constexpr = state.dtype.element_ty
     COPIES: gl.constexpr = copies_of(TYPE, COLUMNS)
-    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], swizzled(TYPE, COLUMNS))
+    SHARED: gl.constexpr = swizzled(TYPE, COLUMNS) if low is None else plane_layout(COLUMNS)
+    buffer = gl.allocate_shared_memory(TYPE, [COPIES, D, COLUMNS], SHARED)
     shared = buffer.index(0)
     state += slot * slot_stride + head * head_stride
-    where = gl.multiple_of(state + rows[:, None] * E + cols[None, :], [16, 16])
-    count = count_among(counts, slot, gl.program_id(0))
+    COPY: gl.constexpr = LAYOUT if low is None else plane_copy(COLUMNS)
+    copied_rows = gl.arange(0, D, layout=gl.SliceLayout(1, COPY))
+    copied_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, COPY))
+    where = gl.multiple_of(state + copied_rows[:, None] * E + copied_cols[None, :], [16, 16])
+    if low is None:
+        count = count_among(counts, slot, gl.program_id(0))
     x = natural_decay(log_decay, head)
     copy(shared, where)
     async_copy.commit_group()
     if low is not None:
         scales += slot * scale_slot_stride + head * scale_head_stride
         by = gl.load(gl.multiple_of(scales + cols, 16))
+    if HAS_EIGHTS:
+        QUERY: gl.constexpr = eights(8, D)
+        eight = gl.arange(0, 8, layout=gl.SliceLayout(1, QUERY))
+        query_dims = gl.arange(0, D, layout=gl.SliceLayout(0, QUERY))
+        q += token * q_token_stride + head // TILE.group * q_head_stride
+        query = gl.load(gl.multiple_of(q + eight[:, None] * 0 + query_dims[None, :], [16, 16]))
     barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
+    if low is not None:  # or it would wait for the count, which is the same for all lanes, before most of the copies
+        count = count_among(counts, slot, gl.program_id(0))
     since = (count + head * RING.places // RING.heads) % RING.places
     tokens = gl.minimum(count, since)
     ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
     ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride
-    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows.
-    IS_SHORT: gl.constexpr = are_short(TYPE, q.dtype.element_ty, ring_k.dtype.element_ty)
     KEY_AT: gl.constexpr = gl.SliceLayout(0, RIGHT_HALF) if IS_SHORT else gl.SliceLayout(1, KEYS)
     at = gl.arange(0, PLACES, layout=KEY_AT)
     age = age_at(at, count, RING)
@@ -170,7 +202,7 @@ def decode_ring_kernel(
         where_q = gl.multiple_of(q + q_start + first[:, None] * 0 + parts[None, :], [16, 16])
         left = gl.load(where_q, mask=(first == 0)[:, None], other=0.0)
         weight = gl.convert_layout(gl.sum(scores(left, ring_k, D, at, is_used, D), 0), KEY_AT)
-    else:
+    elif not HAS_EIGHTS:
         dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
         where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
         keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
@@ -180,6 +212,11 @@ def decode_ring_kernel(
     value_cols = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, VALUES))
     values = gl.load(gl.multiple_of(ring_v + value_at[:, None] * E + value_cols[None, :], [16, 16]),
                      mask=is_value[:, None], other=0.0)  # fmt: skip
+    if HAS_EIGHTS:
+        barrier()  # else the values would be loaded after what waits for the keys
+        dims = gl.arange(0, D, layout=gl.SliceLayout(0, KEYS))
+        where_k = gl.multiple_of(ring_k + at[:, None] * D + dims[None, :], [16, 16])
+        keys = gl.load(where_k, mask=is_used[:, None], other=0.0)
     # All programs of the head read its keys, and one writes. Nobody wants what was in that place: before it gets
     # another token a head holds R − 1 at most.
     place = count % RING.places
@@ -187,7 +224,11 @@ def decode_ring_kernel(
         gl.store(gl.multiple_of(ring_k + place * D + share, 16), k_share.to(ring_k.dtype.element_ty))
     gl.store(gl.multiple_of(ring_v + place * E + cols, 16), v_row.to(ring_v.dtype.element_ty))
 
-    if not IS_SHORT:
+    if low is not None:
+        in_digits, exponent = digits(q_share)
+    if HAS_EIGHTS:
+        weight = gl.convert_layout(ring_scores(keys, query), gl.SliceLayout(1, KEYS))
+    elif not IS_SHORT:
         query = gl.convert_layout(q_row, gl.SliceLayout(0, KEYS), assert_trivial=True)
         weight = gl.sum(keys.to(gl.float32) * query[None, :], 1)
     weight *= nearly(x, gl.where(is_used, age, 0) + 1)
@@ -201,7 +242,8 @@ def decode_ring_kernel(
         of_state = gl.convert_layout(gl.sum(of_state, 0), gl.SliceLayout(0, LAYOUT))
     elif low is not None:
         async_copy.wait_group(0)
-        of_state = gl.sum(q_row[:, None] * numbers(shared.load(LAYOUT)), 0) * by
+        of_state = product_with_plane(in_digits, exponent, shared, D, COLUMNS)
+        of_state = gl.convert_layout(of_state, gl.SliceLayout(0, LAYOUT)) * by
     else:
         async_copy.wait_group(0)
         of_state = gl.sum(q_row[:, None] * shared.load(LAYOUT).to(gl.float32), 0)

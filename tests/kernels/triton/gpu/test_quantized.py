@@ -117,7 +117,8 @@ def _pool(N: int, H: int, D: int, E: int, rate: Tensor) -> tuple[QuantizedStates
 
 
 @pytest.mark.parametrize(
-    ("N", "H", "D", "E"), [(3, 8, 128, 128), (44, 64, 128, 128), (44, 64, 64, 96), (70, 32, 64, 64)]
+    ("N", "H", "D", "E"),
+    [(3, 8, 128, 128), (44, 64, 128, 128), (44, 64, 64, 96), (70, 32, 64, 64), (130, 64, 64, 128)],
 )
 def test_a_captured_step_replayed(N: int, H: int, D: int, E: int):
     """Past two turns of the ring, by more programs than run at once: outputs, states, and which heads are written."""
@@ -150,6 +151,27 @@ def test_a_captured_step_replayed(N: int, H: int, D: int, E: int):
             assert written.max() <= -(-H // 16), n
             assert int(written.sum()) >= (N - 1) * (H // 16), n
     assert relative_error(whole(pool, recent, rate).cpu(), reference.stacked()) <= STATES
+
+
+@pytest.mark.parametrize(("N", "H"), [(3, 8), (44, 64), (130, 64)], ids=["32 columns", "64", "128"])
+@pytest.mark.parametrize(
+    ("dtype", "ring_dtype", "tolerance"),
+    [(BF16, BF16, 4e-3), (FP16, FP16, 5e-4), (FP32, FP32, 3e-6), (FP32, BF16, 3e-6)],
+)
+def test_what_is_read_of_a_state(N: int, H: int, dtype: torch.dtype, ring_dtype: torch.dtype, tolerance: float):
+    """What ``high`` says, by programs of all widths: keys of 0 read nothing else."""
+    torch.manual_seed(0)
+    D = E = 128
+    pool = QuantizedStates.empty(N, H, D, E, device=DEVICE)
+    pool.quantize(torch.randn(N, H, D, E, device=DEVICE) + 0.1)
+    recent = RecentTokens.empty(N, H, D, E, 16, ring_dtype, DEVICE)
+    k, v = torch.zeros(N, H, D, device=DEVICE, dtype=dtype), torch.randn(N, H, E, device=DEVICE).to(dtype)
+    for _ in range(3):
+        states = pool.high.double() * pool.scale.double()[..., None, :]  # heads that fold round theirs anew
+        q = torch.randn(N, H, D, device=DEVICE).to(dtype)
+        out = lightning_attention_decode(q, k, v, None, pool, scale=0.5, recent=recent)
+        expected = torch.einsum("nhd,nhde->nhe", q.double() * 0.5, states)
+        assert relative_error(out, expected) <= tolerance
 
 
 def test_drafts_captured_and_replayed():
@@ -204,6 +226,63 @@ def test_the_error_does_not_grow():
     assert max(errors) <= 1e-2
     assert sum(errors[-200:]) <= 1.5 * sum(errors[200:400])
     assert relative_error(pool.dequantize(), state) <= STATES
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "tolerance"),
+    [
+        (FP32, 1e-30, 1e-5),
+        (FP32, 1.0, 1e-5),
+        (FP32, 1e30, 1e-5),
+        (BF16, 1e-30, 4e-3),
+        (BF16, 1e30, 4e-3),
+        (FP16, 1e-4, 1e-3),
+        (FP16, 1e4, 1e-3),
+    ],
+)
+def test_queries_of_any_size(dtype: torch.dtype, size: float, tolerance: float):
+    """They are read as whole numbers, counted in parts of the largest: also where that one meets nothing."""
+    torch.manual_seed(0)
+    N, H, D, E, other = 3, 8, 128, 128, 5
+    rate = decay.alibi(H).to(DEVICE)
+    states = torch.randn(N, H, D, E, device=DEVICE)
+    states[:, :, other] = 0
+    k, v = torch.randn(N, H, D, device=DEVICE).to(dtype), torch.randn(N, H, E, device=DEVICE).to(dtype)
+    k[..., other] = 0
+    for is_uneven in (False, True):
+        pool = QuantizedStates.empty(N, H, D, E, device=DEVICE)
+        recent = RecentTokens.empty(N, H, D, E, 16, dtype, DEVICE)
+        pool.quantize(states)
+        q = torch.randn(N, H, D, device=DEVICE)
+        q[..., other] *= 100 if is_uneven else 1
+        q = (q / 400 * size).to(dtype)
+        out = lightning_attention_decode(q, k, v, rate, pool, scale=1 / size, recent=recent)
+        high = pool.high.double() * pool.scale.double()[:, :, None]
+        expected = torch.einsum("nhd,nhde->nhe", q.double(), high) * rate.double().exp()[:, None]
+        expected += (q.double() * k.double()).sum(-1, keepdim=True) * v.double()
+        assert relative_error(out, expected / size) <= (10 * tolerance if is_uneven else tolerance)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("what", [torch.inf, -torch.inf, torch.nan])
+def test_a_query_that_is_not_finite(dtype: torch.dtype, what: float):
+    """Nothing that its head reads is, and no other head reads anything else."""
+    torch.manual_seed(0)
+    N, H, D = 3, 8, 128
+    rate, states = decay.alibi(H).to(DEVICE), torch.randn(N, H, D, D, device=DEVICE)
+    tokens, outs = torch.randn(4, 3, N, H, D, device=DEVICE).to(dtype), []
+    for is_spoilt in (False, True):
+        pool = QuantizedStates.empty(N, H, D, D, device=DEVICE)
+        recent = RecentTokens.empty(N, H, D, D, 16, dtype, DEVICE)
+        pool.quantize(states)
+        for q, k, v in tokens.clone():
+            if is_spoilt:
+                q[1, 2, 77] = what
+            outs.append(lightning_attention_decode(q, k, v, rate, pool, recent=recent))
+    clean, spoilt = torch.stack(outs).chunk(2)
+    assert not spoilt[:, 1, 2].isfinite().any()
+    spoilt[:, 1, 2] = clean[:, 1, 2]
+    assert torch.equal(clean, spoilt)
 
 
 def test_one_sequence_does_not_poison_another():

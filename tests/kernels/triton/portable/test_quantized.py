@@ -83,7 +83,7 @@ SNAPSHOTS = {
 
 @interpreted
 @pytest.mark.parametrize("rings", [False, True])
-@pytest.mark.parametrize("options", [{}, SNAPSHOTS, {"batch_invariant": True}], ids=["", "snapshots", "invariant"])
+@pytest.mark.parametrize("options", [{}, SNAPSHOTS], ids=["", "snapshots"])
 def test_prefill(interpreter: Interpreter, rings: bool, options: dict[str, Any]):
     def call(backend: str) -> list[Tensor]:
         return interpreter.call(_prefill_with, backend, rings, options)
@@ -200,18 +200,22 @@ PORTABLE = ["verify_recent_kernel", "commit_recent_kernel", "fold_kernel"]
 
 
 @pytest.mark.parametrize(
-    ("chip", "N", "columns"), [("sm_80", 3, 32), ("sm_90", 3, 32), ("sm_90", 256, 64), ("sm_100", 256, 64)]
+    ("chip", "N", "columns"),
+    [("sm_80", 3, 32), ("sm_90", 3, 32), ("sm_90", 64, 64), ("sm_90", 256, 128), ("sm_100", 256, 128)],
 )
 def test_steps_on_nvidia_chips(chip: str, N: int, columns: int):
-    """Next to nothing spills, with registers for 15 programs of decode; states are copied 8 bytes at a time."""
+    """Next to nothing spills, with room for 15 programs of decode or 12 of 128 columns; copies are of 16 bytes."""
     found = stepped(chip, 128, N)
     decode, verify = found[:2]
     assert [x.name for x in found] == ["decode_ring_kernel", "verify_ring_kernel", *PORTABLE]
     assert decode.constants["TILE"].columns == columns
-    assert decode.registers <= 136
+    assert decode.registers <= (152 if columns == 128 else 136)
     assert decode.stack <= 8
-    assert decode.shared <= 9216
-    assert decode.compiled.asm["ptx"].count("cp.async.ca") == 128 * columns // (8 * 32)
+    assert decode.shared <= max(9, columns * 17 // 128) << 10
+    ptx = decode.compiled.asm["ptx"]
+    assert ptx.count("cp.async.cg") == 128 * columns // (16 * 32) + 16  # and two parts of 32 columns, to be folded
+    assert "cp.async.ca" not in ptx
+    assert ptx.count("mma.sync.aligned.m16n8k32") == 128 // 32 * columns // 16
     assert verify.stack <= 64
 
 
@@ -219,7 +223,7 @@ def test_steps_with_float32_tokens():
     """Where a head folds, products of float32 want more registers."""
     found = stepped("sm_90", 128, 256, torch.float32)
     assert [x.name for x in found] == ["decode_ring_kernel", "verify_recent_kernel", *PORTABLE]
-    assert found[0].stack <= 192, found[0]
+    assert found[0].stack <= 64, found[0]
 
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])

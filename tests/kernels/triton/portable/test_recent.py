@@ -213,7 +213,7 @@ def names(kind: str) -> list[str]:
 def test_compiles_and_fits(chip: str):
     found = launched(chip, 128, BF16, FP32)
     assert [x.name for x in found] == names("ring")
-    assert all(x.shared <= 24576 and x.stack <= 128 for x in found)
+    assert all(x.shared <= 32768 and x.stack <= 128 for x in found)
 
 
 def test_compiles_for_amd():
@@ -227,7 +227,7 @@ def test_on_hopper(width: int, state_dtype: torch.dtype):
     """Next to nothing spills in the kernels for it; decode copies its part of a state 16 bytes at a time."""
     found = [x for x in launched("sm_90", width, BF16, state_dtype, N=256) if x.name.endswith("ring_kernel")]
     assert len(found) >= 3
-    assert all(x.stack <= 128 * x.name.startswith("verify") for x in found)
+    assert all(x.stack <= 16 * x.name.startswith("commit") for x in found)
     decode = found[0]
     columns = decode.constants["TILE"].columns
     assert decode.registers <= {32: 128, 64: 152}[columns]
@@ -243,12 +243,13 @@ def test_widths_of_the_portable_kernels(width: int):
 @pytest.mark.parametrize("state_dtype", [FP32, BF16])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
 def test_commit_on_nvidia_chips(chip: str, state_dtype: torch.dtype):
-    """Four programs a multiprocessor, in registers alone."""
+    """Five programs a multiprocessor, that copy states 16 bytes at a time; next to nothing spills."""
     (commit,) = launched(chip, 128, BF16, state_dtype, only_commit=True)
     assert commit.name == "commit_ring_kernel"
-    assert commit.registers <= 128
-    assert commit.shared == 0
-    assert commit.stack <= (8 if chip == "sm_80" else 0)
+    assert commit.registers <= 96
+    assert commit.shared <= 32768
+    assert commit.compiled.asm["ptx"].count("cp.async.cg") == 128 * 128 * state_dtype.itemsize // (16 * 128)
+    assert commit.stack <= 32, commit
 
 
 def test_another_batch_or_pool_compiles_nothing():

@@ -1,0 +1,71 @@
+"""cuLA's CuTe DSL kernels of lightning attention: decode, and the forward pass; it has no backward pass.
+
+Its states are [V, K], ours transposed, and a pool is kept in its order from the start.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.pool import DECODE, PREFILL, Batch, Bound
+from benchmarks.peers._checkout import checkout
+from lightning_attention.bench.peers import ATTENTION, PACKED_ATTENTION, Forward, Peer
+
+
+def _cula() -> ModuleType:
+    return checkout("cula.lightning", "github.com/inclusionAI/cuLA")
+
+
+def _attention(cu_seqlens: Tensor | None = None) -> Forward:
+    cula = _cula()
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+        slopes = torch.zeros(q.shape[2], device=q.device) if log_decay is None else -log_decay
+        if cu_seqlens is None:
+            out: Tensor = cula.lightning_attn_fwd(q, k, v, slopes, scale=1.0)[0]
+        else:
+            out = cula.lightning_attn_fwd_varlen(q, k, v, slopes, cu_seqlens, scale=1.0)[0]
+        return out
+
+    return forward
+
+
+def _decode(b: Batch) -> Bound:
+    step, D = _cula().linear_attention_decode, b.q.shape[-1]
+    slopes, pool, out = -b.log_decay, b.pool.mT.contiguous(), torch.empty_like(b.q)
+    rows = pool.flatten(0, 1)
+    unused = dict.fromkeys(("stride_q", "stride_k", "stride_v", "stride_s", "stride_o"), 0)
+
+    def call() -> Tensor:
+        step(
+            b.q, b.k, b.v, rows, out, softmax_scale=1.0, s_offsets=b.slots, decay_scales=slopes,
+            HEAD_DIM=D, K_SPLIT_DIM=D, V_SPLIT_DIM=D, **unused,
+        )  # fmt: skip
+        return out
+
+    return Bound(call, lambda: pool[b.slots.long()].mT)
+
+
+def _prefill(b: Batch) -> Bound:
+    """Its prompts start from what the pool has: where they are fresh, the pool is cleared in the same call."""
+    prefill = _cula().lightning_attn_fwd_varlen
+    slopes, pool, slots = -b.log_decay, b.pool.mT.contiguous(), b.slots.long()
+
+    def call() -> Tensor:
+        if b.fresh:
+            pool.index_fill_(0, slots, 0)
+        out: Tensor = prefill(
+            b.q[None], b.k[None], b.v[None], slopes, b.cu_seqlens, scale=1.0, state_pool=pool,
+            initial_state_indices=b.slots,
+        )[0]  # fmt: skip
+        return out
+
+    return Bound(call, lambda: pool[slots].mT)
+
+
+PEERS = (
+    Peer("cula", "cuLA", "cuda-linear-attention",
+         {ATTENTION: _attention, PACKED_ATTENTION: _attention, DECODE: _decode, PREFILL: _prefill},
+         states=(torch.float32,), backward=False),
+)  # fmt: skip
