@@ -31,7 +31,8 @@ def tile(N: int, O: int, twin: bool, multiprocessors: int) -> Tile:
     """For N rows and a matrix of O, or two.
 
     Measured on an H200 for the products of the 385M, N 16 to 512: 32 columns as long as programs have a multiprocessor
-    each, then more, since all of them read the rows again. 128 numbers at a time are best where 3 such stages fit.
+    each, then more, since all of them read the rows again. 128 numbers at a time are best where 4 such stages fit; 8
+    stages were no faster.
     """
     rows, columns = 64, 32
     programs = lambda columns: -(-N // rows) * -(-O // columns)  # noqa: E731
@@ -40,7 +41,7 @@ def tile(N: int, O: int, twin: bool, multiprocessors: int) -> Tile:
     loaded = rows + columns * (2 if twin else 1)
     width = 128 if loaded <= 128 else 64
     memory = ALONE if programs(columns) <= multiprocessors else SHARED
-    return Tile(rows, columns, width, min(8, memory // (2 * loaded * width)))
+    return Tile(rows, columns, width, min(4 if width == 128 else 5, memory // (2 * loaded * width)))
 
 
 def prepare(x: Tensor, gate: Tensor | None, eps: float | None) -> Tensor:
@@ -91,26 +92,31 @@ def matmul_kernel(x, x_stride, weight, weight_stride, second, second_stride, res
                   WIDTH: tl.constexpr):  # fmt: skip
     """Programs that share a part of the matrix are started one after another: one of them brings it into the L2."""
     tiles = tl.cdiv(N, ROWS)
-    row = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    col = (tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, WIDTH)
-    xs = x + row[:, None] * x_stride + at[None, :]
-    weights = weight + col[None, :] * weight_stride + at[:, None]
+    # Where there are no more, some are read again and not written: a mask costs a sixth of the time. They are different
+    # ones, for all programs' reading the same row took longer than reading 64.
+    row_read, col_read = (row % N).to(tl.int64), (col % O).to(tl.int64)
+    xs = x + row_read[:, None] * x_stride + at[None, :]
+    weights = weight + col_read[None, :] * weight_stride + at[:, None]
     if second is not None:
-        seconds = second + col[None, :] * second_stride + at[:, None]
+        seconds = second + col_read[None, :] * second_stride + at[:, None]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     twins = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, K, WIDTH):
-        # Rows that do not exist are not read: one read for all of them, again and again, took longer than 64.
-        x_there = (row < N)[:, None]
-        there = (col < O)[None, :]
-        if K % WIDTH:
-            x_there &= (first + at < K)[None, :]
-            there &= (first + at < K)[:, None]
-        a = tl.load(xs + first, mask=x_there, other=0.0)
-        sums = tl.dot(a, tl.load(weights + first, mask=there, other=0.0), sums)
+        if K % WIDTH == 0:
+            a, b = tl.load(xs + first), tl.load(weights + first)
+        else:
+            a = tl.load(xs + first, mask=(first + at < K)[None, :], other=0.0)
+            b = tl.load(weights + first, mask=(first + at < K)[:, None], other=0.0)
+        sums = tl.dot(a, b, sums)
         if second is not None:
-            twins = tl.dot(a, tl.load(seconds + first, mask=there, other=0.0), twins)
+            if K % WIDTH == 0:
+                c = tl.load(seconds + first)
+            else:
+                c = tl.load(seconds + first, mask=(first + at < K)[:, None], other=0.0)
+            twins = tl.dot(a, c, twins)
     if second is not None:
         sums *= twins
     finish(sums, row, col, residual, residual_stride, out, N, O, SILU)

@@ -25,11 +25,11 @@ from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-#: Of a thread, next to nothing spilled, so that 16 programs of decode (12 of 128 columns, or of float32, over 8 bits),
-#: 13 of verify and 5 of commit, which have four warps, run on a multiprocessor at once.
+#: Of a thread, next to nothing spilled, so that 16 programs of decode (12 of float32 over 8 bits), 13 of verify and 5 of
+#: commit, which have four warps, run on a multiprocessor at once.
 REGISTERS = {
-    "decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "decode of 128 columns in 8 bits": 152,
-    "decode of float32 in 8 bits": 168, "verify": 152, "verify of 64 columns": 168, "commit": 96,
+    "decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "decode of float32 in 8 bits": 168,
+    "verify": 152, "verify of 64 columns": 168, "commit": 96,
 }  # fmt: skip
 
 
@@ -86,25 +86,21 @@ def _read_as_used(
     )
 
 
-def _width(E: int, N: int, H: int, state: Tensor, is_short: bool, batch_invariant: bool) -> int:
-    """Columns of a program of ``ring_decode.py``: two or four times as many where a state's numbers are small and there
-    are states enough; four only beside tokens of 16 bits, else they are too many for a thread's registers.
+def _width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
+    """Columns of a program of ``ring_decode.py``: twice as many where numbers are small and there are states enough.
 
     They are then whole lines of memory, and what a program does once it does less often. Of bfloat16 states, H 64, N 64
-    and 256, twice as many take 62 and 178 µs for 67 and 203.
+    and 256, twice as many take 62 and 178 µs instead of 67 and 203. Four times as many in 8 bits took 174 for 166.
     """
-    widest = min(4 if is_short else 2, 4 // state.itemsize)
-    times = widest if batch_invariant else min(widest, max(1, N * H // 2048))
-    return next(COLUMNS.value * x for x in (4, 2, 1) if x <= times and E % (COLUMNS.value * x) == 0)
+    is_wide = E % (2 * COLUMNS.value) == 0 and state.itemsize < 4 and (batch_invariant or N * H >= 2048)
+    return 2 * COLUMNS.value if is_wide else COLUMNS.value
 
 
 def _kind(width: int, has_planes: bool, is_short: bool) -> str:
     """A program of decode, as ``REGISTERS`` has it."""
-    if not has_planes:
-        return "decode" if width == COLUMNS.value else "decode of 64 columns"
-    if not is_short:
-        return "decode of float32 in 8 bits"
-    return "decode of 128 columns in 8 bits" if width == 128 else "decode in 8 bits"
+    if has_planes:
+        return "decode in 8 bits" if is_short else "decode of float32 in 8 bits"
+    return "decode" if width == COLUMNS.value else "decode of 64 columns"
 
 
 def _run_as_used(
@@ -163,7 +159,7 @@ def _decode(
     after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, *planes, H, scale, int(clears))
     if _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
         is_short = q.dtype == ring_k.dtype != torch.float32
-        args, width = (*before, *strides[:2], *after), _width(E, N, H, state, is_short, batch_invariant)
+        args, width = (*before, *strides[:2], *after), _width(E, N, H, state, batch_invariant)
         registers = REGISTERS[_kind(width, low is not None, is_short)]
         _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
         return
@@ -229,7 +225,7 @@ def verify(
     after = (*ring, *_planes(low, state_scale), N, T, H, scale, int(made is not None))
     is_short = q.dtype == ring_k.dtype != torch.float32 and (out is None or _aligned(out))
     if parents is None and is_short and _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
-        args, width = (*before, *strides[:2], slots, log_decay, cuts, *after), _width(E, N, H, state, False, False)
+        args, width = (*before, *strides[:2], slots, log_decay, cuts, *after), _width(E, N, H, state, False)
         registers = REGISTERS["verify" if width == COLUMNS.value else "verify of 64 columns"]
         _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
         return made

@@ -1,8 +1,8 @@
 """Decode over states with rings on NVIDIA chips, in Gluon: what ``decode_recent_kernel`` computes, with fewer waits.
 
 Triton passes each row that it loads through shared memory, to give it the layout of what it is multiplied with: the
-threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, 64
-in 16 bits or up to 128 in 8, and needs no other; each of G groups of its lanes has D / G rows one after another, and
+threads meet, and no later load starts before. Here a row is loaded as it is used. A warp has 32 columns of a state, or
+64 in 16 or 8 bits, and needs no other; each of G groups of its lanes has D / G rows one after another, and
 the same part of q and of the ring's keys. States come by way of shared memory, where they wait without taking
 registers: so all loads of a program are on their way at once, and three or more programs a multiprocessor.
 
@@ -59,7 +59,7 @@ def are_short(state, tokens, ring):
 @gluon.constexpr_function
 def copies_of(dtype, columns):
     """Of a program's part of a state, that shared memory has room for; two planes of 32 columns are folded there."""
-    return max(64 // columns, 1) if dtype.primitive_bitwidth == 8 else 1
+    return 64 // columns if dtype.primitive_bitwidth == 8 else 1
 
 
 @gluon.constexpr_function
