@@ -25,8 +25,8 @@ from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-#: Of a thread, next to nothing spilled, so that 16 programs of decode (12 of float32 over 8 bits), 13 of verify and 5 of
-#: commit, which have four warps, run on a multiprocessor at once.
+#: Of a thread, next to nothing spilled, so that 16 programs of decode (12 of float32 over 8 bits), 13 of verify and 5
+#: of commit, which have four warps, run on a multiprocessor at once.
 REGISTERS = {
     "decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "decode of float32 in 8 bits": 168,
     "verify": 152, "verify of 64 columns": 168, "commit": 96,

@@ -34,7 +34,7 @@ from lightning_attention.kernels.triton.ring_planes import (
 )
 from lightning_attention.kernels.triton.sweeps.hopper_blocks import barrier
 
-COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 8 bits it may be four times as many
+COLUMNS = gl.constexpr(32)  # of a state, that a program of one warp has; in 16 or 8 bits it may be twice as many
 FOLDED = gl.constexpr(32)  # rows of a state, at once
 DRAFTS = gl.constexpr(16)  # queries that are read for at once, of which decode has one
 
