@@ -34,8 +34,8 @@ def project(
         silu: how many of the first columns pass the activation.
 
     Returns:
-        [N, O] in x's dtype. In bfloat16 on a GPU one kernel, up to 8 rows, and on Hopper one for y and one for what
-        follows, up to 512: nothing else is rounded. Otherwise by PyTorch, each operation rounding.
+        [N, O] in x's dtype. In bfloat16 on a GPU one kernel, up to 8 rows, and on Hopper, up to some hundred, one for
+        y and one for what follows: nothing else is rounded. Otherwise by PyTorch, each operation rounding.
     """
     return _operation(x, weight, second, gate, residual, eps, silu)
 
@@ -75,9 +75,9 @@ def _project(
     if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16 and alike:
         kernel = backends.get("triton").project
         assert kernel is not None
-        from lightning_attention.kernels.triton.projection import most_rows
+        from lightning_attention.kernels.triton.projection import is_faster
 
-        if len(x) <= most_rows(x):
+        if is_faster(x, weight, second, gate, eps, silu):
             return kernel(x, weight, second, gate, residual, eps, silu)
     y = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
     y = y if gate is None else y * gate

@@ -20,9 +20,22 @@ from lightning_attention.kernels.triton.matmul import finish, matmul, prepare
 FEW = 8
 
 
-def most_rows(x: Tensor) -> int:
-    """How many rows x may have for these kernels to be faster than PyTorch: of more than a few only Hopper is known."""
-    return 512 if tiling.device(x)[0] == (9, 0) else FEW
+#: Multiplications of a product with tensor cores that is faster than cuBLAS's and what PyTorch does around it.
+MOST = 4.5e9
+
+
+def is_faster(
+    x: Tensor, weight: Tensor, second: Tensor | None, gate: Tensor | None, eps: float | None, silu: int
+) -> bool:
+    """Whether these kernels are faster than PyTorch: more than a few rows were measured on Hopper alone."""
+    if len(x) <= FEW:
+        return True
+    if tiling.device(x)[0] != (9, 0):
+        return False
+    # A sum is all that is left: cuBLAS splits long rows among programs, and is as fast with a kernel more.
+    if second is None and gate is None and eps is None and not silu:
+        return False
+    return len(x) * weight.numel() * (1 if second is None else 2) <= MOST
 
 
 class Tile(NamedTuple):

@@ -92,7 +92,7 @@ def _width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
     They are then whole lines of memory, and what a program does once it does less often. Of bfloat16 states, H 64, N 64
     and 256, twice as many take 62 and 178 µs instead of 67 and 203. Four times as many in 8 bits took 174 for 166.
     """
-    is_wide = E % (2 * COLUMNS.value) == 0 and state.itemsize < 4 and (batch_invariant or N * H >= 2048)
+    is_wide = E % (2 * COLUMNS.value) == 0 and state.itemsize < 4 and (batch_invariant or N * H >= 4096)
     return 2 * COLUMNS.value if is_wide else COLUMNS.value
 
 

@@ -10,7 +10,7 @@ import triton
 
 from lightning_attention.kernels.triton import tiling
 from lightning_attention.kernels.triton.matmul import tile
-from lightning_attention.kernels.triton.projection import project
+from lightning_attention.kernels.triton.projection import is_faster, project
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.offline import CHIPS, launched_by
 from tests.support.numerics import relative_error
@@ -69,6 +69,20 @@ def test_many_rows(interpreter: Interpreter, multiprocessors: int, N: int, K: in
 def _project_on(multiprocessors: int, *args):
     with patch.object(tiling, "device", lambda x: ((9, 0), multiprocessors)):
         return project(*args)
+
+
+def test_which_products_these_kernels_take():
+    """Of the 385M's and the 7B's block, on Hopper and elsewhere."""
+
+    def taken(capability: tuple[int, int], N: int, K: int, O: int) -> list[bool]:
+        with patch.object(tiling, "device", lambda x: (capability, 132)):
+            return [is_faster(args[0], *args[1:4], *args[5:]) for args in calls(N, K, O)]
+
+    assert taken((8, 0), 8, 1024, 64) == [True] * 4
+    assert taken((8, 0), 9, 1024, 64) == [False] * 4
+    assert taken((9, 0), 256, 1024, 2816) == [True, True, True, False]
+    assert taken((9, 0), 600, 1024, 4096) == [True, True, False, False]
+    assert taken((9, 0), 2000, 1024, 4096) == [False] * 4
 
 
 @pytest.mark.parametrize("O", [40, 1024, 4096, 11008])
