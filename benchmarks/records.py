@@ -59,6 +59,7 @@ STEPS = {
     "lengths": Step("h200-lengths", f"lengths {_PAPERS}", 135),
     "packed-constancy": Step("h200-packed-constancy", "packed constancy", 120),
     "cases": Step("h200-cases", "cases", 300),
+    "host": Step("h200-host", "host", 15),
     "lrpe": Step("h200-lrpe", "lrpe", 90),
     "minimax": Step("h200-minimax", "minimax", 90),
     "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm", 75),
