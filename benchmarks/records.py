@@ -62,6 +62,7 @@ STEPS = {
     "host": Step("h200-host", "host", 15),
     "lrpe": Step("h200-lrpe", "lrpe", 90),
     "minimax": Step("h200-minimax", "minimax", 90),
+    "products": Step("h200-products", "products", 60),
     "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm", 75),
     "serving-rings": Step("h200-serving-rings", "serving --peers seg_la,vllm_layer,engines", 75),
     "serve": Step("h200-serve", "serve", 105),

@@ -14,7 +14,7 @@ from lightning_attention.bench.report import Report
 
 RESULTS = sorted((Path(find.__file__).parents[1] / "results").glob("*.json"))
 WITH_A_FIGURE = next(path for path in RESULTS if path.stem == "h200-lengths")
-CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "numerics", "packed", "scaling",
+CASES = ["cases", "constancy", "host", "lengths", "lrpe", "minimax", "numerics", "packed", "products", "scaling",
          "sequence_parallel", "serve", "serving", "shapes", "training"]  # fmt: skip
 
 
@@ -37,10 +37,11 @@ def test_results_that_stand_are_shown(path, tmp_path, capsys):
     assert "nan" not in out
     rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
             "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3, "cases": 68, "lrpe": 2,
-            "training": 1, "scaling": 4, "numerics": 105}  # fmt: skip
+            "training": 1, "scaling": 4, "numerics": 105, "products": 18}  # fmt: skip
     shown = [r for name in suites if name in rows for r in [rows[name]]]
     tables = [line for line in out.splitlines() if line and set(line) == {"─"}]
-    several = {"lengths": 2, "constancy": 2, "training": 3, "serving": 1 + any("ratio" in r for r in records)}
+    several = {"lengths": 2, "constancy": 2, "training": 3, "serving": 1 + any("ratio" in r for r in records),
+               "host": 1 + any(r.get("pass") == "decode" for r in records)}  # fmt: skip
     assert len(tables) == sum(several.get(name, 1) for name in suites if name in rows)
     assert sum(bool(line) for line in out.splitlines()) >= sum(shown)
     drawn = {"lengths", "constancy", "shapes", "serve", "serving"} & set(suites)

@@ -79,6 +79,14 @@ def _project(
 
         if is_faster(x, weight, second, gate, eps, silu):
             return kernel(x, weight, second, gate, residual, eps, silu)
+    return composed(x, weight, second, gate, residual, eps, silu)
+
+
+def composed(
+    x: Tensor, weight: Tensor, second: Tensor | None, gate: Tensor | None, residual: Tensor | None, eps: float | None,
+    silu: int,
+) -> Tensor:  # fmt: skip
+    """:func:`project` of PyTorch's operations."""
     y = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
     y = y if gate is None else y * gate
     out = F.linear(y, weight)
