@@ -77,7 +77,8 @@ def measure(run: Run) -> None:
                         out = way(x, weight, second, gate, *rest)  # noqa: B023
                     return out
 
-                exact = composed(*(t.double() if isinstance(t, Tensor) else t for t in (x, *weights[-1], gate, *rest)))
+                inputs: tuple[Any, ...] = x, *weights[-1], gate, *rest
+                exact = ways["PyTorch"](*(t.double() if isinstance(t, Tensor) else t for t in inputs))
                 errors = {by: relative_error(every(way), exact) for by, way in ways.items()}
                 calls = {by: captured(partial(every, way), run.device) for by, way in ways.items()}
                 for by, timing in time_calls(calls, run.device, seconds=scale.seconds).items():
