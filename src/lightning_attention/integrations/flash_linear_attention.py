@@ -219,7 +219,7 @@ def chunk_linear_attn(
 
     With ``normalize`` a state is a pair, the second of which is the sum of k, [N, 1, H, K]; as in fla the final one is
     a pair even without ``output_final_state``, with None for its first. The sum is float32; fla's has k's dtype.
-    float16 is computed in float32, which takes longer: what is divided grows with the sequence, past what float16 holds.
+    float16 is computed in float32, which takes longer: what is divided grows past what float16 holds.
 
     Raises:
         TypeError, ValueError: as the operation; a pair comes without ``normalize``, or the sum in it has another shape.
