@@ -153,10 +153,10 @@ def test_a_captured_step_replayed(N: int, H: int, D: int, E: int):
     assert relative_error(whole(pool, recent, rate).cpu(), reference.stacked()) <= STATES
 
 
-@pytest.mark.parametrize(("N", "H"), [(3, 8), (44, 64)], ids=["32 columns", "64"])
+@pytest.mark.parametrize(("N", "H"), [(3, 8), (64, 64)], ids=["32 columns", "64"])
 @pytest.mark.parametrize(
     ("dtype", "ring_dtype", "tolerance"),
-    [(BF16, BF16, 4e-3), (FP16, FP16, 5e-4), (FP32, FP32, 3e-6), (FP32, BF16, 3e-6)],
+    [(BF16, BF16, 4e-3), (FP16, FP16, 5e-4), (FP32, FP32, 3e-6), (BF16, FP32, 4e-3)],
 )
 def test_what_is_read_of_a_state(N: int, H: int, dtype: torch.dtype, ring_dtype: torch.dtype, tolerance: float):
     """What ``high`` says, by programs of both widths: keys of 0 read nothing else."""
