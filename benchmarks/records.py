@@ -93,8 +93,32 @@ def make(name: str, out: Path) -> int:
     step, parts = STEPS[name], out / "parts" / name
     print(f"\n{name}: {step.command}", flush=True)
     status = subprocess.run([*step.words(), "--out", str(parts)], check=False).returncode
-    print(f"record   {join(step.record, out)}", flush=True)
+    if status:
+        print(f"failed   {name}, with exit status {status}", flush=True)
+    try:
+        print(f"record   {join(step.record, out)}", flush=True)
+    except InputError as error:  # the steps after this one are run all the same
+        print(f"no record: {error}", flush=True)
+        return status or 1
     return status
+
+
+def replace(record: str, out: Path) -> Path:
+    """Copy a record over the repository's own; the file.
+
+    Raises InputError where a step of it was not run, or it was not measured on what its name says.
+    """
+    path = join(record, out)
+    steps = [name for name, step in STEPS.items() if step.record == record]
+    if missing := [name for name in steps if not any((out / "parts" / name).glob("*.json"))]:
+        raise InputError(f"{record} is not whole: {out} has nothing of {', '.join(missing)}")
+    environment = Report.read(path).environment
+    measured = f"{environment['device_type']} {environment['device']}"
+    if record.partition("-")[0] not in measured.lower():
+        raise InputError(f"{record} was measured on {measured}; it may not replace the repository's own")
+    there = RESULTS / path.name
+    there.write_bytes(path.read_bytes())
+    return there
 
 
 def join(record: str, out: Path) -> Path:
@@ -139,9 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if asked.replace:
             for record in dict.fromkeys(STEPS[name].record for name in asked.step):
-                path = join(record, asked.out)
-                (RESULTS / path.name).write_bytes(path.read_bytes())
-                print(f"replaced {RESULTS / path.name}")
+                print(f"replaced {replace(record, asked.out)}")
             return 0
         return max([make(name, asked.out) for name in asked.step])
     except InputError as error:

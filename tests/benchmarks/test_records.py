@@ -110,13 +110,48 @@ def test_bad_arguments_say_what_is_wanted(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def part(out: Path, step: str, **environment: str) -> None:
+    """What a step may have left."""
+    path = out / "parts" / step / "part.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"environment": {"date": "", "command": "", "commit": ""} | environment, "records": []}))
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "message"),
+    [
+        (("cuda", "NVIDIA H200"), ["training-385M", "training-3B"], "has nothing of training-1B"),
+        (("cpu", "AMD EPYC"), ["training-385M", "training-1B", "training-3B"], "measured on cpu AMD EPYC"),
+        (("cuda", "NVIDIA A100"), ["training-385M", "training-1B", "training-3B"], "measured on cuda NVIDIA A100"),
+    ],
+)
+def test_a_part_of_a_record_or_one_of_another_device_replaces_none(
+    tmp_path, monkeypatch, capsys, device, steps, message
+):
+    repository = tmp_path / "results"
+    repository.mkdir()
+    monkeypatch.setattr(records, "RESULTS", repository)
+    for step in steps:
+        part(tmp_path, step, device_type=device[0], device=device[1])
+    with pytest.raises(SystemExit):
+        main(["training-385M", "--out", str(tmp_path), "--replace"])
+    assert message in capsys.readouterr().err
+    assert list(repository.iterdir()) == []
+
+
+def test_the_steps_after_one_that_fails_are_run(tmp_path, monkeypatch, capfd):
+    steps = {"bad": Step("cpu-lrpe", "lrpe --device nowhere", 5), "good": Step("cpu-host", "host --device cpu", 5)}
+    monkeypatch.setattr(records, "STEPS", steps)
+    monkeypatch.chdir(ROOT)
+    assert main(["bad", "good", "--out", str(tmp_path)]) == 2
+    assert "failed   bad, with exit status 2" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.json")] == ["cpu-host.json"]
+
+
 @pytest.mark.usefixtures("two_steps")
 def test_parts_of_different_devices_are_not_joined(tmp_path, capsys):
     for name, device in (("one", "A"), ("other", "B")):
-        path = tmp_path / "parts" / name / "part.json"
-        path.parent.mkdir(parents=True)
-        environment = {"device": device, "date": "", "command": "", "commit": ""}
-        path.write_text(json.dumps({"environment": environment, "records": []}))
+        part(tmp_path, name, device=device)
     with pytest.raises(SystemExit):
         main(["one", "--out", str(tmp_path), "--replace"])
     assert "cpu-host was measured on A and B" in capsys.readouterr().err
