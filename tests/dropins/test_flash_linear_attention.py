@@ -275,3 +275,13 @@ def test_what_is_divided_may_be_larger_than_float16():
     got = run_ours(call)
     assert got["output"].dtype == FP16
     check(got, exactly(call), TOLERANCE[FP16])
+
+
+@pytest.mark.parametrize("given", [FP32, FP16])
+def test_what_is_divided_may_be_larger_under_autocast_too(given: torch.dtype):
+    q, k, v = (50 * torch.rand(3, 1, 200, 2, 64)).to(FP16)
+    expected, state = ours.chunk_linear_attn(q, k, v, output_final_state=True)
+    with torch.autocast("cpu", FP16):
+        out, final = ours.chunk_linear_attn(*(x.to(given) for x in (q, k, v)), output_final_state=True)
+    assert expected.isfinite().all()
+    torch.testing.assert_close((out, final), (expected, state), rtol=0, atol=0)

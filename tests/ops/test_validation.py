@@ -451,6 +451,16 @@ def test_sparse_and_nested_small_tensors_are_named(name: str):
             lightning_attention_decode(x, x, x, **args | {"state": nested})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nested_tensors_beside_others_are_named(name: str, layout: torch.layout):
+    given = dict.fromkeys("qkv", torch.zeros(2, H, D))
+    given[name] = torch.nested.nested_tensor([torch.zeros(1, D), torch.zeros(H, D)], layout=layout)
+    with pytest.raises(TypeError, match=f"{name} is a nested tensor"):
+        lightning_attention_decode(**given, log_decay=None, state=torch.zeros(2, H, D, D))
+
+
 def test_commit_looks_at_the_parents_of_rejected_drafts_too():
     x = torch.zeros(3, H, D)
     with pytest.raises(ValueError, match=r"parents\[1\] is 5"):

@@ -29,6 +29,7 @@ from torch import Tensor
 from lightning_attention.integrations.engines import put_back, put_in_place
 from lightning_attention.ops import validation
 from lightning_attention.ops.attention import lightning_attention
+from lightning_attention.ops.operation import cast_for_autocast
 
 _COLUMNS_OF_ONES = 8  # of what the normaliser is computed with: 16 bytes, as the copy engine wants them
 
@@ -308,6 +309,10 @@ def _linear(
         return _attend(q, k, v, None, scale, kv, output_final_state, cu_seqlens, reverse)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, head_first=False)
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        q, k, v = cast_for_autocast(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):  # or what follows would be rounded to float16 again
+            return _linear(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, reverse)
     # Sums over a sequence, before they are divided, go past float16's 65504.
     dtype = v.dtype
     q, k, v = (x.float() if x.dtype == torch.float16 else x for x in (q, k, v))

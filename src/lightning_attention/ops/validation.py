@@ -86,7 +86,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, lead
     try:
         if _is_right(q, k, v, log_decay, len(leading) + 2):
             return
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, AttributeError):
         pass  # of a nested or sparse tensor, which has no shape or no strides: what follows says so
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_vectors(name, x, leading)
