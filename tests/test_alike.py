@@ -49,6 +49,7 @@ ANOTHER: dict[str, Callable[[Tensor], Any]] = {
     "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
     "subclass": lambda x: x.as_subclass(Subclass),
     "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.to_sparse_csr(),
     "negative": torch._neg_view,
     "array": lambda x: x.numpy(),
     "number": lambda x: 1.0,
@@ -56,10 +57,14 @@ ANOTHER: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("is_last", [False, True])
 @pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("other", ANOTHER)
-def test_all_else_does(memory, other, place):
+def test_all_else_does(memory, other, place, is_last):
     given = tensors()
+    if is_last:  # what was found last is looked at before any sizes are
+        assert memory.find(tensors()) == "this"
     given[place] = ANOTHER[other](given[place])
     assert memory.find(given) is None
 

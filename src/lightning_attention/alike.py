@@ -112,5 +112,6 @@ def _likeness(tensors: Sequence[Tensor]) -> list[Any]:
     found: list[Any] = [x.raw_repr() for x in layers]
     for x in tensors:
         keys = torch._C._dispatch_keys(x).raw_repr()
-        found.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, keys))
+        strides = x.stride() if x.layout is torch.strided else x.layout  # compressed rows have none, and say so
+        found.append((x.shape, strides, x.dtype, x.device, x.requires_grad, keys))
     return found

@@ -134,6 +134,38 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it(
     assert relative_error(logits[:, -1], model(ids[:, :30]).logits[:, -1]) <= 1e-5
 
 
+@pytest.mark.parametrize("recent_tokens", [0, 4])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_cache_of_inference_mode_may_be_forgotten_outside_of_it(
+    model: TransnormerForCausalLM, ids: Tensor, recent_tokens: int, mode: Any
+) -> None:
+    cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
+    with torch.inference_mode():
+        for piece in ids[:, :22].split([20, 1, 1], 1):
+            model(piece, cache=cache)
+    with mode():
+        cache.reset()
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache=cache).logits for piece in ids[:, :12].split([10, 1, 1], 1)], 1)
+    assert relative_error(logits, model(ids[:, :12]).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 4])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_steps_of_inference_mode_may_stand_between_others(
+    model: TransnormerForCausalLM, ids: Tensor, recent_tokens: int, mode: Any
+) -> None:
+    """The positions are older than the states, or the rings, that inference mode made."""
+    cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
+    with mode():
+        model(ids[:, :20], cache=cache)
+    with torch.inference_mode():
+        model(ids[:, 20:21], cache=cache)
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache=cache).logits for piece in ids[:, 21:30].split([1, 1, 7], 1)], 1)
+    assert relative_error(logits, model(ids[:, :30]).logits[:, 21:]) <= 1e-5
+
+
 @torch.no_grad()
 def test_reset_forgets_and_an_empty_cache_is_nothing(
     model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor

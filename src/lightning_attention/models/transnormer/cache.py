@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from lightning_attention.models.transnormer.mixer import TransnormerMixer
 
 
+def _is_closed(x: Tensor | None) -> bool:
+    """Whether it was made in inference mode and this is no such mode, in which nothing may write to it."""
+    if x is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return x.is_inference()
+
+
 class _RecurrentState(LinearAttentionLayer):
     """One layer's state, [N, H, D, E] float32 (float64 in a float64 model), and whether it holds anything yet."""
 
@@ -47,7 +54,13 @@ class _RecurrentState(LinearAttentionLayer):
         """Keep ``recurrent_states``, at the address of the state before it where that can be."""
         held = self.recurrent_states[state_idx]
         # CUDA graphs and compiled decode steps want the address to stay; autograd wants the old values to stay.
-        if held is None or held.shape != recurrent_states.shape or recurrent_states.requires_grad or held.requires_grad:
+        if (
+            held is None
+            or held.shape != recurrent_states.shape
+            or recurrent_states.requires_grad
+            or held.requires_grad
+            or _is_closed(held)
+        ):
             # Memory of its own: what a backend returns may be part of something larger.
             self.recurrent_states[state_idx] = held = recurrent_states.clone(memory_format=torch.contiguous_format)
             self.recent = None
@@ -64,7 +77,15 @@ class _RecurrentState(LinearAttentionLayer):
         self.recurrent_states[0] = state
         self.recent = None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether inference mode alone may write to the state or the ring."""
+        return _is_closed(self.recurrent_states[0]) or (self.recent is not None and _is_closed(self.recent.k))
+
     def reset(self) -> None:
+        held = self.recurrent_states[0]
+        if held is not None and _is_closed(held):
+            self.recurrent_states[0] = torch.zeros_like(held)
         super().reset()
         self.recent = None
 
@@ -113,9 +134,8 @@ class TransnormerCache(Cache):
 
     def leave_inference_mode(self) -> None:
         """Copy what was made in inference mode, which nothing else may write to, if a call is made outside of it."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return
-        if self.positions is not None and self.positions.is_inference():
+        # What one layer holds was made as that of the others; the positions may be older.
+        if _is_closed(self.positions) or self.layers[0].is_closed:
             self._map_rows(Tensor.clone)
 
     def advance(self, columns: int, lengths: Tensor) -> None:
