@@ -206,7 +206,8 @@ def _steps(
         found |= {"loss": float(loss)}
         found |= _compare(network, expected) if ranks > 1 else {}
         if ranks == 1:
-            expected.update({name: p.grad.clone() for name, p in network.named_parameters()})
+            gradients = {name: p.grad for name, p in network.named_parameters()}
+            expected.update({name: grad.clone() for name, grad in gradients.items() if grad is not None})
         optimizer.zero_grad(set_to_none=True)
         torch.compiler.reset()  # what is timed is code for its own lengths
     step()
@@ -226,7 +227,7 @@ def _model(
     from lightning_attention.models.presets import preset
 
     # LRPE's frequencies too: FSDP gathers all of a block in one type.
-    network = build(preset(row.size, **scale.overrides), "transnormer", dtype, device).to(dtype)
+    network = build(preset(row.size, "transnormer", **scale.overrides), "transnormer", dtype, device).to(dtype)
     kept = "block" if row.checkpointed else "none"
     bf16 = scale.dtype == torch.bfloat16
     parallelize(network, mesh, activation_checkpointing=kept, compile=scale.compile, bf16=bf16)
@@ -292,7 +293,7 @@ def _train(scale: Scale, row: Row, device: torch.device) -> dict[str, Any]:
     dist.all_reduce(curve)
     ms = statistics.median(samples[2:])
     job = Job(1, mesh.dp_shard, mesh.sp, row.T, row.B * row.T)
-    received = sequence_traffic(Shape.of(preset(row.size, **scale.overrides)), job, 0)["states"]
+    received = sequence_traffic(Shape.of(preset(row.size, "transnormer", **scale.overrides)), job, 0)["states"]
     found: dict[str, Any] = {"ms": ms, "tokens_per_second": 1000 * row.B * row.T / ms}
     found |= {"losses": (curve / ranks).tolist(), "devices": [name for name, _ in of_ranks], "state_bytes": sum(sent)}
     found |= {"state_bytes_at_half": sum(of_half), "state_bytes_by_formula": round(received / max(mesh.sp - 1, 1))}
