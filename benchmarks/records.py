@@ -66,7 +66,7 @@ STEPS = {
     "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm", 75),
     "serving-rings": Step("h200-serving-rings", "serving --peers seg_la,vllm_layer,engines", 75),
     "serve": Step("h200-serve", "serve", 105),
-    "serve-rings": Step("h200-serve-rings", "serve --only 'batch (1|256)'", 40),
+    "serve-rings": Step("h200-serve-rings", "serve --only '^transnormer.*batch (1|256),'", 50),
     "training-385M": Step("h200-training", f"training --only {_385M}", 420),
     "training-1B": Step("h200-training", f"training --only {_1B}", 300),
     "training-3B": Step("h200-training", f"training --only {_3B}", 300),
