@@ -68,11 +68,8 @@ def measure(run: Run) -> None:
 
 
 def _output(peer: Peer, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    forward = peer.attention()
-    if not peer.heads_first:
-        return forward(q, k, v, log_decay)
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    return forward(q, k, v, log_decay).transpose(1, 2)
+    q, k, v = map(peer.ordered, (q, k, v))
+    return peer.ordered(peer.attention()(q, k, v, log_decay))  # the same two dimensions change places again
 
 
 def show(report: Report) -> Iterator[Shown]:

@@ -58,7 +58,7 @@ class Problem:
 
     def inputs(self, peer: Peer, *, grad: bool) -> list[Tensor]:
         """q, k, v and the output's gradient, laid out as the peer wants them; ``grad``: q, k, v require theirs."""
-        *qkv, do = (x.transpose(1, 2).contiguous() if peer.heads_first else x for x in self.tensors)
+        *qkv, do = map(peer.ordered, self.tensors)
         return [*(x.detach().requires_grad_(grad) for x in qkv), do]
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Problem:

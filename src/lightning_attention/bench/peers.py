@@ -44,6 +44,10 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     against: str | None = None
 
+    def ordered(self, x: Tensor) -> Tensor:
+        """A tensor [B, T, H, ·] in the layout of its attention."""
+        return x.transpose(1, 2).contiguous() if self.heads_first else x
+
     def attention(self) -> Forward:
         """The forward pass, its package imported."""
         forward: Forward = self.operations[ATTENTION]()

@@ -307,8 +307,7 @@ def _linear(
         if sum_of_k is not None:
             raise ValueError("initial_state is a pair and normalize is False; the sum of k is for normalize=True")
         return _attend(q, k, v, None, scale, kv, output_final_state, cu_seqlens, reverse)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, x, head_first=False)
+    _check_ranks(q, k, v)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = cast_for_autocast(q, k, v)
         with torch.autocast(q.device.type, enabled=False):  # or what follows would be rounded to float16 again
@@ -335,8 +334,7 @@ def _attend(
     initial_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
     reverse: bool = False, state_v_first: bool = False, head_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, x, head_first)
+    _check_ranks(q, k, v, head_first)
     if head_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -356,6 +354,11 @@ def _attend(
     if final is not None and state_v_first:
         final = final.mT.contiguous()
     return out.transpose(1, 2) if head_first else out, final
+
+
+def _check_ranks(q: Tensor, k: Tensor, v: Tensor, head_first: bool = False) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, x, head_first)
 
 
 def _check_rank(name: str, x: Tensor, head_first: bool) -> None:

@@ -103,6 +103,11 @@ def test_rings_change_nothing_but_what_is_written(model: TransnormerForCausalLM,
         assert not ringed.layers[layer].recent.count.any()
 
 
+def read(model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor, *lengths: int) -> Tensor:
+    """The logits of tokens that are read in pieces of these lengths."""
+    return torch.cat([model(piece, cache=cache).logits for piece in ids.split(lengths, 1)], 1)
+
+
 @pytest.mark.parametrize("is_reordered", [False, True])
 def test_rings_of_inference_mode_are_read_outside_of_it(
     model: TransnormerForCausalLM, ids: Tensor, is_reordered: bool
@@ -110,8 +115,7 @@ def test_rings_of_inference_mode_are_read_outside_of_it(
     with torch.inference_mode():
         caches = [TransnormerCache(model.config, recent_tokens=length) for length in (4, 0)]
         for cache in caches:
-            for piece in ids[:, :22].split([20, 1, 1], 1):
-                model(piece, cache=cache)
+            read(model, cache, ids[:, :22], 20, 1, 1)
     for cache in caches:
         if is_reordered:
             cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -126,11 +130,9 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it(
 ) -> None:
     cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
     with torch.inference_mode():
-        for piece in ids[:, :22].split([20, 1, 1], 1):
-            model(piece, cache=cache)
+        read(model, cache, ids[:, :22], 20, 1, 1)
     with mode():
-        for piece in ids[:, 22:30].split([1, 1, 5, 1], 1):
-            logits = model(piece, cache=cache).logits
+        logits = read(model, cache, ids[:, 22:30], 1, 1, 5, 1)
     assert relative_error(logits[:, -1], model(ids[:, :30]).logits[:, -1]) <= 1e-5
 
 
@@ -141,12 +143,11 @@ def test_a_cache_of_inference_mode_may_be_forgotten_outside_of_it(
 ) -> None:
     cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
     with torch.inference_mode():
-        for piece in ids[:, :22].split([20, 1, 1], 1):
-            model(piece, cache=cache)
+        read(model, cache, ids[:, :22], 20, 1, 1)
     with mode():
         cache.reset()
     with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache).logits for piece in ids[:, :12].split([10, 1, 1], 1)], 1)
+        logits = read(model, cache, ids[:, :12], 10, 1, 1)
     assert relative_error(logits, model(ids[:, :12]).logits) <= 1e-5
 
 
@@ -162,7 +163,7 @@ def test_steps_of_inference_mode_may_stand_between_others(
     with torch.inference_mode():
         model(ids[:, 20:21], cache=cache)
     with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache).logits for piece in ids[:, 21:30].split([1, 1, 7], 1)], 1)
+        logits = read(model, cache, ids[:, 21:30], 1, 1, 7)
     assert relative_error(logits, model(ids[:, :30]).logits[:, 21:]) <= 1e-5
 
 
