@@ -55,15 +55,15 @@ _PAIRS = "'1B dp 4|385M sp 1 x (524288|1245184)'"
 
 #: By name. Times of serving and serve are measured, as are the most that shapes and lengths took; others are guesses.
 STEPS = {
-    "shapes": Step("h200-shapes", f"host shapes {_PAPERS}", 120),
+    "shapes": Step("h200-shapes", f"shapes {_PAPERS},linghe", 150),
     "lengths": Step("h200-lengths", f"lengths {_PAPERS}", 135),
     "packed-constancy": Step("h200-packed-constancy", "packed constancy", 120),
     "cases": Step("h200-cases", "cases", 300),
-    "host": Step("h200-host", "host", 15),
+    "host": Step("h200-host", f"host {_PAPERS}", 20),
     "lrpe": Step("h200-lrpe", "lrpe", 90),
     "minimax": Step("h200-minimax", "minimax", 90),
     "products": Step("h200-products", "products", 60),
-    "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm", 75),
+    "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm,cula", 100),
     "serving-rings": Step("h200-serving-rings", "serving --peers seg_la,vllm_layer,engines", 75),
     "serve": Step("h200-serve", "serve", 105),
     "serve-rings": Step("h200-serve-rings", "serve --only '^transnormer.*batch (1|256),'", 50),
@@ -76,7 +76,7 @@ STEPS = {
     "quality-llama": Step("h200-quality-llama", f"{_TEXT} --model llama --compile", 480, module="benchmarks.quality"),
     "scaling": Step("h200-scaling", f"scaling --only {_PAIRS}", 300, gpus=2),
     "sequence-parallel": Step("h200-sequence-parallel", "sequence_parallel", 90, gpus=2),
-    "numerics": Step("cpu-numerics", "numerics --device cpu", 300, gpus=0),
+    "numerics": Step("h200-numerics", "numerics --peers fla,lightning_attn,linghe", 120),
 }
 
 

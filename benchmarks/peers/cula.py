@@ -1,4 +1,4 @@
-"""cuLA's CuTe DSL kernels of lightning attention: decode, and the forward pass; it has no backward pass.
+"""cuLA's CuTe DSL kernels of lightning attention: decode, drafts, and the forward pass; it has no backward pass.
 
 Its states are [V, K], ours transposed, and a pool is kept in its order from the start.
 """
@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.harness.pool import DECODE, PREFILL, Batch, Bound
+from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE, Batch, Bound
 from benchmarks.peers._checkout import checkout
 from lightning_attention.bench.peers import ATTENTION, PACKED_ATTENTION, Forward, Peer
 
@@ -64,8 +64,25 @@ def _prefill(b: Batch) -> Bound:
     return Bound(call, lambda: pool[slots].mT)
 
 
+def _speculate(b: Batch) -> Bound:
+    """Drafts, all accepted. Its q, k and v are float32, and are so before the call that is timed."""
+    cula, drafts = _cula(), b.q.shape[0] // b.N
+    q, k, v = (x.float().unflatten(0, (b.N, drafts)) for x in (b.q, b.k, b.v))
+    slopes, pool, out = -b.log_decay, b.pool.mT.contiguous(), torch.empty_like(v)
+    kept = [x.new_empty(b.pool.shape[0], *x.shape[1:]) for x in (k, v)]
+    accepted = torch.full_like(b.slots, drafts)
+
+    def call() -> Tensor:
+        cula.linear_attention_verify_kvbuffer(q, k, v, pool, out, slopes, b.slots, 1.0, drafts, *kept)
+        cula.linear_attention_state_update_kvbuffer(*kept, pool, slopes, b.slots, accepted, drafts)
+        return out
+
+    return Bound(call, lambda: pool[b.slots.long()].mT)
+
+
 PEERS = (
     Peer("cula", "cuLA", "cuda-linear-attention",
-         {ATTENTION: _attention, PACKED_ATTENTION: _attention, DECODE: _decode, PREFILL: _prefill},
+         {ATTENTION: _attention, PACKED_ATTENTION: _attention, DECODE: _decode, PREFILL: _prefill,
+          SPECULATE: _speculate},
          states=(torch.float32,), backward=False),
 )  # fmt: skip

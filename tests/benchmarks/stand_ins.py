@@ -52,8 +52,35 @@ def _linear_attention_decode(
     out.copy_((new @ (softmax_scale * q)[..., None])[..., 0])
 
 
+def _linear_attention_verify_kvbuffer(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor, decay_scales: Tensor, h0_indices: Tensor,
+    softmax_scale: float, T: int, k_buf: Tensor | None = None, v_buf: Tensor | None = None,
+) -> None:  # fmt: skip
+    assert {x.dtype for x in (q, k, v, s, out)} == {torch.float32}
+    assert h0_indices.dtype == torch.int32
+    assert q.shape[1] == T
+    slots = h0_indices.long()
+    out.copy_(lightning_attention(q, k, v, -decay_scales, scale=softmax_scale, initial_state=s[slots].mT).output)
+    if k_buf is not None and v_buf is not None:
+        k_buf[slots], v_buf[slots] = k, v
+
+
+def _linear_attention_state_update_kvbuffer(
+    k_buf: Tensor, v_buf: Tensor, s: Tensor, decay_scales: Tensor, h0_indices: Tensor, accepted_len: Tensor, T: int
+) -> None:
+    assert accepted_len.dtype == h0_indices.dtype == torch.int32
+    assert k_buf.shape[:2] == (s.shape[0], T)
+    for slot, accepted in zip(h0_indices.tolist(), accepted_len.tolist(), strict=True):
+        for i in range(accepted):
+            s[slot] = (
+                s[slot] * torch.exp(-decay_scales)[:, None, None] + v_buf[slot, i, :, :, None] * k_buf[slot, i, :, None]
+            )
+
+
 #: Of ``cula.lightning``.
 CULA: dict[str, Any] = {
     "lightning_attn_fwd": _lightning_attn_fwd, "lightning_attn_fwd_varlen": _lightning_attn_fwd_varlen,
     "linear_attention_decode": _linear_attention_decode,
+    "linear_attention_verify_kvbuffer": _linear_attention_verify_kvbuffer,
+    "linear_attention_state_update_kvbuffer": _linear_attention_state_update_kvbuffer,
 }  # fmt: skip
