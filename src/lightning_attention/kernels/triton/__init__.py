@@ -10,6 +10,7 @@ From a call to a kernel:
     sweeps/portable, sweeps/hopper                    the loop over the blocks of a sequence, and the kernels made of it
     roles                                             what each program of those kernels does, whatever the sweep
     recurrent                                         the kernels that go token by token, over states in a pool
+    nvidia                                            launches of those that do the same in Gluon
     scan, padding, fold, cross_entropy, projection,
     quantized                                         a kernel or three each, with the functions that launch them
     work, numerics                                    what kernels of all kinds compute: which rows, which powers

@@ -1,15 +1,15 @@
 """Launches of the operations over states with rings of recent tokens."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_attention.kernels.recent import rows_of_prefill
-from lightning_attention.kernels.triton import dispatch, tiling
+from lightning_attention.kernels.triton import dispatch, nvidia, tiling
 from lightning_attention.kernels.triton import prefill as without_rings
-from lightning_attention.kernels.triton.decode import columns, layout, narrower, over_states, tile_constants
+from lightning_attention.kernels.triton.decode import columns, narrower, over_states, tile_constants
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.ring import (
     RingTile,
@@ -20,17 +20,10 @@ from lightning_attention.kernels.triton.ring import (
     verify_recent_kernel,
 )
 from lightning_attention.kernels.triton.ring_commit import commit_ring_kernel
-from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES, decode_ring_kernel
-from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
+from lightning_attention.kernels.triton.ring_decode import COLUMNS, decode_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
-#: Of a thread, next to nothing spilled, so that 16 programs of decode (12 of float32 over 8 bits), 13 of verify and 5
-#: of commit, which have four warps, run on a multiprocessor at once.
-REGISTERS = {
-    "decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "decode of float32 in 8 bits": 168,
-    "verify": 152, "verify of 64 columns": 168, "commit": 96,
-}  # fmt: skip
 
 
 @cache
@@ -39,16 +32,9 @@ def _constants(places: int, aligned_k: bool, aligned_v: bool, heads: int, is_nvi
     return (RingTile(places, tiling.padded(places), aligned_k, aligned_v, precision, threads, heads),)
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether every row of x [..., width], whose rows are contiguous, can be read 16 bytes at a time."""
-    strides = x.stride()
-    together = strides[0] | strides[1] | strides[-2]
-    return not (together * x.itemsize | x.data_ptr()) & 15
-
-
 def _ring(k: Tensor, v: Tensor, count: Tensor) -> tuple[tuple[Any, ...], tuple[RingTile]]:
     """A ring as the kernels' arguments, and as their constant."""
-    constants = _constants(k.shape[2], _aligned(k), _aligned(v), k.shape[1], tiling.device(k)[0] >= (8, 0))
+    constants = _constants(k.shape[2], nvidia.aligned(k), nvidia.aligned(v), k.shape[1], tiling.device(k)[0] >= (8, 0))
     return (k, *k.stride()[:2], v, *v.stride()[:2], count), constants
 
 
@@ -66,52 +52,6 @@ def _columns(D: int, E: int, q: Tensor, state: Tensor, N: int, H: int, batch_inv
         return widest, widest
     whole = WHOLE if widest == 64 < E and tiling.padded(D) <= 128 else widest
     return (whole if N * H >= 2048 else narrower(widest, N, H, state.dtype)), whole
-
-
-def _read_as_used(
-    N: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor, low: Tensor | None, scale: Tensor | None, ring: RingTile
-) -> bool:
-    """Whether ``ring_decode.py`` takes such a call: on an NVIDIA chip, whole rows, sizes that its lanes share out."""
-    D, E = k.shape[-1], v.shape[-1]
-    return (
-        tiling.device(state)[0] >= (8, 0)
-        and N < 1 << 16  # programs in the second direction of a grid
-        and D in (64, 128)
-        and E % COLUMNS.value == 0
-        and ring.places <= PLACES.value
-        and ring.aligned_k
-        and ring.aligned_v
-        and all(x is None or layout(x, x.stride(), D, E) == (True, False) for x in (state, low))
-        and all(x is None or _aligned(x) for x in (q, k, v, scale))
-    )
-
-
-def _width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
-    """Columns of a program of ``ring_decode.py``: twice as many where numbers are small and there are states enough.
-
-    They are then whole lines of memory, and what a program does once it does less often. Of bfloat16 states, H 64, N 64
-    and 256, twice as many take 62 and 178 µs instead of 67 and 203. Four times as many in 8 bits took 174 for 166.
-    """
-    is_wide = E % (2 * COLUMNS.value) == 0 and state.itemsize < 4 and (batch_invariant or N * H >= 4096)
-    return 2 * COLUMNS.value if is_wide else COLUMNS.value
-
-
-def _kind(width: int, has_planes: bool, is_short: bool) -> str:
-    """A program of decode, as ``REGISTERS`` has it."""
-    if has_planes:
-        return "decode in 8 bits" if is_short else "decode of float32 in 8 bits"
-    return "decode" if width == COLUMNS.value else "decode of 64 columns"
-
-
-def _run_as_used(
-    kernel: Any, N: int, H: int, D: int, E: int, group: int, columns: int, args: tuple[Any, ...],
-    ring: tuple[RingTile], state: Tensor, registers: int,
-) -> None:  # fmt: skip
-    """Launch a program for each so many columns of a state, with so many registers a thread."""
-    parts = H * (E // columns)
-    _check_programs(parts)
-    tile = tile_constants(D, E, group, columns, True, False)
-    dispatch.run(kernel, (parts, N, 1), args, tile + ring, 1, state.get_device(), registers=lambda _: registers)
 
 
 def _check_programs(programs: int) -> None:
@@ -157,17 +97,17 @@ def _decode(
     before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, state)
     planes = _planes(low, state_scale)
     after = (dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens, *ring, *planes, H, scale, int(clears))
-    if _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
+    sizes = N, H, D, E, H // Hk
+    if nvidia.takes(N, q, k, v, state, low, state_scale, constants[0]):
+        args, width = (*before, *strides[:2], *after), nvidia.width(E, N, H, state, batch_invariant)
+        _check_programs(H * (E // width))
         is_short = q.dtype == ring_k.dtype != torch.float32
-        args, width = (*before, *strides[:2], *after), _width(E, N, H, state, batch_invariant)
-        registers = REGISTERS[_kind(width, low is not None, is_short)]
-        _run_as_used(decode_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
+        registers = partial(nvidia.registers_of_decode, has_planes=low is not None, is_short=is_short)
+        nvidia.run(decode_ring_kernel, sizes, width, args, constants, state, registers)
         return
     args = (*before, *strides, *after)
     _check_programs(H * -(-E // TILE))
-    over_states(
-        decode_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, widest, written=low, ring=constants
-    )  # fmt: skip
+    over_states(decode_recent_kernel, sizes, args, state, strides, TILE, widest, written=low, ring=constants)
 
 
 @recorded
@@ -223,16 +163,12 @@ def verify(
     before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state)
     slots, log_decay, cuts = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous()
     after = (*ring, *_planes(low, state_scale), N, T, H, scale, int(made is not None))
-    is_short = q.dtype == ring_k.dtype != torch.float32 and (out is None or _aligned(out))
-    if parents is None and is_short and _read_as_used(N, q, k, v, state, low, state_scale, constants[0]):
-        args, width = (*before, *strides[:2], slots, log_decay, cuts, *after), _width(E, N, H, state, False)
-        registers = REGISTERS["verify" if width == COLUMNS.value else "verify of 64 columns"]
-        _run_as_used(verify_ring_kernel, N, H, D, E, H // Hk, width, args, constants, state, registers)
+    sizes, is_alike = (N, H, D, E, H // Hk), q.dtype == ring_k.dtype
+    if is_alike and nvidia.takes_drafts(N, q, k, v, out, parents, state, low, state_scale, constants[0]):
+        nvidia.verify(sizes, (*before, *strides[:2], slots, log_decay, cuts, *after), constants, state)
         return made
     args = (*before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after)
-    over_states(
-        verify_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=low, ring=constants
-    )  # fmt: skip
+    over_states(verify_recent_kernel, sizes, args, state, strides, TILE, written=low, ring=constants)
     return made
 
 
@@ -251,11 +187,11 @@ def commit(
     before = k, *k.stride()[:2], v, *v.stride()[:2], state
     after = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), *ring
     is_plain = E in (32, 64, 128, 256) and k.dtype == ring_k.dtype
-    if is_plain and low is None and _read_as_used(N, k, k, v, state, low, state_scale, constants[0]):
+    if is_plain and low is None and nvidia.takes(N, k, k, v, state, low, state_scale, constants[0]):
         args, tile = (*before, *strides[:2], *after), tile_constants(D, E, H // Hk, COLUMNS.value, True, False)
         dispatch.run(
             commit_ring_kernel, (H, N, 1), args, tile + constants, E // COLUMNS.value, state.get_device(),
-            registers=lambda _: REGISTERS["commit"],
+            registers=lambda _: nvidia.REGISTERS["commit"],
         )  # fmt: skip
         return
     args = (*before, *strides, *after, *_planes(low, state_scale), H)

@@ -77,10 +77,10 @@ def hidden(x):
 
 
 @gluon.jit
-def accepted_from(accepted, block, last, RING: gl.constexpr, LANES: gl.constexpr):
-    """Which of the R drafts from ``block`` are accepted, a bit each."""
+def accepted_from(accepted, block, last, most: gl.constexpr, LANES: gl.constexpr):
+    """Which of at ``most`` so many drafts from ``block`` are accepted, a bit each."""
     i = gl.arange(0, 32, layout=LANES)  # more than there are, for one instruction sums up a whole warp
-    is_one = gl.load(accepted + block + i, mask=(i < RING.places) & (block + i < last), other=0) != 0
+    is_one = gl.load(accepted + block + i, mask=(i < most) & (block + i < last), other=0) != 0
     return gl.sum(gl.where(is_one, 1 << i, 0), 0)
 
 
@@ -162,12 +162,12 @@ def commit_ring_kernel(
     accepted += first
     count = gl.load(counts + slot) & (TICKET - 1)
     x = natural_decay(log_decay, head)
-    bits = accepted_from(accepted, 0, length, RING, LANES)
+    bits = accepted_from(accepted, 0, length, RING.places, LANES)
     new_keys = draft_rows(k, k_token_stride, 0, length, D, KEY_ROWS)
     new_values = draft_rows(v, v_token_stride, 0, length, E, VALUE_ROWS)
     found = bits
     for block in range(RING.places, length, RING.places):
-        found |= accepted_from(accepted, block, length, RING, LANES)
+        found |= accepted_from(accepted, block, length, RING.places, LANES)
     if found == 0:
         return
     # Rows of a lane's neighbours, which are copied with its own, lie in other banks.
@@ -231,7 +231,7 @@ def commit_ring_kernel(
         count = count_after(count + taken, RING)
         if block + RING.places < length:
             tl.debug_barrier()  # what was written is read now
-            bits = accepted_from(accepted, block + RING.places, length, RING, LANES)
+            bits = accepted_from(accepted, block + RING.places, length, RING.places, LANES)
             new_keys = draft_rows(k, k_token_stride, block + RING.places, length, D, KEY_ROWS)
             new_values = draft_rows(v, v_token_stride, block + RING.places, length, E, VALUE_ROWS)
     give(counts, slot, count, ticket, RING.heads, lane, RING)

@@ -125,7 +125,7 @@ def decode_ring_kernel(
         log_decay, cu_seqlens, ring_k, ring_k_slot_stride: "i64", ring_k_head_stride: "i64", ring_v,
         ring_v_slot_stride: "i64", ring_v_head_stride: "i64", counts, low, scales, scale_slot_stride: "i64",
         scale_head_stride: "i64", H, scale, clears, TILE: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    """The arguments are those of ``decode_recent_kernel``, of calls that ``recent._read_as_used`` is true of."""
+    """The arguments are those of ``decode_recent_kernel``, of calls that ``nvidia.takes`` is true of."""
     D: gl.constexpr = TILE.D
     E: gl.constexpr = TILE.E
     COLUMNS: gl.constexpr = TILE.columns

@@ -1,4 +1,4 @@
-"""Chains of drafts after states with rings on NVIDIA chips, in Gluon: what ``verify_recent_kernel`` computes.
+"""Chains of drafts on NVIDIA chips, in Gluon: what ``verify_recent_kernel`` and ``verify_kernel`` compute.
 
 As in ``ring_decode.py`` a program is a warp with some columns of a state, which waits in shared memory. Tensor cores
 multiply 16 rows with 8 columns. Columns of a state are more than drafts of a sequence, so these are the 8: what is read
@@ -249,7 +249,8 @@ def verify_ring_kernel(
     q += first * q_token_stride + head // TILE.group * q_head_stride
     k += first * k_token_stride + head // TILE.group * k_head_stride
     v += first * v_token_stride + head * v_head_stride + column
-    count = count_of(counts, slot)
+    if counts is not None:
+        count = count_of(counts, slot)
     x = natural_decay(log_decay, head)
     shared = gl.allocate_shared_memory(TYPE, [D, COLUMNS], shared_layout(TYPE, COLUMNS))
     LAYOUT: gl.constexpr = tile_layout(D, width_of(TYPE), COLUMNS)
@@ -264,22 +265,24 @@ def verify_ring_kernel(
         by = gl.load(scales + slot * scale_slot_stride + head * scale_head_stride + column + out_cols)
     barrier()  # else the assembler would put half of the copies behind what waits for the ring
 
-    ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
-    ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride + column
+    tokens = 0  # that the ring holds
+    if counts is not None:
+        ring_k += slot * ring_k_slot_stride + head * ring_k_head_stride
+        ring_v += slot * ring_v_slot_stride + head * ring_v_head_stride + column
+        tokens = gl.minimum(count, (count + head * RING.places // RING.heads) % RING.places)
     OLD_VALUES: gl.constexpr = values_layout(PLACES, COLUMNS, BITS)
     NEW_VALUES: gl.constexpr = values_layout(DRAFTS, COLUMNS, BITS)
     NEW_ROWS: gl.constexpr = gl.SliceLayout(1, rows_layout(DRAFTS))
     for block in range(0, length, DRAFTS):
         query_at = block + gl.arange(0, DRAFTS, layout=NEW_ROWS)
         queries = load_rows(q, query_at.to(gl.int64) * q_token_stride, query_at < length, D)
-        since = (count + head * RING.places // RING.heads) % RING.places
-        tokens = gl.minimum(count, since)
-        place = gl.arange(0, PLACES, layout=gl.SliceLayout(1, rows_layout(PLACES)))
-        is_key = (place < RING.places) & (age_at(place, count, RING) < tokens)
-        old_keys = load_rows(ring_k, place * D, is_key, D)
-        place = gl.arange(0, PLACES, layout=gl.SliceLayout(1, OLD_VALUES))
-        is_value = (place < RING.places) & (age_at(place, count, RING) < tokens)
-        old_values = load_values(ring_v, place * E, is_value, COLUMNS, OLD_VALUES)
+        if counts is not None:
+            place = gl.arange(0, PLACES, layout=gl.SliceLayout(1, rows_layout(PLACES)))
+            is_key = (place < RING.places) & (age_at(place, count, RING) < tokens)
+            old_keys = load_rows(ring_k, place * D, is_key, D)
+            place = gl.arange(0, PLACES, layout=gl.SliceLayout(1, OLD_VALUES))
+            is_value = (place < RING.places) & (age_at(place, count, RING) < tokens)
+            old_values = load_values(ring_v, place * E, is_value, COLUMNS, OLD_VALUES)
         token = block + gl.arange(0, 2 * DRAFTS, layout=gl.SliceLayout(1, MMA))
         read = gl.zeros([COLUMNS, DRAFTS], gl.float32, layout=MMA)
         for before in range(0, block + 1, DRAFTS):
@@ -303,11 +306,12 @@ def verify_ring_kernel(
                 read = gl.where(spoilt > 0.0, float("nan"), read)
                 values = gl.where(is_finite, values, 0.0)
             read = add_weighted(values, weights, read)
-        place = gl.arange(0, PLACES, layout=gl.SliceLayout(0, MMA))
-        age = age_at(place, count, RING)
-        by_age = nearly(x, gl.where((place < RING.places) & (age < tokens), age, 0))
-        weights = scores(queries, old_keys, PLACES, D) * by_age[None, :] * nearly(x, token + 1)[:, None]
-        read = add_weighted(as_rows(in_order(old_values).to(gl.float32), BITS), weights, read)
+        if counts is not None:
+            place = gl.arange(0, PLACES, layout=gl.SliceLayout(0, MMA))
+            age = age_at(place, count, RING)
+            by_age = nearly(x, gl.where((place < RING.places) & (age < tokens), age, 0))
+            weights = scores(queries, old_keys, PLACES, D) * by_age[None, :] * nearly(x, token + 1)[:, None]
+            read = add_weighted(as_rows(in_order(old_values).to(gl.float32), BITS), weights, read)
 
         async_copy.wait_group(0)
         of_state = gl.zeros([COLUMNS, DRAFTS], gl.float32, layout=MMA)

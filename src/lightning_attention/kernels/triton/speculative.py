@@ -7,10 +7,12 @@ its ancestors, so the cost of a draft that starts a branch grows with its depth.
 import torch
 from torch import Tensor
 
-from lightning_attention.kernels.triton import dispatch
+from lightning_attention.kernels.triton import dispatch, nvidia
 from lightning_attention.kernels.triton.decode import columns, over_states
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.recurrent import commit_kernel, verify_kernel
+
+NO_RING = (None, 0, 0, None, 0, 0, None, None, None, 0, 0)  # keys, values, counts, and the planes of a pool in 8 bits
 
 
 @recorded
@@ -29,12 +31,19 @@ def verify(
     P = 0
     if snapshots is not None and snapshot_slots is not None:
         of_snapshots, P = snapshots.stride(), snapshot_slots.shape[1]
+    sizes = N, H, D, E, H // Hk
+    before = (q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state)
+    slots, log_decay, cuts = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous()
+    after = N, T, H, scale, int(made is not None)
+    if snapshots is None and nvidia.takes_drafts(N, q, k, v, out, parents, state, None, None, None):
+        args = (*before, *strides[:2], slots, log_decay, cuts, *NO_RING, *after)
+        nvidia.verify(sizes, args, (None,), state)
+        return made
     args = (
-        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out if made is None else made, state, *strides,
-        dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), dispatch.dense(parents), N, T, H,
-        scale, int(made is not None), snapshots, *of_snapshots, dispatch.dense(snapshot_slots), P,
+        *before, *strides, slots, log_decay, cuts, dispatch.dense(parents), *after, snapshots, *of_snapshots,
+        dispatch.dense(snapshot_slots), P,
     )  # fmt: skip
-    over_states(verify_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=snapshots)
+    over_states(verify_kernel, sizes, args, state, strides, TILE, written=snapshots)
     return made
 
 
@@ -47,9 +56,10 @@ def commit(
     TILE = columns(D, E, k.dtype)
     if T == 0:
         return
-    strides = state.stride()
-    args = (
-        k, *k.stride()[:2], v, *v.stride()[:2], state, *strides, dispatch.dense(slots),
-        dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), H,
-    )  # fmt: skip
-    over_states(commit_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE)
+    strides, sizes = state.stride(), (N, H, D, E, H // Hk)
+    before = k, *k.stride()[:2], v, *v.stride()[:2], state
+    after = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous()
+    if nvidia.takes_accepted(N, k, v, state):
+        nvidia.commit(sizes, (*before, *strides[:2], *after), state)
+        return
+    over_states(commit_kernel, sizes, (*before, *strides, *after, H), state, strides, TILE)

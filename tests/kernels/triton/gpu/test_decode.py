@@ -16,6 +16,7 @@ from tests.kernels.triton.support.device import DEVICE, counting_compilations, n
 from tests.kernels.triton.support.serving import (
     COMMITTED,
     DECODED,
+    NAN,
     VERIFIED,
     apply,
     arguments,
@@ -75,9 +76,49 @@ def test_widths(width: tuple[int, int], state_dtype: torch.dtype):
         assert_right(operation, call, *with_operations(operation, call))
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_commit_and_verify_have_the_bits_of_decoding(dtype: torch.dtype):
-    call = moved(make_call([6, 6], [6, 2], D=128, E=128, H=8, dtype=dtype, accepted=[True] * 12), DEVICE)
+@pytest.mark.parametrize("kind", ["alibi", "none", "strong"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [(BF16, FP32), (BF16, BF16), (BF16, FP16), (FP16, FP32), (FP16, FP16)]
+)
+@pytest.mark.parametrize("width", [(64, 32), (64, 64), (64, 256), (128, 64), (128, 96), (128, 128), (128, 256)])
+def test_chains_in_16_bits(width: tuple[int, int], dtype: torch.dtype, state_dtype: torch.dtype, kind: str):
+    """The kernels in Gluon: more drafts than they take at once, next to none of them accepted, and padding."""
+    D, E = width
+    lengths, slots = [1, 0, 9, 3, 70, 5], [6, 2, 4, -1, 0, 1]
+    accepted = [True, *[t % 3 == 1 for t in range(12)], *[t in (31, 32, 33, 69) for t in range(70)], *[False] * 5]
+    shape = {"D": D, "E": E, "H": 6, "Hk": 2, "dtype": dtype, "state_dtype": state_dtype, "kind": kind, "scale": 0.1}
+    call = moved(make_call(lengths, slots, accepted=accepted, padding=3, **shape), DEVICE)
+    for operation in ("verify", "commit"):
+        with poisoned():
+            out, state = with_operations(operation, call)
+        assert_right(operation, call, out, state)
+
+
+def test_whom_a_spoilt_draft_reaches():
+    """Drafts after it, if it is read; nobody, if it is not accepted."""
+    accepted = [t != 3 for t in range(12)]
+    call = moved(make_call([12], [2], D=128, E=128, H=4, dtype=BF16, accepted=accepted), DEVICE)
+    clean, (_, state) = with_operations("verify", call)[0], with_operations("commit", call)
+    for name, value in (("k", NAN), ("v", NAN), ("v", float("inf"))):
+        spoilt = replace(call, **{name: getattr(call, name).clone()})
+        getattr(spoilt, name)[3] = value
+        out, _ = with_operations("verify", spoilt)
+        assert torch.equal(out[:3], clean[:3])
+        assert not out[3:].isfinite().any()
+        assert torch.equal(bits(with_operations("commit", spoilt)[1]), bits(state))
+    spoilt = replace(call, q=call.q.clone())
+    spoilt.q[3] = NAN
+    out, _ = with_operations("verify", spoilt)
+    assert out[3].isnan().all()
+    others = [t for t in range(12) if t != 3]
+    assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("width", [(64, 32), (128, 128), (128, 256)])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_commit_and_verify_have_the_bits_of_decoding(dtype: torch.dtype, width: tuple[int, int]):
+    D, E = width
+    call = moved(make_call([6, 6], [6, 2], D=D, E=E, H=8, dtype=dtype, accepted=[True] * 12), DEVICE)
     _, committed = with_operations("commit", call)
     verified, _ = with_operations("verify", call)
     state, slots = call.state(), call.indices(call.slots)
@@ -222,6 +263,21 @@ def test_other_sizes_compile_nothing():
         calls([1], [0], 0)
         calls([16] * 7, [6, 5, 4, 3, 2, 1, 0], 0)
         calls([0, 0, 0, 1], [1, 0, -1, 2], 31)
+    assert not compiled
+
+
+def test_more_sequences_compile_nothing():
+    """64 states of 64 heads are read by programs of other sizes than one is."""
+    shape = {"D": 64, "E": 64, "H": 64, "dtype": BF16, "state_dtype": BF16}
+
+    def calls(N: int) -> None:
+        call = moved(make_call([2] * N, accepted=[True] * 2 * N, **shape), DEVICE)
+        for operation in ("verify", "commit"):
+            assert_right(operation, call, *with_operations(operation, call))
+
+    calls(1)
+    with counting_compilations() as compiled:
+        calls(64)
     assert not compiled
 
 

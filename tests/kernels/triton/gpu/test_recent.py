@@ -290,6 +290,16 @@ def test_other_sizes_compile_nothing():
     assert not compiled
 
 
+@pytest.mark.parametrize("state_dtype", [FP32, BF16])
+def test_more_sequences_compile_nothing(state_dtype: torch.dtype):
+    """64 states of 64 heads are read by programs of other sizes than one is."""
+    pool, recent, log_decay = _pool(64, 64, 64, state_dtype)
+    _all(1, 0, pool, recent, log_decay)
+    with counting_compilations() as compiled:
+        _all(64, 0, pool, recent, log_decay)
+    assert not compiled
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_is_read_on_the_host():
     pool, recent, log_decay = _pool(7, 4, 64, BF16)

@@ -26,7 +26,7 @@ from tests.kernels.triton.support.serving import (
 )
 from tests.support import ReferencePool, relative_error
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @interpreted
@@ -170,6 +170,9 @@ def test_any_batch(interpreter: Interpreter, call: Call):
         assert_right(operation, call, *interpreter.call(with_kernels, operation, call))
 
 
+PORTABLE = ["verify_kernel", "verify_kernel", "commit_kernel"]
+
+
 def launched(
     chip: str, D: int, dtype: torch.dtype, state_dtype: torch.dtype, *, N: int = 3, T: int = 12, S: int = 9
 ) -> list[Launch]:
@@ -200,9 +203,22 @@ def launched(
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_and_fits(chip: str):
-    launches = launched(chip, 128, BF16, FP32)
-    assert [x.name for x in launches] == ["verify_kernel", "verify_kernel", "commit_kernel"]
-    assert all(x.shared <= 16384 and x.stack == 0 for x in launches)
+    """In Gluon for chains in 16 bits and NVIDIA chips."""
+    in_gluon, short = chip.startswith("sm"), launched(chip, 128, BF16, FP32)
+    names = ["verify_ring_kernel", "verify_kernel", "commit_state_kernel"]
+    assert [x.name for x in short] == (names if in_gluon else PORTABLE)
+    whole = launched(chip, 128, FP32, FP32)
+    assert [x.name for x in whole] == PORTABLE
+    assert all(x.shared <= 16384 and x.stack == 0 for x in short + whole)
+
+
+@pytest.mark.parametrize(("D", "state_dtype"), [(64, FP32), (128, FP32), (64, BF16), (128, BF16), (128, FP16)])
+def test_many_programs_of_gluon_fit_on_a_multiprocessor(D: int, state_dtype: torch.dtype):
+    dtype = FP16 if state_dtype == FP16 else BF16
+    verify, _, commit = launched("sm_90", D, dtype, state_dtype)
+    assert verify.registers <= 96
+    assert commit.registers <= 80
+    assert verify.stack == commit.stack == commit.shared == 0
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
