@@ -53,17 +53,17 @@ _3B = "'3B .* (1024|8192|16384)$'"
 _TEXT = "tokens long.jsonl.gz"
 _PAIRS = "'1B dp 4|385M sp 1 x (524288|1245184)'"
 
-#: By name. Times of serving and serve are measured, as are the most that shapes and lengths took; others are guesses.
+#: By name. Times of host, serve, serving, shapes, lengths and numerics are measured; others are guesses.
 STEPS = {
-    "shapes": Step("h200-shapes", f"shapes {_PAPERS},linghe", 150),
-    "lengths": Step("h200-lengths", f"lengths {_PAPERS}", 135),
+    "shapes": Step("h200-shapes", f"shapes {_PAPERS},linghe", 355),
+    "lengths": Step("h200-lengths", f"lengths {_PAPERS}", 170),
     "packed-constancy": Step("h200-packed-constancy", "packed constancy", 120),
     "cases": Step("h200-cases", "cases", 300),
-    "host": Step("h200-host", f"host {_PAPERS}", 20),
+    "host": Step("h200-host", "host --peers sdpa", 20),
     "lrpe": Step("h200-lrpe", "lrpe", 90),
     "minimax": Step("h200-minimax", "minimax", 90),
     "products": Step("h200-products", "products", 60),
-    "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm,cula", 100),
+    "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm,cula", 80),
     "serving-rings": Step("h200-serving-rings", "serving --peers seg_la,vllm_layer,engines", 75),
     "serve": Step("h200-serve", "serve", 105),
     "serve-rings": Step("h200-serve-rings", "serve --only '^transnormer.*batch (1|256),'", 50),
@@ -76,7 +76,7 @@ STEPS = {
     "quality-llama": Step("h200-quality-llama", f"{_TEXT} --model llama --compile", 480, module="benchmarks.quality"),
     "scaling": Step("h200-scaling", f"scaling --only {_PAIRS}", 300, gpus=2),
     "sequence-parallel": Step("h200-sequence-parallel", "sequence_parallel", 90, gpus=2),
-    "numerics": Step("h200-numerics", "numerics --peers fla,lightning_attn,linghe", 120),
+    "numerics": Step("h200-numerics", "numerics --peers fla,lightning_attn,linghe", 165),
 }
 
 

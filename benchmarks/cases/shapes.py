@@ -124,11 +124,22 @@ def by_length(records: list[Record]) -> list[Record]:
     return [r for r in alike if r["B"] == largest[r["T"]]]
 
 
+def marked(records: list[Record], found_errors: list[Record]) -> list[Record]:
+    """With labels that say so of those who compute wrong numbers in a record's pass."""
+    wrong = {
+        (r["implementation"], pass_)
+        for r in found_errors
+        for pass_, compared in ((FORWARD, COMPARED[:1]), (BOTH, COMPARED))
+        if any(mark(r[x]) for x in compared if x in r)
+    }
+    return [r | {"label": f"{r['label']}, wrong"} if (r["implementation"], r["pass"]) in wrong else r for r in records]
+
+
 def show(report: Report) -> Iterator[Shown]:
     """The table, and the time per token of the largest batch of each T."""
-    records = report.find("shapes")
-    yield from table(records, report.find("errors"))
-    if drawn := by_length(records):
+    records, found_errors = report.find("shapes"), report.find("errors")
+    yield from table(records, found_errors)
+    if drawn := marked(by_length(records), found_errors):
         yield time_per_token(drawn, report.environment)
 
 

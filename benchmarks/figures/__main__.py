@@ -20,7 +20,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "tiling": tiling.draw,
     "lengths": lambda path: lengths.draw(path, record("h200-shapes"), record("h200-serve")),
     "roofline": lambda path: roofline.draw(path, record("h200-shapes")),
-    "numerics": lambda path: numerics.draw(path, record("cpu-numerics")),
+    "numerics": lambda path: numerics.draw(path, record("h200-numerics")),
 }
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 INK = "#1f2328"  # in the file it is the page's own colour of text: see STYLE
-OURS, OTHER, THIRD = "#2a87d0", "#dd6b20", "#1a9e6f"  # each with contrast enough on white and on near black
+#: Each with contrast enough on white and on near black.
+OURS, OTHER, THIRD, FOURTH = "#2a87d0", "#dd6b20", "#1a9e6f", "#b357c4"
 STYLE = "<style>svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #dfe3e8 } }</style>"
 
 _SETTINGS = {
@@ -37,8 +38,8 @@ _SETTINGS = {
 
 
 @contextmanager
-def drawing(path: Path, size: tuple[float, float], panels: int = 2) -> Iterator[list[Axes]]:
-    """Axes side by side, written to ``path`` (SVG) at the end; ``size`` is in inches."""
+def drawing(path: Path, size: tuple[float, float], panels: int = 2, rows: int = 1) -> Iterator[list[Axes]]:
+    """Axes side by side, in rows of ``panels``, written to ``path`` (SVG) at the end; ``size`` is in inches."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ def drawing(path: Path, size: tuple[float, float], panels: int = 2) -> Iterator[
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
-        yield list(figure.subplots(1, panels, squeeze=False)[0])
+        yield list(figure.subplots(rows, panels, squeeze=False, sharey="col").flat)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
     path.write_text(adaptive(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -4,51 +4,57 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.figures.canvas import OTHER, OURS, THIRD, by_length, drawing
+from benchmarks.figures.canvas import FOURTH, INK, OTHER, OURS, THIRD, by_length, drawing
 from lightning_attention.bench.peers import is_ours
 from lightning_attention.bench.report import Record, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {"float32": OURS, "float16": THIRD, "bfloat16": OTHER}
+PEERS = (OTHER, THIRD, FOURTH)
 
 
 def draw(path: Path, numerics: Report) -> None:
-    """From records of the case ``numerics``: by length at the slowest decay but one, by decay at the longest length."""
+    """From records of the case ``numerics``, a column a type: by length at the slowest decay but one, and by decay."""
     records = numerics.find("numerics")
     slow, longest = sorted({r["log_decay"] for r in records})[-2], max(r["T"] for r in records)
-    with drawing(path, (10, 4.5)) as (lengths, by_decay):
-        curves(lengths, [(r["T"], r) for r in records if r["log_decay"] == slow])
-        by_length(lengths, sorted({r["T"] for r in records}), "tokens in a sequence")
-        lengths.set(ylabel="relative error of the output", title=f"log_decay {slow:g}".replace("-", "−"))
-        curves(by_decay, [(-r["log_decay"], r) for r in records if r["T"] == longest])
-        by_decay.legend(ncols=2, loc="upper right", labelcolor="linecolor")
-        by_decay.set(
-            xscale="log",
-            xlabel="−log_decay: slow decays on the left",
-            ylim=(None, 300),
-            title=f"{longest:,} tokens, by decay",
-        )
+    dtypes = list(dict.fromkeys(r["dtype"] for r in records))
+    with drawing(path, (3.6 * len(dtypes), 6.4), len(dtypes), rows=2) as axes:
+        for dtype, lengths, decays in zip(dtypes, axes, axes[len(dtypes) :], strict=False):
+            of_type = [r for r in records if r["dtype"] == dtype]
+            curves(lengths, [(r["T"], r) for r in of_type if r["log_decay"] == slow])
+            lengths.set(title=dtype)
+            by_length(lengths, sorted({r["T"] for r in records}), f"tokens, log_decay {slow:g}".replace("-", "−"))
+            curves(decays, [(-r["log_decay"], r) for r in of_type if r["T"] == longest])
+            decays.set(xscale="log", xlabel=f"−log_decay, {longest:,} tokens")
+        axes[0].set(ylabel="relative error of the output")
+        axes[len(dtypes)].set(ylabel="relative error of the output")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=5, labelcolor="linecolor")
 
 
 def curves(ax: Axes, points: list[tuple[float, Record]]) -> None:
-    """A line for each type, solid for ours, dashed for peers and dotted for the naive one.
+    """A line for each implementation, wide for ours and dotted for the naive one.
 
-    An error that is no number is left out, and a type that an implementation has not.
+    An error that is no number is left out.
     """
-    for name in dict.fromkeys(r["implementation"] for _, r in points):
-        own, is_naive = is_ours(name), name == "naive"
-        for dtype, colour in COLOURS.items():
-            line = sorted(
-                (x, error)
-                for x, r in points
-                if (r["implementation"], r["dtype"]) == (name, dtype)
-                if math.isfinite(error := float(r.get("relative_error", math.nan)))
-            )
-            if line:
-                style, label = "o-" if own else "x:" if is_naive else "s--", dtype if own else f"{dtype}, {name}"
-                ax.plot(*zip(*line, strict=True), style, color=colour, linewidth=2 if own else 1.4, label=label)
+    names = dict.fromkeys((r["implementation"], r["label"]) for _, r in points)
+    colours = iter(PEERS)
+    for name, label in names:
+        line = sorted(
+            (x, error)
+            for x, r in points
+            if r["implementation"] == name
+            if math.isfinite(error := float(r.get("relative_error", math.nan)))
+        )
+        if is_ours(name):
+            style: dict[str, Any] = {"color": OURS, "linewidth": 5, "solid_capstyle": "round"}
+        elif name == "naive":
+            style = {"color": INK, "linestyle": ":", "marker": "x"}
+        else:
+            style = {"color": next(colours), "linestyle": "--", "marker": "s", "markersize": 4}
+        if line:
+            ax.plot(*zip(*line, strict=True), label=label, **style)
     ax.set(yscale="log")

@@ -31,7 +31,7 @@ def test_every_record_is_made_by_one_step():
 
 def test_every_record_that_a_page_names_is_made():
     named = {name: path.name for path in DOCUMENTS for name in NAMED.findall(path.read_text(encoding="utf-8"))}
-    assert {"h200-training", "cpu-numerics", "h200-shapes"} <= set(named)
+    assert {"h200-training", "h200-numerics", "h200-shapes"} <= set(named)
     assert {name: page for name, page in named.items() if name not in {step.record for step in STEPS.values()}} == {}
 
 

@@ -24,8 +24,10 @@ INK, FAINT, RULE = "#222222", "#6b6b6b", "#e4e4e4"
 OTHER_STYLE = (FAINT, "x")  # when those are used up
 LEFT = 0.08  # of the width, where axes and text begin: room for 100,000 and the name of the axis
 
+Place = tuple[tuple[int, int], str, str]
+
 #: Where a label may sit from a point of its line: offset in points, horizontal and vertical alignment.
-PLACES = (
+PLACES: tuple[Place, ...] = (
     ((11, 0), "left", "center"),
     ((0, 9), "right", "bottom"),
     ((-9, 4), "right", "bottom"),
@@ -233,20 +235,23 @@ def _draw(ax: Any, lines: Sequence[Line], styles: dict[str, tuple[str, str]]) ->
     taken: list[Any] = []
     frame = ax.get_window_extent()
     renderer = ax.figure.canvas.get_renderer()
-    # The lines that end first have the most others around their ends, so their labels choose first.
-    for line, colour in sorted(zip(lines, colours, strict=True), key=lambda pair: pair[0].points[-1][0]):
+    # The lines that end first have the most others around their ends, so their labels choose first; ours is short, and
+    # finds a place among the rest.
+    by_end = sorted(zip(lines, colours, strict=True), key=lambda pair: (pair[0].points[-1][0], pair[0].ours))
+    for line, colour in by_end:
         text = ax.annotate(line.label, line.points[-1], (0, 9), textcoords="offset points", ha="right", va="bottom",
                            fontsize=10, color=colour, fontweight="bold" if line.ours else "normal", zorder=4,
                            path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
-        # From the line's end back: the first place that covers no line and no other label. Else it stays at the end.
-        for point, (offset, ha, va) in ((p, place) for p in reversed(line.points) for place in PLACES):
+
+        def covered(point: tuple[float, float], place: Place, text: Any = text) -> tuple[int, int, int]:
+            """What is in the way there: the frame, other labels, lines."""
             text.xy = point
-            text.set(position=offset, ha=ha, va=va)
+            text.set(position=place[0], ha=place[1], va=place[2])
             box = text.get_window_extent(renderer).padded(4)
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            if inside and not box.count_contains(drawn) and not any(map(box.overlaps, taken)):
-                break
-        else:
-            text.xy = line.points[-1]
-            text.set(position=(0, 9), ha="right", va="bottom")
+            return not inside, sum(map(box.overlaps, taken)), box.count_contains(drawn)
+
+        # The best place, and of those as good the nearest to the line's end.
+        places = [(point, place) for point in reversed(line.points) for place in PLACES]
+        covered(*min(places, key=lambda pair: covered(*pair)))
         taken.append(text.get_window_extent(renderer))

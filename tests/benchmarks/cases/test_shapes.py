@@ -91,6 +91,18 @@ def test_shapes_table_gives_floor_ratio_memory_and_the_worst_error():
     ]  # fmt: skip
 
 
+def test_a_peer_is_called_wrong_in_the_passes_that_it_gets_wrong():
+    passes = ("forward", "forward+backward")
+    records = [{"implementation": name, "label": name, "pass": pass_} for name in ("good", "bad") for pass_ in passes]
+    errors = [
+        {"implementation": "good", "output": 1e-3, "dq": 1e-3},
+        {"implementation": "bad", "output": 1e-3, "dq": "nan"},
+        {"implementation": "absent", "error": "no such package"},
+    ]
+    labels = [r["label"] for r in shapes.marked(records, errors)]
+    assert labels == ["good", "good", "bad", "bad, wrong"]
+
+
 def test_shapes_of_equal_width_make_a_figure_of_lengths():
     def shape(B: int, T: int, H: int = 32, D: int = 128, **values: object) -> dict:
         return {"B": B, "T": T, "H": H, "D": D, **values}
