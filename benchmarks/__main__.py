@@ -57,7 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser().error(f"--render: {error}")
         options.out.mkdir(parents=True, exist_ok=True)
         for name in find.case_names():
-            case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
+            try:
+                case.show(find.case(name).show(report), options.out / f"{path.stem}.png")
+            except KeyError as error:
+                parser().error(f"--render: {path} lacks {error} in what {name} shows")
+    if options.threads is not None and options.threads < 1:
+        parser().error(f"--threads is {options.threads}; it must be at least 1")
     if options.driver == "none" and not nothing.in_place():
         if lacking := nothing.missing():
             parser().error(f"--driver none needs {lacking}")

@@ -53,6 +53,9 @@ _3B = "'3B .* (1024|8192|16384)$'"
 _TEXT = "tokens long.jsonl.gz"
 _PAIRS = "'1B dp 4|385M sp 1 x (524288|1245184)'"
 
+#: What the environment of every record has.
+_MEASURED_ON = {"date", "commit", "device", "device_type"}
+
 #: By name. Times of host, serve, serving, shapes, lengths and numerics are measured; others are guesses.
 STEPS = {
     "shapes": Step("h200-shapes", f"shapes {_PAPERS},linghe", 355),
@@ -124,12 +127,15 @@ def replace(record: str, out: Path) -> Path:
 def join(record: str, out: Path) -> Path:
     """One file of what the steps of a record have written: records as they are, the environment of the first.
 
-    Raises InputError where there is nothing, or it was measured on different devices.
+    Raises InputError where there is nothing, or it does not say on what it was measured, or on different devices.
     """
     found = [(step, Report.read(path)) for name, step in STEPS.items() if step.record == record
              for path in sorted((out / "parts" / name).glob("*.json"))]  # fmt: skip
     if not found:
         raise InputError(f"{out} has nothing of {record}")
+    for _, report in found:
+        if missing := _MEASURED_ON - report.environment.keys():
+            raise InputError(f"{report.path} does not say in its environment: {', '.join(sorted(missing))}")
     environments = [report.environment | {"command": step.command} for step, report in found]
     if len(devices := {e["device"] for e in environments}) > 1:
         raise InputError(f"{record} was measured on {' and '.join(sorted(devices))}; it wants one device")

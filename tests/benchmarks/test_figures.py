@@ -118,7 +118,7 @@ def test_numerics_are_measured_and_drawn(report: Report, tmp_path: Path):
     assert naive > 5e-3  # a state in bfloat16 is not right
     numerics.draw(tmp_path / "n.svg", report)
     assert "200 tokens" in words(tmp_path / "n.svg")
-    assert "bfloat16, naive" in words(tmp_path / "n.svg")
+    assert "the recurrence in the inputs' type" in words(tmp_path / "n.svg")
 
 
 def test_every_figure_is_on_a_page_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -34,7 +34,9 @@ def test_results_that_stand_are_shown(path, tmp_path, capsys):
     suites = Counter(r["suite"] for r in records)
     assert main(["--render", str(path), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "nan" not in out
+    wrong = sum(r.get("relative_error") == "nan" for r in records)  # of a peer: it is shown as it is
+    assert all(r["implementation"] == "linghe" for r in records if r.get("relative_error") == "nan")
+    assert out.count("nan") == wrong
     rows = {"lengths": 8, "constancy": 20, "shapes": 7, "host": 5, "packed": 10, "serve": 13, "serving": 13,
             "minimax layer": 18, "minimax model": 4, "sequence parallelism": 3, "cases": 68, "lrpe": 2,
             "training": 1, "scaling": 4, "numerics": 105, "products": 18}  # fmt: skip
@@ -72,6 +74,7 @@ def test_cases_are_measured_one_after_the_other(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (("op",), "CASE is 'op'; it must be one of cases, "),
+        (("host", "--threads", "0"), "--threads is 0; it must be at least 1"),
         (("host", "--backend", "x"), "--backend: backend is 'x'; it must be one of "),
         (("serving", "--peers", "sdpa"), "'sdpa' is not among cula, engines, fla, seg_la, vllm, vllm_layer"),
         (("serve", "--peers", "fla"), "'fla' cannot be compared with: serve has no peers"),
@@ -123,7 +126,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     assert f"Not a directory: {tmp_path / 'file' / 'folder'}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"records": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, "no JSON", "[]", '{"records": []}', '{"environment": null, "records": []}',
+     '{"environment": {}, "records": {}}', '{"environment": {}, "records": [1]}',
+     '{"environment": {}, "records": [{"ms": 1.0}]}'],
+)  # fmt: skip
 def test_what_is_no_record_is_named(content, tmp_path, capsys):
     path = tmp_path / "record.json"
     if content is not None:
@@ -132,3 +140,11 @@ def test_what_is_no_record_is_named(content, tmp_path, capsys):
         main(["--render", str(path)])
     assert left.value.code == 2
     assert f"--render: {path} is no record of a benchmark: " in capsys.readouterr().err
+
+
+def test_a_record_without_what_a_case_shows_is_named(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    path.write_text('{"environment": {"device": "x"}, "records": [{"suite": "shapes"}]}')
+    with pytest.raises(SystemExit, match="2"):
+        main(["--render", str(path), "--out", str(tmp_path)])
+    assert f"--render: {path} lacks 'implementation' in what shapes shows" in capsys.readouterr().err

@@ -151,7 +151,15 @@ def test_the_steps_after_one_that_fails_are_run(tmp_path, monkeypatch, capfd):
 @pytest.mark.usefixtures("two_steps")
 def test_parts_of_different_devices_are_not_joined(tmp_path, capsys):
     for name, device in (("one", "A"), ("other", "B")):
-        part(tmp_path, name, device=device)
+        part(tmp_path, name, device=device, device_type="cuda")
     with pytest.raises(SystemExit):
         main(["one", "--out", str(tmp_path), "--replace"])
     assert "cpu-host was measured on A and B" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("two_steps")
+def test_a_part_that_does_not_say_where_it_was_measured_is_named(tmp_path, capsys):
+    part(tmp_path, "one")
+    with pytest.raises(SystemExit):
+        main(["one", "--out", str(tmp_path), "--replace"])
+    assert "part.json does not say in its environment: device, device_type" in capsys.readouterr().err

@@ -133,6 +133,8 @@ class Report:
             found.path, found.environment, found.records = path, content["environment"], content["records"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is no record of a benchmark: {type(error).__name__}: {error}") from error
+        if wrong := _wrong(found.environment, found.records):
+            raise InputError(f"{path} is no record of a benchmark: {wrong}")
         return found
 
     def add(self, suite: str, **record: Any) -> Record:
@@ -153,6 +155,18 @@ class Report:
         temporary = self.path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps({"environment": self.environment, "records": self.records}, indent=1) + "\n")
         temporary.replace(self.path)
+
+
+def _wrong(environment: Any, records: Any) -> str | None:
+    """What a file has in place of a report's two parts, or None."""
+    if not isinstance(environment, dict):
+        return f"environment is a {type(environment).__name__}; it must be an object"
+    if not isinstance(records, list):
+        return f"records is a {type(records).__name__}; it must be a list"
+    for place, record in enumerate(records):
+        if not (isinstance(record, dict) and isinstance(record.get("suite"), str)):
+            return f"records[{place}] is {str(record)[:40]}; it must be an object with a suite"
+    return None
 
 
 def _rounded(value: Any) -> Any:
