@@ -22,6 +22,7 @@ from lightning_attention.bench.report import Report
 from lightning_attention.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
+FINISHED = "finished"  # a file beside a step's record, which is written again after each measurement
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,12 @@ def make(name: str, out: Path) -> int:
     """Run a step and join its record; the exit status of the command."""
     step, parts = STEPS[name], out / "parts" / name
     print(f"\n{name}: {step.command}", flush=True)
+    (parts / FINISHED).unlink(missing_ok=True)
     status = subprocess.run([*step.words(), "--out", str(parts)], check=False).returncode
     if status:
         print(f"failed   {name}, with exit status {status}", flush=True)
+    else:
+        (parts / FINISHED).touch()
     try:
         print(f"record   {join(step.record, out)}", flush=True)
     except InputError as error:  # the steps after this one are run all the same
@@ -113,8 +117,8 @@ def replace(record: str, out: Path) -> Path:
     """
     path = join(record, out)
     steps = [name for name, step in STEPS.items() if step.record == record]
-    if missing := [name for name in steps if not any((out / "parts" / name).glob("*.json"))]:
-        raise InputError(f"{record} is not whole: {out} has nothing of {', '.join(missing)}")
+    if missing := [name for name in steps if not (out / "parts" / name / FINISHED).exists()]:
+        raise InputError(f"{record} is not whole: in {out} {', '.join(missing)} did not end, or failed")
     environment = Report.read(path).environment
     measured = f"{environment['device_type']} {environment['device']}"
     if record.partition("-")[0] not in measured.lower():

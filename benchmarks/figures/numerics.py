@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lightning_attention.bench.report import Record, Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PEERS = (OTHER, THIRD, FOURTH)
+PEERS = [(colour, marker) for marker in "s^" for colour in (OTHER, THIRD, FOURTH)]
 
 
 def draw(path: Path, numerics: Report) -> None:
@@ -41,7 +42,7 @@ def curves(ax: Axes, points: list[tuple[float, Record]]) -> None:
     An error that is no number is left out.
     """
     names = dict.fromkeys((r["implementation"], r["label"]) for _, r in points)
-    colours = iter(PEERS)
+    styles = cycle(PEERS)
     for name, label in names:
         line = sorted(
             (x, error)
@@ -54,7 +55,8 @@ def curves(ax: Axes, points: list[tuple[float, Record]]) -> None:
         elif name == "naive":
             style = {"color": INK, "linestyle": ":", "marker": "x"}
         else:
-            style = {"color": next(colours), "linestyle": "--", "marker": "s", "markersize": 4}
+            colour, marker = next(styles)
+            style = {"color": colour, "linestyle": "--", "marker": marker, "markersize": 4}
         if line:
             ax.plot(*zip(*line, strict=True), label=label, **style)
     ax.set(yscale="log")

@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,13 @@ def part(out: Path, step: str, **environment: str) -> None:
     path = out / "parts" / step / "part.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"environment": {"date": "", "command": "", "commit": ""} | environment, "records": []}))
+    (path.parent / records.FINISHED).touch()
 
 
 @pytest.mark.parametrize(
     ("device", "steps", "message"),
     [
-        (("cuda", "NVIDIA H200"), ["training-385M", "training-3B"], "has nothing of training-1B"),
+        (("cuda", "NVIDIA H200"), ["training-385M", "training-3B"], "training-1B did not end, or failed"),
         (("cpu", "AMD EPYC"), ["training-385M", "training-1B", "training-3B"], "measured on cpu AMD EPYC"),
         (("cuda", "NVIDIA A100"), ["training-385M", "training-1B", "training-3B"], "measured on cuda NVIDIA A100"),
     ],
@@ -146,6 +148,24 @@ def test_the_steps_after_one_that_fails_are_run(tmp_path, monkeypatch, capfd):
     assert main(["bad", "good", "--out", str(tmp_path)]) == 2
     assert "failed   bad, with exit status 2" in capfd.readouterr().out
     assert [path.name for path in tmp_path.glob("*.json")] == ["cpu-host.json"]
+
+
+def test_a_step_that_was_cut_short_replaces_nothing(tmp_path, monkeypatch, capsys):
+    """Its record stands, for it is written again after each measurement."""
+    repository = tmp_path / "results"
+    repository.mkdir()
+    monkeypatch.setattr(records, "RESULTS", repository)
+    part(tmp_path, "shapes", device_type="cuda", device="NVIDIA H200")
+
+    def killed(command, check):
+        return subprocess.CompletedProcess(command, -9)
+
+    monkeypatch.setattr(records.subprocess, "run", killed)
+    assert main(["shapes", "--out", str(tmp_path)]) == -9
+    with pytest.raises(SystemExit):
+        main(["shapes", "--out", str(tmp_path), "--replace"])
+    assert "h200-shapes is not whole" in capsys.readouterr().err
+    assert list(repository.iterdir()) == []
 
 
 @pytest.mark.usefixtures("two_steps")

@@ -192,6 +192,10 @@ def test_other_arguments_that_are_wrong_are_named():
     for gamma in (0.5, [-0.5]):
         with pytest.raises(TypeError, match=r"^g_gamma is a .*; it must be a tensor"):
             ours.chunk_simple_gla(q, q, q, g_gamma=gamma)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(TypeError, match=rf"^g_gamma has dtype {name}; it must be of floating point"):
+            ours.chunk_simple_gla(q, q, q, g_gamma=torch.zeros(3, dtype=dtype))
     with pytest.raises(ValueError, match=r"^num_layers is 0; it must be at least 1"):
         ours.chunk_lightning_attn(q, q, q, 0, 0)
     with pytest.raises(TypeError, match=r"^layer_idx is a str; it must be an integer"):
@@ -209,6 +213,16 @@ def test_other_arguments_that_are_wrong_are_named():
     for length in (2, 6):
         with pytest.raises(ValueError, match=rf"^k has shape \[2, {length}, 3, 16\]; it must be that of q"):
             ours.fused_recurrent_retention(q, torch.zeros(2, length, 3, 16), q, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["chunk_retention", "parallel_retention", "fused_recurrent_lightning_attn"])
+def test_fewer_heads_of_q_and_k(name: str):
+    """The decays are those of v's heads."""
+    q, k, v = torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 4, 8)
+    more = {"layer_idx": 1, "num_layers": 3} if "lightning" in name else {}
+    whole = [x.repeat_interleave(2, 2) for x in (q, k)]
+    found = getattr(ours, name)(q, k, v, **more)[0]
+    assert torch.allclose(found, getattr(ours, name)(*whole, v, **more)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fused_recurrent_simple_gla", "fused_recurrent_retention"])

@@ -148,6 +148,15 @@ def test_an_argument_that_is_wrong_is_named(which: int):
                 ours.lightning_attn_func(*arguments)
 
 
+def test_slopes_that_are_none_are_named():
+    q, k, v, _ = make(*SMALL[0])
+    for shape in ((3, 1), (1, 3, 1), (), (2,), (3, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"^s has shape .*; it must be \[H, 1, 1\] or \[H\], with H = 3"):
+            ours.lightning_attn_func(q, k, v, torch.ones(shape))
+    with pytest.raises(TypeError, match=r"^s has dtype uint8; it must be of floating point"):
+        ours.lightning_attn_func(q, k, v, torch.ones(3, dtype=torch.uint8))
+
+
 @pytest.mark.gpu
 @needs_gpu[1]
 @pytest.mark.parametrize("sizes", GRID, ids=str)

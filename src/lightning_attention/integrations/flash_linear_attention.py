@@ -7,7 +7,7 @@ defaults are those of fla 0.6.0:
 
 - q and k are [B, T, H, K] and v is [B, T, H, V], bfloat16, float16 or float32, K up to 256 on a GPU. Where fla takes
   ``**kwargs``, ``head_first=True`` of its older versions means [B, H, T, ...], for the output too.
-- ``scale`` is a factor on the output; None is K^(-1/2).
+- ``scale`` is a factor on the output; None is K^(-1/2). ``g_gamma`` is read in float32, from any floating-point dtype.
 - ``initial_state`` is [N, H, K, V], or [N, H, V, K] with ``state_v_first``, and so is the final state, float32, or None
   without ``output_final_state``. With ``cu_seqlens`` [N+1], B is 1.
 - ``reverse`` reads every sequence from its last token to its first.
@@ -114,7 +114,7 @@ def chunk_lightning_attn(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the decays of ``decay.fla_lightning``, which no released model has."""
     head_first = _keywords(kwargs)
-    log_decay = _lightning(q, layer_idx, num_layers, head_first)
+    log_decay = _lightning(v, layer_idx, num_layers, head_first)
     return _attend(q, k, v, log_decay, scale, initial_state, output_final_state, cu_seqlens, head_first=head_first)
 
 
@@ -131,7 +131,7 @@ def fused_recurrent_lightning_attn(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_lightning_attn`, in either direction."""
-    log_decay = _lightning(q, layer_idx, num_layers)
+    log_decay = _lightning(v, layer_idx, num_layers)
     return _attend(q, k, v, log_decay, scale, initial_state, output_final_state, cu_seqlens, reverse)
 
 
@@ -147,7 +147,7 @@ def chunk_retention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the decays of RetNet, ``decay.retnet``."""
     head_first = _keywords(kwargs)
-    log_decay = _retnet(q, head_first)
+    log_decay = _retnet(v, head_first)
     return _attend(q, k, v, log_decay, scale, initial_state, output_final_state, cu_seqlens, head_first=head_first)
 
 
@@ -161,7 +161,7 @@ def fused_chunk_retention(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`chunk_retention`."""
-    return _attend(q, k, v, _retnet(q), scale, initial_state, output_final_state, cu_seqlens)
+    return _attend(q, k, v, _retnet(v), scale, initial_state, output_final_state, cu_seqlens)
 
 
 def parallel_retention(
@@ -179,7 +179,7 @@ def parallel_retention(
     """
     if output_attentions:
         raise NotImplementedError("output_attentions is True, but no scores are computed here; call fla's own function")
-    return _attend(q, k, v, _retnet(q), scale, cu_seqlens=cu_seqlens)[0], None
+    return _attend(q, k, v, _retnet(v), scale, cu_seqlens=cu_seqlens)[0], None
 
 
 def fused_recurrent_retention(
@@ -198,7 +198,7 @@ def fused_recurrent_retention(
     state_v_first = _state_v_first(state_v_first, kwargs)
     head_first = _keywords(kwargs)
     return _attend(
-        q, k, v, _retnet(q, head_first), scale, initial_state, output_final_state, cu_seqlens, reverse, state_v_first,
+        q, k, v, _retnet(v, head_first), scale, initial_state, output_final_state, cu_seqlens, reverse, state_v_first,
         head_first,
     )  # fmt: skip
 
@@ -391,27 +391,27 @@ def _fixed(g: Tensor | None, g_gamma: Tensor | None) -> Tensor | None:
         )
     if g_gamma is None:
         return None
-    validation.check_tensor("g_gamma", g_gamma)
+    validation.check_floats("g_gamma", g_gamma)
     return g_gamma.float()
 
 
 # As decay.py has them, but made on the device: a copy from the host would stand in the way of CUDA graphs.
-def _retnet(q: Tensor, head_first: bool = False) -> Tensor:
+def _retnet(v: Tensor, head_first: bool = False) -> Tensor:
     # Not exp2, which PyTorch compiles at the first call in a process.
-    return torch.log1p(-torch.pow(2.0, -5.0 - _heads(q, head_first)))
+    return torch.log1p(-torch.pow(2.0, -5.0 - _heads(v, head_first)))
 
 
-def _lightning(q: Tensor, layer: int, num_layers: int, head_first: bool = False) -> Tensor:
+def _lightning(v: Tensor, layer: int, num_layers: int, head_first: bool = False) -> Tensor:
     num_layers = validation.integer("num_layers", num_layers, least=1)
     layer = validation.integer("layer_idx", layer, least=0, most=num_layers - 1)
-    heads = _heads(q, head_first)
+    heads = _heads(v, head_first)
     return heads * (-8 / len(heads) * (1 - layer / num_layers))
 
 
-def _heads(q: Tensor, head_first: bool) -> Tensor:
-    """0, 1, …, H − 1 on q's device."""
-    _check_rank("q", q, head_first)
-    return torch.arange(q.shape[1 if head_first else 2], dtype=torch.float32, device=q.device)
+def _heads(v: Tensor, head_first: bool) -> Tensor:
+    """0, 1, …, H − 1 on v's device."""
+    _check_rank("v", v, head_first)
+    return torch.arange(v.shape[1 if head_first else 2], dtype=torch.float32, device=v.device)
 
 
 def _state_v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ def lightning_attn_func(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None
         q: [B, H, T, D], bfloat16, float16 or float32.
         k: [B, H, T, D], of q's dtype.
         v: [B, H, T, E], of q's dtype.
-        s: [H, 1, 1] or [H], positive.
+        s: [H, 1, 1] or [H], positive, of any floating-point dtype; read in float32.
 
     Returns:
         [B, H, T, E] in q's dtype, in memory [B, T, H, E].
@@ -32,7 +32,12 @@ def lightning_attn_func(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None
     for name, x, meaning in (("q", q, "[B, H, T, D]"), ("k", k, "[B, H, T, D]"), ("v", v, "[B, H, T, E]")):
         validation.check_rank(name, x, meaning)
     if s is not None:
-        validation.check_tensor("s", s)
+        validation.check_floats("s", s)
+        H = v.shape[1]
+        if s.shape not in ((H,), (H, 1, 1)):
+            raise ValueError(
+                f"s has shape {list(s.shape)}; it must be [H, 1, 1] or [H], with H = {H}, one per head of v"
+            )
     log_decay = None if s is None else -s.float().flatten()
     q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
     return lightning_attention(q, k, v, log_decay).output.transpose(1, 2)

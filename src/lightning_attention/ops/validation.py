@@ -40,6 +40,13 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; it must be a dense tensor")
 
 
+def check_floats(name: str, x: object) -> None:
+    check_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; it must be of floating point")
+
+
 def check_shape(name: str, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
     if x.shape != wanted:
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning} = {list(wanted)}")

@@ -39,7 +39,7 @@ def test_peers_stand_beside_it(tmp_path):
     assert {row[-1] for row in table.rows} == {"failed"}
     assert not report.find("numerics", implementation="softmax")
     numerics_figure.draw(tmp_path / "n.svg", report)
-    assert "float32, heads" in (tmp_path / "n.svg").read_text()
+    assert "heads first" in (tmp_path / "n.svg").read_text()
 
 
 def test_each_head_has_the_error_of_its_decay(tmp_path):
