@@ -41,7 +41,7 @@ class Step:
         return f"{start} -m {self.module} {self.arguments}"
 
     def words(self) -> list[str]:
-        """Of the command, by this Python."""
+        """The command's words, run by this Python."""
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
         return [sys.executable, *(ranks if self.gpus > 1 else []), "-m", self.module, *shlex.split(self.arguments)]
 

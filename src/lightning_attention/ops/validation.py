@@ -190,7 +190,7 @@ def check_log_decay_values(log_decay: Tensor | None) -> None:
         if not value <= 0:
             raise ValueError(
                 f"log_decay[{head}] is {value}; it must be at most 0, the natural logarithm of a decay λ in [0, 1] per "
-                "token (-inf: no memory). Of slopes, which other libraries take, log_decay is the negative"
+                "token (-inf: no memory). Where other libraries take slopes, log_decay is their negative"
             )
 
 

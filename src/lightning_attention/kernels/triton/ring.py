@@ -121,7 +121,7 @@ def count_among(counts, slot, program):
 def arrive(counts, slot, count, program, programs, RING: tl.constexpr):
     """Count one token more, without a ticket: a wait for what an atomic operation found would be the longest of all.
 
-    Of the slot's programs the first adds the token, and half of 2^32; the others together add the other half. So the
+    The slot's first program adds the token, and half of 2^32; the others together add the other half. So the
     number is whole again when the last of them has, and any of them sees by its sign, before it adds its own part,
     whether the first one has. All threads of the program have read the count before.
     """

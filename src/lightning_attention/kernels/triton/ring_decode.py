@@ -58,7 +58,7 @@ def are_short(state, tokens, ring):
 
 @gluon.constexpr_function
 def copies_of(dtype, columns):
-    """Of a program's part of a state, that shared memory has room for; two planes of 32 columns are folded there."""
+    """Copies of a program's part of a state that fit in shared memory: two planes of 32 columns are folded there."""
     return 64 // columns if dtype.primitive_bitwidth == 8 else 1
 
 
