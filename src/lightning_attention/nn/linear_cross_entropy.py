@@ -6,7 +6,6 @@ and ``torch.compile`` cannot take it in one graph.
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from lightning_attention.ops import backends
 # there are two or three buffers of this size.
 BUDGETS = {"cuda": 1 << 30}
 BUDGET = 1 << 25
-
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def linear_cross_entropy(
@@ -108,7 +105,7 @@ def compute(
         wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
         if len(wrong):
             raise ValueError(f"targets has {int(wrong[0])}; a target must be in [0, {V}) or {ignore_index}")
-    by_triton = hidden.device.type == "cuda" and _HAS_TRITON and dtype != torch.float64
+    by_triton = hidden.device.type == "cuda" and backends.HAS_TRITON and dtype != torch.float64
     cross_entropy = backends.get("triton" if by_triton else "tiled").cross_entropy
     assert cross_entropy is not None
     hidden, weight = hidden.to(dtype), weight.to(dtype)

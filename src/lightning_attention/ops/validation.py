@@ -286,6 +286,13 @@ def check_index(
     check_device(name, x, q)
 
 
+def check_slots(slots: Tensor | None, state: Tensor) -> None:
+    """Check rows of a pool, in any number."""
+    if slots is not None:
+        check_tensor("slots", slots)
+        check_index("slots", slots, (slots.numel(),), "[N]", state)
+
+
 def check_packed(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, cu_seqlens: Tensor, slots: Tensor | None,
     is_quantized: bool,
