@@ -82,8 +82,7 @@ STEPS = {
 
 def listed() -> str:
     """A line of each step, and below it its command."""
-    where = {0: "the CPU", 1: "one GPU"}
-    lines = [f"  {name:<20} {step.record}.json, about {step.seconds} s on {where.get(step.gpus, f'{step.gpus} GPUs')}\n"
+    lines = [f"  {name:<20} {step.record}.json, about {step.seconds} s on {step.gpus} GPU{'s' * (step.gpus > 1)}\n"
              f"    {step.command}" for name, step in STEPS.items()]  # fmt: skip
     return "\n".join(lines)
 
