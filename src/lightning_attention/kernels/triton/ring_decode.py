@@ -132,8 +132,8 @@ def decode_ring_kernel(
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
     LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
     VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
-    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows. With a state in 8 bits keys are the
-    # rows, and the query a column.
+    # Where all have 16 bits they meet in the tensor cores, with the query as the first of 16 rows. With a state in 8
+    # bits keys are the rows, and the query a column.
     TOKENS: gl.constexpr = q.dtype.element_ty
     IS_SHORT: gl.constexpr = are_short(state.dtype.element_ty, TOKENS, ring_k.dtype.element_ty)
     HAS_EIGHTS: gl.constexpr = low is not None and are_short(TOKENS, TOKENS, ring_k.dtype.element_ty)
