@@ -213,7 +213,7 @@ def _changed(index: int, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
         (_changed(0, lambda x: x.long()), TypeError, "hidden is torch.int64"),
         (_changed(1, lambda x: x.to("meta")), ValueError, "weight is on meta; it must be on cpu"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(batch: list[Tensor], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         linear_cross_entropy(*batch)

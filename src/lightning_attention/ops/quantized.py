@@ -159,9 +159,7 @@ def _dequantize_fake(high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | N
     return high.new_empty(N, *high.shape[1:], dtype=torch.float32)
 
 
-def _quantize(
-    states: Tensor, high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | None, backend: str
-) -> None:  # fmt: skip
+def _quantize(states: Tensor, high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | None, backend: str) -> None:
     validation.check_slot_values(slots, high.shape[0])
     backends.get(backend).quantize(states, high, low, scale, slots)
 

@@ -252,9 +252,7 @@ def check_pool(
     check_index("slots", slots, (num_sequences,), "[N]", q)
 
 
-def _check_states(
-    name: str, states: Tensor, rows: str, q: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:  # fmt: skip
+def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     check_tensor(name, states)
     if states.ndim != 4 or states.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[{rows}, H, D, E] = [{rows}, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
