@@ -5,10 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # What another version of a library can break.
-VERSIONED := tests/models tests/nn tests/serving/test_engine.py tests/serving/test_sampling.py tests/integrations \
-             tests/ops/test_operation.py tests/kernels/triton/portable/test_compile.py \
-             tests/kernels/triton/portable/test_dispatch.py \
-             tests/benchmarks/cases/test_minimax.py
+VERSIONED := tests/models tests/nn tests/examples tests/serving/test_engine.py tests/serving/test_sampling.py \
+             tests/integrations tests/ops/test_operation.py tests/kernels/triton/portable/test_compile.py \
+             tests/kernels/triton/portable/test_dispatch.py tests/benchmarks/cases/test_minimax.py
 
 # .venv has the versions of constraints.txt, .venv-oldest and .venv-newest the lowest and the newest that are allowed.
 # torch comes first and alone: what else is installed then finds the small build for a CPU.

@@ -42,7 +42,7 @@ class Step:
         return f"{start} -m {self.module} {self.arguments}"
 
     def words(self) -> list[str]:
-        """Of the command, by this Python."""
+        """The command's words, run by this Python."""
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
         return [sys.executable, *(ranks if self.gpus > 1 else []), "-m", self.module, *shlex.split(self.arguments)]
 
@@ -86,8 +86,7 @@ STEPS = {
 
 def listed() -> str:
     """A line of each step, and below it its command."""
-    where = {0: "the CPU", 1: "one GPU"}
-    lines = [f"  {name:<20} {step.record}.json, about {step.seconds} s on {where.get(step.gpus, f'{step.gpus} GPUs')}\n"
+    lines = [f"  {name:<20} {step.record}.json, about {step.seconds} s on {step.gpus} GPU{'s' * (step.gpus > 1)}\n"
              f"    {step.command}" for name, step in STEPS.items()]  # fmt: skip
     return "\n".join(lines)
 

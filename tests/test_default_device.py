@@ -51,13 +51,6 @@ def assert_equal(under_another: Results, expected: Results) -> None:
         assert torch.equal(a, e)
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
-
-
 # The operations: every argument given, then as few as there can be.
 
 H, D, E = 1, 16, 8

@@ -237,7 +237,7 @@ class Scale(NamedTuple):
     host_repeats: int
 
     def names(self) -> list[str]:
-        """Of all rows."""
+        """The names of all rows."""
         return [*(row.name for row in self.rows), *(row.name for row in self.host_rows)]
 
 
@@ -363,7 +363,7 @@ def _sizes(row: Row) -> dict[str, Any]:
 
 
 def _error(row: Row, found: dict[str, float], pass_: str, *, ours: bool) -> dict[str, Any]:
-    """Of what the pass computes, the error that takes up most of its budget; a failure if it is ours and past it."""
+    """The pass's error that takes up most of its budget; a failure if it is ours and past it."""
     kinds = {name: "output" if name == "output" else "decay gradient" if name == "dlog_decay" else "gradient"
              for name in found if pass_ == BOTH or (name == "output") == (pass_ == FORWARD)}  # fmt: skip
     worst = max(kinds, key=lambda name: found[name] / row.budget(kinds[name]) if found[name] >= 0 else math.inf)

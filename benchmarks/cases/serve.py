@@ -189,9 +189,7 @@ def _generate(
     """A running batch that has read a prompt of ``context`` random tokens for each of B requests."""
     from lightning_attention.serving import ContinuousBatch, Request
 
-    batch = ContinuousBatch(
-        model, max_batch=B, prefill_tokens=scale.prefill_tokens, recent_tokens=recent_tokens
-    )  # fmt: skip
+    batch = ContinuousBatch(model, max_batch=B, prefill_tokens=scale.prefill_tokens, recent_tokens=recent_tokens)
     random = torch.Generator().manual_seed(context)
     for _ in range(B):
         prompt = torch.randint(FIRST_ID, model.config.vocab_size, (context,), generator=random, device="cpu")

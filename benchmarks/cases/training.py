@@ -87,9 +87,7 @@ def _measure(run: Run, size: str, model: str, lengths: list[int], checkpointed: 
     scale, device = run.scale, run.device
     config = preset(size, model, **scale.overrides)
     network = build(config, model, scale.dtype, device)
-    parallelize(
-        network, Mesh(), activation_checkpointing="block" if checkpointed else "none", compile=scale.compile
-    )  # fmt: skip
+    parallelize(network, Mesh(), activation_checkpointing="block" if checkpointed else "none", compile=scale.compile)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     for T in lengths:

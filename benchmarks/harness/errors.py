@@ -27,9 +27,9 @@ def mark(error: float | str) -> str:
 
 
 def _slice(x: Tensor, problem: Problem) -> Tensor:
-    """The first head, which forgets fastest, and the last, which forgets slowest.
+    """The first head, which forgets fastest, and the last, which forgets slowest, of the last sequence.
 
-    Of the last sequence alone, unless all of them are in the gradient of log_decay.
+    Where log_decay is learnable, of all sequences: its gradient is a sum over them.
     """
     heads = sorted({0, problem.shape.H - 1})
     if x.ndim == 1:

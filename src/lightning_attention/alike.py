@@ -75,7 +75,7 @@ class Alike(Generic[Found]):
         return False
 
     def keep(self, tensors: Sequence[Any], found: Found, key: Hashable = None) -> None:
-        """Let ``find`` find it. Of tensors that are neither nested nor sparse."""
+        """Let ``find`` find it. The tensors are neither nested nor sparse."""
         given = [x for x in tensors if x is not None]
         if len({*map(id, given)}) < len(given):
             return

@@ -184,9 +184,7 @@ def _speculation(device: torch.device, dtype: torch.dtype, backend: str) -> list
 
     accepted = torch.ones(x.q.shape[0], dtype=torch.bool, device=device)
     accepted[x.cu_seqlens[1:] - 1] = False
-    la.lightning_attention_commit(
-        x.k, x.v, x.log_decay, pool, cu_seqlens=x.cu_seqlens, accepted=accepted, slots=slots
-    )  # fmt: skip
+    la.lightning_attention_commit(x.k, x.v, x.log_decay, pool, cu_seqlens=x.cu_seqlens, accepted=accepted, slots=slots)
     sequences = zip(*(y.split(x.lengths) for y in (x.q, x.k, x.v)), x.state, strict=True)
     lasts = [definition(q[:-1], k[:-1], v[:-1], x.log_decay, state)[1] for q, k, v, state in sequences]
     return [

@@ -1,5 +1,4 @@
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -13,7 +12,7 @@ from lightning_attention import decay, lightning_attention
 from lightning_attention.bench.attention import BOTH, FORWARD, Problem, Shape, measure
 from lightning_attention.bench.peers import OURS, PACKED_ATTENTION, Peer, ours
 from tests.benchmarks.stand_ins import CULA
-from tests.kernels.triton.support.interpreter import Interpreter, interpreted
+from tests.kernels.triton.support.interpreter import interpreted
 
 SHAPE = Shape(2, 33, 3, 16)
 SHAPES = {"linghe": Shape(2, 64, 3, 128)}  # of those that do not have every shape
@@ -22,13 +21,6 @@ SHAPES = {"linghe": Shape(2, 64, 3, 128)}  # of those that do not have every sha
 @pytest.fixture
 def problem(cpu) -> Problem:
     return Problem(SHAPE, torch.float32, cpu)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
 
 
 def _module(monkeypatch, name: str, **members: object) -> None:
@@ -68,7 +60,7 @@ def test_the_peers_signatures_give_the_same_function(name, cpu, monkeypatch):
 
     def triton_lightning_attention_backward(
         output_grad, q, k, v, decay_scales, softmax_scale=None, hpc=False, hp=False
-    ):  # fmt: skip
+    ):
         assert not hpc
         assert not hp
         with torch.enable_grad():

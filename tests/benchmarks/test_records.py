@@ -44,7 +44,7 @@ def test_a_step_is_a_command_that_there_is_and_takes_less_than_nine_minutes():
             assert cases
             assert all(find.case(name).ranks == (step.gpus > 1) for name in cases)
         recorded = Report.read(RESULTS / f"{step.record}.json").environment
-        assert recorded["device_type"] == ("cuda" if step.gpus else "cpu")
+        assert recorded["device_type"] == "cuda"
 
 
 @pytest.mark.parametrize("record", ["h200-training", "h200-scaling"])

@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-from lightning_attention.cli.app import main
 from tests.training.tiny import tiny_settings, train, write_text
 
 
@@ -13,27 +12,14 @@ def trained(request, tmp_path_factory):
     return train(tiny_settings(tmp_path_factory.mktemp(request.param), model=request.param, steps=2))[1]
 
 
-@pytest.fixture
-def call(capsys):
-    """Call the command line; its exit status, standard output and standard error."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
-
-
 def text_of(trained):
     return trained.checkpoint.parents[2] / "text.txt"
 
 
-def test_json_and_table_say_the_same(call, trained, tmp_path):
+def test_json_and_table_say_the_same(run, trained, tmp_path):
     command = ["evaluate", trained.checkpoint, text_of(trained), "--seq-len", "64", "--device", "cpu"]
     out_file = tmp_path / "new" / "loss.json"
-    status, out, err = call(*command, "--json", "--out", out_file)
+    status, out, err = run(*command, "--json", "--out", out_file)
     assert status == 0, err
     assert err.startswith("read 1 file: 1 utf-8")
     record = json.loads(out)
@@ -44,7 +30,7 @@ def test_json_and_table_say_the_same(call, trained, tmp_path):
     assert (record["device"], record["precision"]) == ("cpu", "float32")
     spans = [(bucket["first"], bucket["last"]) for bucket in record["by_position"]]
     assert spans == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
-    status, out, err = call(*command)
+    status, out, err = run(*command)
     assert status == 0, err
     assert f"{record['bits_per_byte']:.4f} bits per byte of {record['text_bytes']:,} bytes in 1 documents" in out
     for bucket in record["by_position"]:
@@ -52,17 +38,17 @@ def test_json_and_table_say_the_same(call, trained, tmp_path):
     assert "32 to 63" in out
 
 
-def test_a_run_an_exported_folder_and_standard_input(call, trained, tmp_path, monkeypatch):
+def test_a_run_an_exported_folder_and_standard_input(run, trained, tmp_path, monkeypatch):
     command = ["--seq-len", "32", "--json", "--device", "cpu"]
-    whole = json.loads(call("evaluate", trained.checkpoint, text_of(trained), *command)[1])
-    assert call("export", trained.checkpoint, tmp_path / "model")[0] == 0
+    whole = json.loads(run("evaluate", trained.checkpoint, text_of(trained), *command)[1])
+    assert run("export", trained.checkpoint, tmp_path / "model")[0] == 0
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text_of(trained).read_bytes())))
     for model, text in ((trained.checkpoint.parents[1], text_of(trained)), (tmp_path / "model", "-")):
-        record = json.loads(call("evaluate", model, text, *command)[1])
+        record = json.loads(run("evaluate", model, text, *command)[1])
         assert (record["loss"], record["by_position"]) == (whole["loss"], whole["by_position"])
 
 
-def test_bad_input_is_one_line_and_a_status(call, trained, tmp_path):
+def test_bad_input_is_one_line_and_a_status(run, trained, tmp_path):
     text = text_of(trained)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bare").mkdir()
@@ -77,20 +63,20 @@ def test_bad_input_is_one_line_and_a_status(call, trained, tmp_path):
         (trained.checkpoint, text, "--precision", "fp8"): "precision must be one of auto, bf16, float32",
         (trained.checkpoint, text, "--device", "cuda:77"): "device cuda:77 is not there",
     }.items():
-        status, out, err = call("evaluate", *arguments)
+        status, out, err = run("evaluate", *arguments)
         assert (status, out) == (2, "")
         assert err.splitlines()[-1].startswith(f"error: {message}")
         assert "Traceback" not in err
-    assert call("evaluate", trained.checkpoint)[0] == 2  # without a text
+    assert run("evaluate", trained.checkpoint)[0] == 2  # without a text
 
 
-def test_jsonl_takes_its_field(call, trained, tmp_path):
+def test_jsonl_takes_its_field(run, trained, tmp_path):
     lines = write_text(tmp_path / "text.txt", 60).read_text(encoding="utf-8").splitlines()
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
     command = ["evaluate", trained.checkpoint, tmp_path / "texts.jsonl", "--json", "--device", "cpu"]
-    record = json.loads(call(*command, "--text-field", "body")[1])
+    record = json.loads(run(*command, "--text-field", "body")[1])
     assert record["text_bytes"] == sum(len(line.encode()) for line in set(lines))
     assert record["documents"] == len(set(lines))
-    status, _, err = call(*command)
+    status, _, err = run(*command)
     assert status == 2
     assert "without a field 'text' in line 1 (--text-field): it has 'body'" in err

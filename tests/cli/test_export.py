@@ -2,7 +2,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_attention.cli.app import main
 from lightning_attention.training import trained as module
 from lightning_attention.training.trained import open_trained
 from tests.training.tiny import tiny_settings, train
@@ -14,20 +13,9 @@ def outcome(request, tmp_path_factory):
     return train(tiny_settings(folder, model=request.param, steps=4, save_every=2))[1]
 
 
-@pytest.fixture
-def call(capsys):
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["export", *(str(arg) for arg in args)])
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
-
-
-def test_is_a_folder_that_transformers_loads(call, outcome, tmp_path):
+def test_is_a_folder_that_transformers_loads(run, outcome, tmp_path):
     target = tmp_path / "new" / "model"
-    status, out, err = call(outcome.checkpoint.parents[1], target)  # a run's newest
+    status, out, err = run("export", outcome.checkpoint.parents[1], target)  # a run's newest
     assert status == 0, err
     assert out.startswith(f"{target}: ")
     assert out.endswith(f"M weights, of {outcome.checkpoint}\n")
@@ -46,47 +34,47 @@ def test_is_a_folder_that_transformers_loads(call, outcome, tmp_path):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_an_earlier_checkpoint_and_an_empty_folder(call, outcome, tmp_path):
+def test_an_earlier_checkpoint_and_an_empty_folder(run, outcome, tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     earlier = outcome.checkpoint.with_name("step_00000002")
-    assert call(earlier, target)[0] == 0
+    assert run("export", earlier, target)[0] == 0
     ours, newest = (open_trained(path).model.state_dict() for path in (target, outcome.checkpoint))
     theirs = open_trained(earlier).model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not all(torch.equal(ours[name], newest[name]) for name in theirs)
 
 
-def test_touches_nothing_that_is_there(call, outcome, tmp_path):
+def test_touches_nothing_that_is_there(run, outcome, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     before = sorted(outcome.checkpoint.parents[1].rglob("*"))
     for target in (tmp_path / "full", tmp_path / "file", outcome.checkpoint, outcome.checkpoint.parents[1]):
-        status, out, err = call(outcome.checkpoint, target)
+        status, out, err = run("export", outcome.checkpoint, target)
         assert (status, out) == (2, "")
         assert err == f"error: {target} is there already and not an empty folder; choose a new or an empty one\n"
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert sorted(outcome.checkpoint.parents[1].rglob("*")) == before
 
 
-def test_is_whole_or_not_there(call, outcome, tmp_path, monkeypatch):
+def test_is_whole_or_not_there(run, outcome, tmp_path, monkeypatch):
     def fail(model, folder):
         (folder / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_model", fail)
-    status, out, err = call(outcome.checkpoint, tmp_path / "model")
+    status, out, err = run("export", outcome.checkpoint, tmp_path / "model")
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_checkpoint(call, tmp_path):
+def test_what_is_no_checkpoint(run, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, message in {"missing": "no such folder: ", "empty": "holds no model"}.items():
-        status, _, err = call(tmp_path / source, tmp_path / "model")
+        status, _, err = run("export", tmp_path / source, tmp_path / "model")
         assert status == 2
         assert message in err
     assert not (tmp_path / "model").exists()

@@ -17,16 +17,10 @@ def checkpoint_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, checkpoint_folder):
-    """Call `generate` on the model; its exit status, standard output and standard error."""
-
-    def call(*args: str, model: object = checkpoint_folder) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["generate", "--model", str(model), "--max-tokens", "12", "--ignore-eos", *args])
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
+def run(run, checkpoint_folder):
+    """Call `generate` on the model."""
+    own = ("--max-tokens", "12", "--ignore-eos")
+    return lambda *args, model=checkpoint_folder: run("generate", "--model", model, *own, *args)
 
 
 def pipe(monkeypatch, text: str) -> None:

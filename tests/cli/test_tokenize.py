@@ -11,12 +11,12 @@ from lightning_attention.training import checkpoint
 from lightning_attention.training.config import make_config
 from lightning_attention.training.metrics import read_metrics
 from lightning_attention.training.trainer import Trainer
-from tests.cli.test_train import flags, run  # noqa: F401 (a fixture)
+from tests.cli.test_train import flags
 from tests.training.tiny import tiny_settings, train, write_text
 
 
 @pytest.fixture
-def tokens(run, tmp_path):  # noqa: F811
+def tokens(run, tmp_path):
     """A folder of tokens, made by the command."""
     lines = write_text(tmp_path / "text.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
@@ -40,7 +40,7 @@ def settings_on(tokens, folder, **changes):
     return settings
 
 
-def test_trains_in_place_and_goes_on_bit_for_bit(run, tmp_path, tokens):  # noqa: F811
+def test_trains_in_place_and_goes_on_bit_for_bit(run, tmp_path, tokens):
     before = {path.name: path.stat().st_mtime_ns for path in tokens.iterdir()}
     settings = settings_on(tokens, tmp_path)
     whole, outcome = train(settings)
@@ -79,7 +79,7 @@ def test_bytes_are_those_of_the_text(tmp_path, tokens):
         (["--seq-len", "9999"], "seq_len is 9999, but the training text has only "),
     ],
 )
-def test_settings_that_contradict_the_tokens(run, tmp_path, tokens, extra, message):  # noqa: F811
+def test_settings_that_contradict_the_tokens(run, tmp_path, tokens, extra, message):
     write_text(tmp_path / "more")
     extra = [str(tmp_path / part) if part == "more" else part for part in extra]
     status, _, err = run("train", str(tokens), *extra, "--out", str(tmp_path / "run"))
@@ -106,7 +106,7 @@ def test_tokens_that_were_altered_or_moved_are_noticed(tmp_path, tokens):
     assert f"cannot open the tokens in {tokens}: " in message()
 
 
-def test_another_tokenizer_and_its_end_of_text(run, tmp_path, tokens):  # noqa: F811
+def test_another_tokenizer_and_its_end_of_text(run, tmp_path, tokens):
     """One whose end of text is not token 1, and which pads with nothing: in the model and in what is saved of it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -132,7 +132,7 @@ def test_another_tokenizer_and_its_end_of_text(run, tmp_path, tokens):  # noqa: 
     assert (status, "give one of them" in err) == (2, True)
 
 
-def test_a_full_disk_is_said(run, tmp_path, tokens, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_said(run, tmp_path, tokens, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

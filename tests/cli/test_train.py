@@ -28,19 +28,6 @@ def flags(settings: dict) -> list[str]:
     return [*settings.get("inputs", []), *(str(part) for pair in named for part in pair)]
 
 
-@pytest.fixture
-def run(capsys):
-    """Call the command line; its exit status, standard output and standard error."""
-
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(list(args))
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
-
-
 def test_trains_and_says_where_things_are(run, tmp_path):
     status, out, err = run("train", *flags(tiny_settings(tmp_path)))
     assert status == 0, err

@@ -1,12 +1,10 @@
 """Models and layers over slices of rows against themselves over the whole rows, on 2 and 3 gloo processes."""
 
-import importlib.util
 import json
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -22,9 +20,9 @@ from lightning_attention.models.arguments import CACHE
 from lightning_attention.models.transnormer import TransnormerConfig, TransnormerForCausalLM, slices
 from lightning_attention.nn import LightningAttention, token_positions
 from tests.distributed.ranks import run_cases, spawn
+from tests.support.examples import load
 from tests.support.numerics import relative_error
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "hybrid.py"
 DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 RANKS = 3
 TOLERANCE = 2e-5  # float32, three blocks
@@ -170,16 +168,9 @@ def run_case(case: Case, seed: int, rank: int, group: dist.ProcessGroup) -> dict
     return dict(zip(errors, worst.tolist(), strict=True))
 
 
-def load_hybrid() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hybrid", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def hybrid_errors(rank: int, group: dist.ProcessGroup) -> dict[str, float]:
     """The example of a hybrid model, whose eighth layer has softmax attention; its labels come shifted."""
-    hybrid, T = load_hybrid(), 10
+    hybrid, T = load("hybrid"), 10
     torch.manual_seed(1)
     model = hybrid.Hybrid(40, width=32, heads=2)
     with torch.no_grad():
@@ -303,6 +294,6 @@ def test_wrong_use_of_a_layer_and_of_the_hybrid(group: dist.ProcessGroup) -> Non
         layer(x, cu_seqlens=cuts, local_cu_seqlens=cuts)
     with pytest.raises(ValueError, match="local_cu_seqlens is given without cu_seqlens"):
         layer(x, positions=at, local_cu_seqlens=cuts, group=group)
-    model, ids = load_hybrid().Hybrid(width=16), torch.randint(256, (1, 6))
+    model, ids = load("hybrid").Hybrid(width=16), torch.randint(256, (1, 6))
     with pytest.raises(ValueError, match="cache is given together with group"):
         model(ids, model(ids)[1], 6, group)

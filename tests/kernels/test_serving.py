@@ -21,10 +21,8 @@ ACCEPTED = [True, True, False, False, False, *([True] * 60 + [False] * 10), True
 class Calls:
     """Every operation on the same inputs, on fresh copies of a pool: outputs and the pool after it."""
 
-    def __init__(
-        self, backend: Backend, dtype: torch.dtype, rate: Tensor | None, seed: int = 0, Hk: int | None = None
-    ) -> None:
-        torch.manual_seed(seed)
+    def __init__(self, backend: Backend, dtype: torch.dtype, rate: Tensor | None, Hk: int | None = None) -> None:
+        torch.manual_seed(0)
         self.backend = backend
         self.q, self.k, self.v = (torch.randn(T + 3, H, n, dtype=dtype) for n in (D, D, E))
         self.q, self.k = self.q[:, :Hk], self.k[:, :Hk]

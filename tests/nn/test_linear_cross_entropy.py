@@ -211,9 +211,10 @@ def _changed(index: int, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
         (_changed(2, lambda x: x.float()), TypeError, "targets is torch.float32; it must hold integers"),
         (_changed(1, lambda x: x.bfloat16()), TypeError, "weight is torch.bfloat16; it must be torch.float32"),
         (_changed(0, lambda x: x.long()), TypeError, "hidden is torch.int64"),
+        (_changed(2, lambda x: x.tolist()), TypeError, "targets is a list; it must be a tensor"),
         (_changed(1, lambda x: x.to("meta")), ValueError, "weight is on meta; it must be on cpu"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(batch: list[Tensor], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         linear_cross_entropy(*batch)

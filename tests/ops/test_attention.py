@@ -167,9 +167,7 @@ def test_either_result_may_go_unused(result: str, backend: str):
     leaves = [getattr(problem, name).detach().requires_grad_() for name in GRADIENTS]
     results = lightning_attention(*leaves[:4], initial_state=leaves[4], output_final_state=True, backend=backend)
     upstream = problem.dout if result == "output" else problem.dfinal
-    grads = torch.autograd.grad(
-        getattr(results, result), leaves, upstream, allow_unused=True, materialize_grads=True
-    )  # fmt: skip
+    grads = torch.autograd.grad(getattr(results, result), leaves, upstream, allow_unused=True, materialize_grads=True)
     for name, grad in zip(GRADIENTS, grads, strict=True):
         assert torch.equal(grad, getattr(expected, name)), name
 

@@ -71,9 +71,7 @@ def test_chains_are_decoding(state_dtype: torch.dtype):
     exact = pool.float()
     for n, slot in enumerate(slots):
         for t in range(int(cu_seqlens[n]), int(cu_seqlens[n + 1])):
-            step = lightning_attention_decode(
-                q[t, None], k[t, None], v[t, None], log_decay, exact, slots=slot[None]
-            )  # fmt: skip
+            step = lightning_attention_decode(q[t, None], k[t, None], v[t, None], log_decay, exact, slots=slot[None])
             assert relative_error(out[t, None], step) <= 1e-5
 
 

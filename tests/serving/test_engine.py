@@ -48,9 +48,9 @@ def greedy(model: TransnormerForCausalLM, request: Request) -> list[int]:
     return ids[len(request.prompt) :]
 
 
-def draw_requests(source: random.Random, count: int, longest: int = 120, **settings) -> list[Request]:
+def draw_requests(source: random.Random, count: int, **settings) -> list[Request]:
     """Prompts of very different lengths, one token among them."""
-    lengths = [source.choice([1, 2, source.randint(3, 20), source.randint(20, longest)]) for _ in range(count)]
+    lengths = [source.choice([1, 2, source.randint(3, 20), source.randint(20, 120)]) for _ in range(count)]
     return [
         Request([source.randrange(1, 97) for _ in range(n)], source.choice([1, 2, source.randint(3, 25)]), **settings)
         for n in lengths

@@ -3,7 +3,7 @@
 from tests.support.numerics import budget, budget_used, relative_error
 from tests.support.pool import ReferencePool
 from tests.support.problem import Problem, cumulative, make_problem, problems
-from tests.support.solve import Solution, solve_exactly, solve_with
+from tests.support.solve import Solution, misses, solve_exactly, solve_with
 
 __all__ = [
     "Problem",
@@ -13,6 +13,7 @@ __all__ = [
     "budget_used",
     "cumulative",
     "make_problem",
+    "misses",
     "problems",
     "relative_error",
     "solve_exactly",

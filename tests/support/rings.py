@@ -93,7 +93,7 @@ def whole(pool: Pool, recent: RecentTokens, log_decay: Tensor | None) -> Tensor:
 
 
 def walk(
-    of: Walk, steps: int, seed: int = 0, backend: str | None = None, device: str = "cpu", tolerance: float = 5e-6,
+    of: Walk, steps: int, backend: str | None = None, device: str = "cpu", tolerance: float = 5e-6,
     look_every: int = 1, state_tolerance: float | None = None,
 ) -> None:  # fmt: skip
     """So many operations; every ``look_every`` the states that they leave are looked at.
@@ -101,14 +101,12 @@ def walk(
     ``tolerance`` is that of outputs and, where there is no ``state_tolerance``, of states.
     """
     with by_backend(backend):
-        _walk(of, steps, seed, device, tolerance, look_every, state_tolerance or tolerance)
+        _walk(of, steps, device, tolerance, look_every, state_tolerance or tolerance)
 
 
-def _walk(
-    of: Walk, steps: int, seed: int, device: str, tolerance: float, look_every: int, state_tolerance: float
-) -> None:
-    torch.manual_seed(seed)
-    rng, log_decay = random.Random(seed), of.log_decay()
+def _walk(of: Walk, steps: int, device: str, tolerance: float, look_every: int, state_tolerance: float) -> None:
+    torch.manual_seed(0)
+    rng, log_decay = random.Random(0), of.log_decay()
     states = torch.randn(of.S, of.H, of.D, of.E)
     pool, recent = of.pool(states, device), of.rings(device)
     reference = ReferencePool(pool.to("cpu", copy=True) if isinstance(pool, Tensor) else states, log_decay, 0.5)
@@ -158,7 +156,7 @@ def _operate(
     if operation == "decode":
         out = lightning_attention_decode(
             *there, log_decay, pool, scale=0.5, batch_invariant=rng.random() < 0.5, **where
-        )  # fmt: skip
+        )
         expected = reference.decode(q, k, v, slots)
     elif operation == "prefill":
         fresh = [rng.random() < 0.3 for _ in range(N)]

@@ -73,6 +73,11 @@ def solve_exactly(problem: Problem) -> Solution:
     return _differentiated(out, torch.stack(finals), leaves, problem)
 
 
+def misses(got: Solution, problem: Problem) -> dict[str, float]:
+    """What of a solution is past its budget, against the closed form."""
+    return got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
+
+
 def solve_with(problem: Problem, backend: str | None = None, **options: bool) -> Solution:
     """With the package."""
     leaves = {

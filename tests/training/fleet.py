@@ -35,7 +35,7 @@ SHARDS_AND_SLICES = {"dp_shard": 2, "sp": 2}
 KILLED = -signal.SIGKILL
 
 
-def fleet(root: Path, ranks: int, life: Callable[[int], Any], patience: float = PATIENCE) -> list[int]:
+def fleet(root: Path, ranks: int, life: Callable[[int], Any]) -> list[int]:
     """Start so many processes that do `life(rank)` as one group; how each of them ended."""
     store = root / f"store-{time.monotonic_ns()}"
     pids = []
@@ -52,7 +52,7 @@ def fleet(root: Path, ranks: int, life: Callable[[int], Any], patience: float = 
             os._exit(0)
         pids.append(pid)
     ends: dict[int, int] = {}
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     while len(ends) < ranks and time.monotonic() < deadline:
         for pid in set(pids) - ends.keys():
             done, status = os.waitpid(pid, os.WNOHANG)

@@ -29,8 +29,8 @@ def made_up(count=60, seed=0):
 DOCUMENTS = made_up()
 
 
-def json_lines(documents, field="text"):
-    return "".join(json.dumps({"other": 1, field: text}) + "\n" for text in documents)
+def json_lines(documents):
+    return "".join(json.dumps({"other": 1, "text": text}) + "\n" for text in documents)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ class Problem:
     def results(self, peer: Peer) -> list[Tensor]:
         """The output and the gradients of q, k and v, each [B, T, H, *], and of a learnable log_decay, [H].
 
-        Of a peer without a backward pass the output alone.
+        From a peer without a backward pass, the output alone.
         """
         q, k, v, do = self.inputs(peer, grad=peer.backward)
         log_decay, learned = self._decay(grad=peer.backward)

@@ -109,7 +109,7 @@ def train(
     from lightning_attention.training.trainer import Trainer
 
     lasting = cast("IO[str]", LastingStream(sys.stderr))
-    # Of several processes the first alone shows how it goes.
+    # Where there are several processes, the first alone shows how it goes.
     quiet = os.environ.get("RANK", "0") != "0"
     console = Console(file=lasting, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
 

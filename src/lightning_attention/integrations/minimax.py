@@ -169,7 +169,7 @@ class LightningMiniMaxCache(MiniMaxCache):
 
     linear_cache: list[Any]  # a state, or [] where the layer is a softmax one
 
-    # Of one that was transformers' own too, which knew of no rings.
+    # On the class, for a cache that was made as transformers' own and knows of no rings.
     _recent_tokens = 0
     _rings: Mapping[int, tuple[RecentTokens, Tensor]] = MappingProxyType({})  # by layer, with its log_decay
 

@@ -160,9 +160,7 @@ class FixedDecayAttention(nn.Module):
         ``x`` is [N, hidden_size], and so is the output; ``positions`` and ``slots`` are [N] integers.
         """
         q, k, v, rest = self._tokens(x, positions, "N")
-        mixed = lightning_attention_decode(
-            q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent
-        )  # fmt: skip
+        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent)
         return self._finish(mixed, rest)
 
     def prefill(

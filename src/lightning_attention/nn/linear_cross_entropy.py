@@ -6,13 +6,12 @@ and ``torch.compile`` cannot take it in one graph.
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_attention.ops import backends
+from lightning_attention.ops import backends, validation
 
 # Bytes of logits that are in memory at a time. Every chunk reads and writes the gradient of the weight, 12 bytes an
 # element. H200, bfloat16, 32,768 tokens, D 1024, V 64,000, forward and backward: 22.8 ms with 1 GiB, 27.7 with a
@@ -20,8 +19,6 @@ from lightning_attention.ops import backends
 # there are two or three buffers of this size.
 BUDGETS = {"cuda": 1 << 30}
 BUDGET = 1 << 25
-
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def linear_cross_entropy(
@@ -49,7 +46,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or devices that do not match; a reduction not among these; "none" where ``hidden`` or
             ``weight`` requires a gradient; on a CPU, a target out of range. On a GPU its loss is NaN.
-        TypeError: dtypes that do not match or are not such; a weight that is a DTensor.
+        TypeError: what is no dense tensor; dtypes that do not match or are not such; a weight that is a DTensor.
     """
     _check(hidden, weight, targets, reduction)
     need = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
@@ -70,6 +67,8 @@ def linear_cross_entropy(
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        validation.check_tensor(name, x)
     for name, x in (("hidden", hidden), ("weight", weight)):
         if not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}; it must be of a floating dtype")
@@ -108,7 +107,7 @@ def compute(
         wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
         if len(wrong):
             raise ValueError(f"targets has {int(wrong[0])}; a target must be in [0, {V}) or {ignore_index}")
-    by_triton = hidden.device.type == "cuda" and _HAS_TRITON and dtype != torch.float64
+    by_triton = hidden.device.type == "cuda" and backends.HAS_TRITON and dtype != torch.float64
     cross_entropy = backends.get("triton" if by_triton else "tiled").cross_entropy
     assert cross_entropy is not None
     hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -1,15 +1,11 @@
 """A linear layer with the norm, gate and activation around it, for the rows of a step of generation."""
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attention.ops import backends
 from lightning_attention.ops.operation import Operation
-
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def project(
@@ -72,7 +68,7 @@ def _project(
     given = weight, second, gate, residual
     alike = all(other is None or other.dtype == x.dtype for other in given)  # or PyTorch says what does not fit
     # In float16 the product of a gate and what is not normalised yet may overflow.
-    if x.is_cuda and _HAS_TRITON and x.dtype == torch.bfloat16 and alike:
+    if x.is_cuda and backends.HAS_TRITON and x.dtype == torch.bfloat16 and alike:
         kernel = backends.get("triton").project
         assert kernel is not None
         from lightning_attention.kernels.triton.projection import is_faster

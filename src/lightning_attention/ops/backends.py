@@ -10,11 +10,11 @@ from lightning_attention.kernels.backend import Backend
 from lightning_attention.kernels.reference.backend import BACKEND as REFERENCE
 from lightning_attention.kernels.tiled.backend import BACKEND as TILED
 
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 
 def _triton() -> Backend:
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ValueError("backend is 'triton', but Triton is not installed")
     from lightning_attention.kernels.triton.backend import BACKEND  # not without need: it takes half a second
 

@@ -38,9 +38,7 @@ def lightning_attention_fold(
     pool, low, state_scale = planes(state)
     check_has_rings(state, recent)
     check_rings(pool, recent, log_decay, low is not None)
-    if slots is not None:
-        validation.check_tensor("slots", slots)
-        validation.check_index("slots", slots, (slots.numel(),), "[N]", pool)
+    validation.check_slots(slots, pool)
     validation.check_no_grad(state=pool, log_decay=log_decay)
     backend = backends.choose(None, pool.device)
     fold(pool, log_decay, slots, recent.k, recent.v, recent.count, low, state_scale, backend)

@@ -112,9 +112,7 @@ def _prefill(
     validation.check_slot_values(slots, state.shape[0], snapshot_slots)
     validation.check_log_decay_values(log_decay)
     run = backends.get(backend)
-    args = (
-        q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant
-    )  # fmt: skip
+    args = (q, k, v, log_decay, state, cu_seqlens, slots, fresh, scale, snapshot_at, snapshot_slots, batch_invariant)
     if recent_count is None and state_low is None:  # what either returns is None where out is given
         return run.prefill(*args, out)  # type: ignore[return-value]
     return run.prefill_recent(  # type: ignore[return-value]

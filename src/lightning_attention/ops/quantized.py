@@ -58,7 +58,7 @@ class QuantizedStates:
             ValueError: a shape, stride or device does not fit; on the CPU also a slot past the pool or given twice.
         """
         _check(self)
-        _check_slots(slots, self.high)
+        validation.check_slots(slots, self.high)
         return dequantize(self.high, self.low, self.scale, slots, backends.choose(None, self.high.device))
 
     def quantize(self, states: Tensor, slots: Tensor | None = None) -> None:
@@ -77,7 +77,7 @@ class QuantizedStates:
                 the pool or given twice.
         """
         _check(self)
-        _check_slots(slots, self.high)
+        validation.check_slots(slots, self.high)
         validation.check_tensor("states", states)
         N = self.high.shape[0] if slots is None else slots.shape[0]
         validation.check_shape("states", states, (N, *self.high.shape[1:]), "[N, H, D, E]")
@@ -149,12 +149,6 @@ def _is_right(high: Tensor, low: Tensor, scale: Tensor) -> bool:
     )
 
 
-def _check_slots(slots: Tensor | None, high: Tensor) -> None:
-    if slots is not None:
-        validation.check_tensor("slots", slots)
-        validation.check_index("slots", slots, (slots.numel(),), "[N]", high)
-
-
 def _dequantize(high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | None, backend: str) -> Tensor:
     validation.check_slot_values(slots, high.shape[0])
     return backends.get(backend).dequantize(high, low, scale, slots)
@@ -165,9 +159,7 @@ def _dequantize_fake(high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | N
     return high.new_empty(N, *high.shape[1:], dtype=torch.float32)
 
 
-def _quantize(
-    states: Tensor, high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | None, backend: str
-) -> None:  # fmt: skip
+def _quantize(states: Tensor, high: Tensor, low: Tensor, scale: Tensor, slots: Tensor | None, backend: str) -> None:
     validation.check_slot_values(slots, high.shape[0])
     backends.get(backend).quantize(states, high, low, scale, slots)
 

@@ -28,7 +28,7 @@ def _sequence_parallel(
     run = chosen.sequence_parallel or partial(plain.sequence_parallel, chosen.states, chosen.attention)
     return run(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, batch_invariant, Ranks.of(group)
-    )  # fmt: skip
+    )
 
 
 def _sequence_parallel_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

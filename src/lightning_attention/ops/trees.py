@@ -35,7 +35,7 @@ def parents_of_mask(mask: Tensor) -> Tensor:
 def parents_of_links(first_child: Tensor, next_sibling: Tensor) -> Tensor:
     """Each draft's parent, from links to its first child and its next sibling.
 
-    SGLang has them as ``retrive_next_token`` and ``retrive_next_sibling``.
+    SGLang has them as ``retrieve_next_token`` and ``retrieve_next_sibling``, which older versions spell ``retrive_…``.
 
     Args:
         first_child: [N, P] int32 or int64, the place of a draft's first child among the drafts of its sequence, or

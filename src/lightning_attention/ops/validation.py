@@ -197,7 +197,7 @@ def check_log_decay_values(log_decay: Tensor | None) -> None:
         if not value <= 0:
             raise ValueError(
                 f"log_decay[{head}] is {value}; it must be at most 0, the natural logarithm of a decay λ in [0, 1] per "
-                "token (-inf: no memory). Of slopes, which other libraries take, log_decay is the negative"
+                "token (-inf: no memory). Where other libraries take slopes, log_decay is their negative"
             )
 
 
@@ -259,9 +259,7 @@ def check_pool(
     check_index("slots", slots, (num_sequences,), "[N]", q)
 
 
-def _check_states(
-    name: str, states: Tensor, rows: str, q: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:  # fmt: skip
+def _check_states(name: str, states: Tensor, rows: str, q: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     check_tensor(name, states)
     if states.ndim != 4 or states.shape[1:] != (v.shape[-2], q.shape[-1], v.shape[-1]):
         wanted = f"[{rows}, H, D, E] = [{rows}, {v.shape[-2]}, {q.shape[-1]}, {v.shape[-1]}]"
@@ -291,6 +289,13 @@ def check_index(
     check_shape(name, x, wanted, meaning)
     check_dtype(name, x, dtypes)
     check_device(name, x, q)
+
+
+def check_slots(slots: Tensor | None, state: Tensor) -> None:
+    """Check rows of a pool, in any number."""
+    if slots is not None:
+        check_tensor("slots", slots)
+        check_index("slots", slots, (slots.numel(),), "[N]", state)
 
 
 def check_packed(

@@ -36,7 +36,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("thousand tokens read")
     axes.set_ylabel("loss, bits per byte of text")
-    axes.set_title("Loss of a TransNormer in training")
+    axes.set_title("Loss in training")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     unfinished = unfinished_name(path)

@@ -3,16 +3,17 @@
 From a call to a kernel:
 
     attention, decode, prefill, sequence_parallel,
-    speculative, states                               one operation a file: which kernels run, over which buffers
+    speculative, states, recent                       the operations: which kernels run, over which buffers
     tiling, plan                                      how large tiles are; how sequences are split into segments
     dispatch                                          launching a kernel in a few microseconds
     recording                                         the launches of a call, made again when its shapes come again
     sweeps/portable, sweeps/hopper                    the loop over the blocks of a sequence, and the kernels made of it
     roles                                             what each program of those kernels does, whatever the sweep
-    recurrent                                         the kernels that go token by token, over states in a pool
-    nvidia                                            launches of those that do the same in Gluon
-    scan, padding, fold, cross_entropy, projection,
-    quantized                                         a kernel or three each, with the functions that launch them
+    recurrent, ring, planes                           the kernels that go token by token, over states in a pool
+    ring_decode, ring_verify, ring_commit,
+    state_commit, ring_planes, nvidia                 those that do the same in Gluon, and their launches
+    scan, padding, fold, cross_entropy, matmul,
+    projection, quantized                             a kernel or three each, with the functions that launch them
     work, numerics                                    what kernels of all kinds compute: which rows, which powers
 
 Words that mean one thing here:

@@ -1,6 +1,6 @@
 """Products of some hundred rows with a matrix in the tensor cores, with what a block of a model does after them.
 
-Of fewer rows ``projection.py`` computes products without tensor cores. Of more, one takes so long that the launches
+For fewer rows ``projection.py`` computes products without tensor cores. With more, one takes so long that the launches
 around it do not count, and cuBLAS is as good. Here a product takes 4 to 10 µs, and each operation on its result 2.
 """
 

@@ -14,9 +14,9 @@ from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES
 from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 from lightning_attention.kernels.triton.state_commit import WARPS, commit_state_kernel, rows_of
 
-#: Of a thread, next to nothing spilled, so that 16 programs of decode (12 of float32 over 8 bits), 13 of verify and 5
-#: of commit, which have four warps, run on a multiprocessor at once. Without a ring the compiler takes more for verify
-#: than it needs, and loads later: 79 µs for 81, N 64.
+#: What a thread may have. Next to nothing is spilled, and 16 programs of decode (12 of float32 over 8 bits), 13 of
+#: verify and 5 of commit, which have four warps, run on a multiprocessor at once. Without a ring the compiler takes
+#: more for verify than it needs, and loads later: 79 µs for 81, N 64.
 REGISTERS = {
     "decode": 128, "decode of 64 columns": 152, "decode in 8 bits": 136, "decode of float32 in 8 bits": 168,
     "verify": 152, "verify of 64 columns": 168, "verify without a ring": 96, "commit": 96,
@@ -50,9 +50,9 @@ def takes(
 def width(E: int, N: int, H: int, state: Tensor, batch_invariant: bool) -> int:
     """Columns of a program that is one warp: twice as many where numbers are small and there are states enough.
 
-    They are then whole lines of memory, and what a program does once it does less often. Of bfloat16 states with rings,
-    H 64, N 64 and 256, twice as many take 62 and 178 µs instead of 67 and 203. Four times as many in 8 bits took 174
-    for 166.
+    They are then whole lines of memory, and what a program does once it does less often. For bfloat16 states with
+    rings, H 64, N 64 and 256, twice as many take 62 and 178 µs instead of 67 and 203. Four times as many in 8 bits took
+    174 for 166.
     """
     is_wide = batch_invariant or N * H >= 4096
     return max(_widths(E, state)) if is_wide else COLUMNS.value

@@ -22,9 +22,9 @@ class Plan(NamedTuple):
     segment_rows: in each segment but a sequence's last; piece_rows: in the pieces whose own states are summed to a
     segment's; last_piece_rows: in those of a last segment that is shorter; segments_per_sequence: of a dense batch;
     segment_count: of all sequences, at most; full_segments: those that may not be their sequence's last, at most;
-    is_split: whether any sequence may have two; boundary_count: how many states lie between segments, at most. Of a
+    is_split: whether any sequence may have two; boundary_count: how many states lie between segments, at most. For a
     packed batch, as ``plan_kernel`` writes them: segment_table [segment_count, 5], first_boundary [N + 1] and
-    split_sequences. Of documents, as ``documents_kernel`` does: begins and, for a backward pass, ends [T + 1].
+    split_sequences. For documents, as ``documents_kernel`` does: begins and, for a backward pass, ends [T + 1].
     """
 
     segment_rows: int

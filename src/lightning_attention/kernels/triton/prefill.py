@@ -1,7 +1,7 @@
 """Packed sequences that start from, and leave, their states in a pool.
 
-Long ones are swept as in training: cut into segments where few would leave the chip idle. Of a single token nearly all
-is the way of its state through memory: those get what decoding does, but where their bits are to be training's.
+Long ones are swept as in training: cut into segments where few would leave the chip idle. A single token takes
+little more than to read and write its state: those get what decoding does, but where their bits are to be training's.
 """
 
 import torch

@@ -128,9 +128,9 @@ def prefill(
     snapshot_slots: Tensor | None, batch_invariant: bool, ring_k: Tensor, ring_v: Tensor, count: Tensor,
     out: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Of running requests, which have a token each beside the prompts, nearly all is the way of their states.
+    """A running request has one token beside the prompts, and most of its cost is to move its state through memory.
 
-    They keep their rings, but where the state after such a token is wanted too, for a snapshot, or the bits of a sweep.
+    So it keeps its ring, unless the state after that token is wanted too, for a snapshot, or the bits of a sweep.
     """
     ring = ring_k, ring_v, count
     if batch_invariant or snapshot_at is not None or q.shape[0] == 0:

@@ -188,7 +188,7 @@ def recorded(run: Callable[..., Result]) -> Callable[..., Result]:
         device: int, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], addresses: list[int],
         args: tuple[Any, ...],
     ) -> Any:  # fmt: skip
-        # Of two inputs in one place nobody could say which of them a kernel is given.
+        # Where two inputs lie in one place, nobody could say which of them a kernel is given.
         if not recordings.comes_again(tensors, key) or len(set(addresses)) < len(addresses):
             return run(*args)
         dispatch.ensure_context(device)

@@ -121,7 +121,7 @@ def count_among(counts, slot, program):
 def arrive(counts, slot, count, program, programs, RING: tl.constexpr):
     """Count one token more, without a ticket: a wait for what an atomic operation found would be the longest of all.
 
-    Of the slot's programs the first adds the token, and half of 2^32; the others together add the other half. So the
+    The slot's first program adds the token, and half of 2^32; the others together add the other half. So the
     number is whole again when the last of them has, and any of them sees by its sign, before it adds its own part,
     whether the first one has. All threads of the program have read the count before.
     """
@@ -271,7 +271,7 @@ def decode_recent_kernel(
     v_row = part_of_row(values, token, head, column, TILE)
     q_row = whole_row(Vectors(q, q_token_stride, q_head_stride), token, head, TILE)
     x = natural_decay(log_decay, head)
-    # Of the state as it was, whether the head folds now or not.
+    # The state is read as it was, whether the head folds now or not.
     read = tl.sum(q_row[:, None] * loaded.to(tl.float32), 0) * by * power(x, held.tokens + 1)
     read += tl.sum(q_row * k_row, 0) * v_row + read_rows(q_row, old_keys, old_values, x, held.age + 1)
     store_row(out + (token * H + head) * TILE.E, column, TILE.E, read * scale, TILE.columns)
@@ -329,7 +329,7 @@ def read_chain(S, ring, column, held, queries, keys, values, out, first, last, h
         if S.dtype == rows.dtype and S.dtype != tl.float32:
             read = tl.dot(rows, S)
         else:
-            # Of a float32 state: its numbers would go through shared memory, in two parts.
+            # A float32 state's numbers would go through shared memory, in two parts.
             COLUMNS: tl.constexpr = TILE.columns
             read = tl.zeros([DRAFTS, COLUMNS], tl.float32)
             for t in tl.range(block, tl.minimum(block + DRAFTS, last), num_stages=1):

@@ -58,7 +58,7 @@ def are_short(state, tokens, ring):
 
 @gluon.constexpr_function
 def copies_of(dtype, columns):
-    """Of a program's part of a state, that shared memory has room for; two planes of 32 columns are folded there."""
+    """Copies of a program's part of a state that fit in shared memory: two planes of 32 columns are folded there."""
     return 64 // columns if dtype.primitive_bitwidth == 8 else 1
 
 
@@ -132,8 +132,8 @@ def decode_ring_kernel(
     WIDTH: gl.constexpr = width_of(state.dtype.element_ty)
     LAYOUT: gl.constexpr = tile_layout(D, WIDTH, COLUMNS)
     VALUES: gl.constexpr = tile_layout(PLACES, WIDTH, COLUMNS)
-    # Of 16 bits all: in the tensor cores, with the query as the first of 16 rows. With a state in 8 bits keys are the
-    # rows, and the query a column.
+    # Where all have 16 bits they meet in the tensor cores, with the query as the first of 16 rows. With a state in 8
+    # bits keys are the rows, and the query a column.
     TOKENS: gl.constexpr = q.dtype.element_ty
     IS_SHORT: gl.constexpr = are_short(state.dtype.element_ty, TOKENS, ring_k.dtype.element_ty)
     HAS_EIGHTS: gl.constexpr = low is not None and are_short(TOKENS, TOKENS, ring_k.dtype.element_ty)

@@ -36,8 +36,8 @@ def sequence_parallel(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=v.device)
 
-    # Of each rank the states that its slices leave and, flat behind them, how many tokens these have. Those travel as
-    # floats: past 2^24 they round as λ^n itself does.
+    # Each rank sends the states that its slices leave and, flat behind them, how many tokens these have. Those travel
+    # as floats: past 2^24 they round as λ^n itself does.
     message, gathered = empty(size + N), empty(ranks.size * (size + N))
     start, lengths, final = empty(N, H, D, E), empty(ranks.size, N), None
     if output_final_state:
@@ -102,7 +102,7 @@ def _backward(
     def empty(count: int) -> Tensor:
         return torch.empty(count, *start.shape, dtype=torch.float32, device=v.device)
 
-    # Of each rank the gradient of what its slice starts from and, where there are any, that of the final state.
+    # Each rank sends the gradient of what its slice starts from and, where there are any, that of the final state.
     message = empty(1 if dfinal is None else 2)
     gathered, dend = empty(ranks.size * message.shape[0]), torch.empty_like(start)
     if dfinal is not None:

@@ -35,7 +35,7 @@ def commit_state_kernel(
         k, k_token_stride: "i64", k_head_stride: "i64", v, v_token_stride: "i64", v_head_stride: "i64", state,
         slot_stride: "i64", head_stride: "i64", slots, log_decay, cu_seqlens, accepted,
         TILE: gl.constexpr):  # fmt: skip
-    """Arguments and their meaning are those of ``commit_kernel``, for the calls that speculative.py brings here."""
+    """The arguments are those of ``commit_kernel``, of calls that ``nvidia.takes_accepted`` is true of."""
     E: gl.constexpr = TILE.E
     ROWS: gl.constexpr = TILE.rows
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])

@@ -117,7 +117,7 @@ def tiles(
         return hopper_tiles(D, E, backward)
     if capability[0] == 9 and aligned and not learned and (wide if backward else BD) <= 128:
         return hopper_float32_tiles(max(64, BD), max(64, BE), exact, backward)
-    # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. Of what fits there, sizes that compile
+    # Chips have 64 KB of shared memory (MI300), 99 (consumer cards) or more. These sizes fit there, and compile
     # with no or few registers spilled to memory; AMD's have twice as many, Hopper's products need fewer.
     amd, small = capability[0] == 0, capability[0] in (8, 12)
     precision, per_multiprocessor = "ieee" if exact else "tf32", 1

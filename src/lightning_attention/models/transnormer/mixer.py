@@ -67,9 +67,7 @@ class TransnormerMixer(LightningAttention):
         """
         qk, v, u = self._split(qkvu)
         q, k, v = self._heads(qk, v, positions)
-        mixed = lightning_attention_decode(
-            q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent
-        )  # fmt: skip
+        mixed = lightning_attention_decode(q, k, v, self.log_decay, state, slots=slots, scale=self.scale, recent=recent)
         return mixed.flatten(-2), u
 
     def _gate(self, rest: Tensor) -> Tensor:

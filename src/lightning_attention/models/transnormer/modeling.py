@@ -25,7 +25,7 @@ from lightning_attention.models.transnormer.packing import (
     may_restart,
     one_of,
     pack_batch,
-)  # fmt: skip
+)
 from lightning_attention.models.transnormer.slices import loss_of_slices, pack_slices
 from lightning_attention.nn import LRPE, SRMSNorm
 from lightning_attention.nn.projection import is_plain

@@ -250,9 +250,8 @@ def test_only_padding_and_no_tokens():
         assert torch.equal(got.initial_state, problem.dfinal)
 
 
-def random_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype, lengths: list[int] | None = None) -> Problem:
+def random_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype) -> Problem:
     """Made on the GPU and in parts: a tensor can have more than 2^31 elements."""
-    N = B if lengths is None else len(lengths)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         x = torch.empty(shape, dtype=of, device=DEVICE)
@@ -263,11 +262,11 @@ def random_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype, lengths: 
     return Problem(
         *(normal(B, T, H, D) for _ in "qkv"),
         decay.alibi(H).to(DEVICE),
-        normal(N, H, D, D, of=FP32),
-        None if lengths is None else cumulative(lengths).to(DEVICE),
+        normal(B, H, D, D, of=FP32),
+        None,
         1.0,
         normal(B, T, H, D),
-        normal(N, H, D, D, of=FP32),
+        normal(B, H, D, D, of=FP32),
     )
 
 

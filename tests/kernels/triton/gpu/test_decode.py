@@ -338,9 +338,7 @@ def test_nothing_is_read_on_the_host(operation: str):
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(BF16, FP32), (FP32, FP32), (BF16, BF16)])
 @pytest.mark.parametrize("width", [(128, 128), (64, 64), (80, 112), (256, 256)])
-def test_how_many_others_there_are_changes_no_bit(
-    width: tuple[int, int], dtype: torch.dtype, state_dtype: torch.dtype
-):  # fmt: skip
+def test_how_many_others_there_are_changes_no_bit(width: tuple[int, int], dtype: torch.dtype, state_dtype: torch.dtype):
     D, E = width
     H, most, n = 8, 300, 0
     q, k = torch.randn(2, most, H, D, device=DEVICE).to(dtype)

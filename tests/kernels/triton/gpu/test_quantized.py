@@ -329,9 +329,8 @@ def test_how_many_others_there_are_changes_no_bit():
         pool.quantize(start)
         slots, options = torch.arange(N, device=DEVICE), {"batch_invariant": True, "recent": recent}
         got = [
-            lightning_attention_decode(q[:N], k[:N], v[:N], rate, pool, slots=slots, **options)[0]
-            for q, k, v in tokens
-        ]  # fmt: skip
+            lightning_attention_decode(q[:N], k[:N], v[:N], rate, pool, slots=slots, **options)[0] for q, k, v in tokens
+        ]
         got += [x[0] for x in tensors(pool)]
         alone = alone or got
         assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True)), N

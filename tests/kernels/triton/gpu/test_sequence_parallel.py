@@ -49,9 +49,7 @@ def test_against_float64(case: str, batch_invariant: bool):
 def group(tmp_path) -> Iterator[dist.ProcessGroup]:
     """An NCCL group with this process alone."""
     own = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group(
-        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=own
-    )  # fmt: skip
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=own)
     yield dist.group.WORLD
     dist.destroy_process_group()
 

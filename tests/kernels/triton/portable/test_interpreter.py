@@ -20,6 +20,7 @@ from tests.support import (
     Solution,
     cumulative,
     make_problem,
+    misses,
     problems,
     relative_error,
     solve_exactly,
@@ -29,10 +30,6 @@ from tests.support import (
 pytestmark = interpreted
 NAN = float("nan")
 ARRAYS = ("q", "k", "v", "dout")
-
-
-def misses(got: Solution, problem: Problem) -> dict[str, float]:
-    return got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
 
 
 def padded_with(value: float, problem: Problem) -> Problem:

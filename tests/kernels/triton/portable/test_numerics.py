@@ -1,6 +1,6 @@
 """What goes wrong first in kernels of linear attention: float16's range, strong and slow decays, strided vectors.
 
-In the interpreter, so in float32 and float16; ``test_gpu_numerics.py`` has the same at full length on a GPU.
+In the interpreter, so in float32 and float16; ``gpu/test_numerics.py`` has the same at full length on a GPU.
 """
 
 from dataclasses import fields, replace
@@ -13,15 +13,11 @@ from lightning_attention import decay
 from tests.kernels.triton.support import serving
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.prefilling import assert_right, make_batch, prefilled
-from tests.support import Problem, Solution, make_problem, relative_error, solve_exactly
+from tests.support import Problem, Solution, make_problem, misses, relative_error, solve_exactly
 
 pytestmark = interpreted
 FP16, FP32 = torch.float16, torch.float32
 NO_MEMORY = [-float("inf"), torch.finfo(FP32).min, -1e30]
-
-
-def misses(got: Solution, problem: Problem) -> dict[str, float]:
-    return got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
 
 
 def strided(x: Tensor) -> Tensor:

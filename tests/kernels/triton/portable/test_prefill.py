@@ -39,7 +39,7 @@ def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(interpreter: In
         [1, 70, 0, 130], [3, 1, 2, 5], fresh=[False, False, True, False], snapshots=SNAPSHOTS, D=24, E=20
     )
     out, state = interpreter.call(prefilled, batch, segments)
-    transposed = interpreter.call(prefilled, batch, segments, False, True)
+    transposed = interpreter.call(prefilled, batch, segments, True)
     assert_right(batch, *transposed)
     assert torch.equal(transposed[0], out)
     assert torch.equal(bits(transposed[1]), bits(state))
@@ -50,7 +50,7 @@ def test_a_pool_with_columns_first_has_the_bits_of_one_with_rows(interpreter: In
 def test_into_out_without_padding(interpreter: Interpreter, segments: bool):
     batch = make_batch([2, 70, 0, 1, 40, 1], [3, -1, 2, 5, 1, -2], padding=5)
     expected, pool = interpreter.call(prefilled, batch, segments)
-    out, state = interpreter.call(prefilled, batch, segments, False, False, True)
+    out, state = interpreter.call(prefilled, batch, segments, False, True)
     assert_all_but_padding(batch, out, expected)
     assert torch.equal(bits(state), bits(pool))
 

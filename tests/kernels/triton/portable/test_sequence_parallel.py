@@ -10,7 +10,7 @@ import torch
 from tests.kernels.triton.support.cutting import cutting
 from tests.kernels.triton.support.interpreter import Interpreter, interpreted
 from tests.kernels.triton.support.slices import Cut, solve_in_slices
-from tests.support import Problem, Solution, make_problem, solve_exactly
+from tests.support import Problem, Solution, make_problem, misses, solve_exactly
 
 pytestmark = interpreted
 
@@ -59,5 +59,5 @@ def test_the_budgets_notice(interpreter: Interpreter):
     problem = make_problem(T=70)
     got, _ = interpreter.call(_solve, problem, (20, 50), True, True, False)
     shifted = replace(problem, log_decay=problem.log_decay * 1.001)
-    assert not got.misses(solve_exactly(problem), solve_exactly(problem.absolute()))
-    assert got.misses(solve_exactly(shifted), solve_exactly(shifted.absolute()))
+    assert not misses(got, problem)
+    assert misses(got, shifted)

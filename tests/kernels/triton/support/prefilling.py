@@ -105,7 +105,7 @@ def batches(draw: st.DrawFn, edges: Sequence[int] = (5, 31, 32, 33, 63, 64, 65, 
 
 
 def prefilled(
-    batch: Batch, segments: bool = False, batch_invariant: bool = False, columns_first: bool = False, into: bool = False
+    batch: Batch, segments: bool = False, columns_first: bool = False, into: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Outputs and pool.
 
@@ -117,7 +117,7 @@ def prefilled(
     state = batch.pool.mT.contiguous().mT if columns_first else batch.pool.clone()
     out = torch.full_like(batch.v, NAN, memory_format=torch.contiguous_format) if into else None
     with cutting(segments):
-        returned = prefill(*batch.arguments(state), batch_invariant, out)
+        returned = prefill(*batch.arguments(state), False, out)
     assert (returned is None) == into
     return (out if returned is None else returned), state
 

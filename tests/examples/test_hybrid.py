@@ -1,7 +1,6 @@
 """The example of a hybrid model: it learns, and reads in pieces or served in a batch what it reads at once."""
 
 import email
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,19 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_attention.serving import ContinuousBatch, Request
+from tests.support.examples import load
 from tests.support.numerics import relative_error
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "hybrid.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("hybrid", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hybrid = load()
+hybrid = load("hybrid")
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,17 @@
 """The example of an engine: whatever joins, leaves, is guessed, kept and evicted, a request gets what it gets alone."""
 
 import ast
-import importlib.util
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support.examples import EXAMPLES, load
+
 VOCAB = 12
 
-
-def load():
-    spec = importlib.util.spec_from_file_location("engine", EXAMPLES / "engine.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load()
+example = load("engine")
 
 
 @pytest.fixture
