@@ -10,6 +10,7 @@ from lightning_attention.kernels.triton import dispatch, tiling
 from lightning_attention.kernels.triton.decode import layout, tile_constants
 from lightning_attention.kernels.triton.recurrent import StateTile
 from lightning_attention.kernels.triton.ring import RingTile
+from lightning_attention.kernels.triton.ring_commit import commit_ring_kernel
 from lightning_attention.kernels.triton.ring_decode import COLUMNS, PLACES
 from lightning_attention.kernels.triton.ring_verify import verify_ring_kernel
 from lightning_attention.kernels.triton.state_commit import WARPS, commit_state_kernel, rows_of
@@ -112,18 +113,26 @@ def verify(sizes: tuple[int, ...], args: tuple[Any, ...], ring: tuple[RingTile |
     run(verify_ring_kernel, sizes, width(E, N, H, state, False), args, ring, state, registers)
 
 
-def takes_accepted(N: int, k: Tensor, v: Tensor, state: Tensor) -> bool:
-    """Whether :func:`commit` takes such a call.
+def takes_accepted(N: int, k: Tensor, v: Tensor, state: Tensor, low: Tensor | None, ring: RingTile | None) -> bool:
+    """Whether :func:`commit` takes such a call: over floats, and without a ring in 16 bits.
 
-    In 16 bits: float32 keys and values take 174 µs, N 64, and 154 by ``commit_kernel``, with twice the registers for
+    Float32 keys and values take 174 µs without a ring, N 64, and 154 by ``commit_kernel``, with twice the registers for
     what is loaded ahead.
     """
-    return k.itemsize == 2 and v.shape[-1] in (32, 64, 128, 256) and takes(N, k, k, v, state, None, None, None)
+    is_plain = low is None and v.shape[-1] in (32, 64, 128, 256) and (ring is not None or k.itemsize == 2)
+    return is_plain and takes(N, k, k, v, state, low, None, ring)
 
 
-def commit(sizes: tuple[int, ...], args: tuple[Any, ...], state: Tensor) -> None:
-    """Launch ``commit_state_kernel``."""
+def commit(sizes: tuple[int, ...], args: tuple[Any, ...], ring: tuple[RingTile | None], state: Tensor) -> None:
+    """Launch ``commit_ring_kernel`` or ``commit_state_kernel``."""
     N, H, D, E, group = sizes
+    if ring[0] is not None:
+        tile = tile_constants(D, E, group, COLUMNS.value, True, False) + ring
+        dispatch.run(
+            commit_ring_kernel, (H, N, 1), args, tile, E // COLUMNS.value, state.get_device(),
+            registers=lambda _: REGISTERS["commit"],
+        )  # fmt: skip
+        return
     rows = rows_of(D, E, 16 // state.itemsize)
-    tile = (StateTile(D, E, rows, E, True, False, group),)
-    dispatch.run(commit_state_kernel, (H * (D // rows), N, 1), args, tile, WARPS.value, state.get_device())
+    part = (StateTile(D, E, rows, E, True, False, group),)
+    dispatch.run(commit_state_kernel, (H * (D // rows), N, 1), args, part, WARPS.value, state.get_device())

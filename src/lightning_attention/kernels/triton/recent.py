@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_attention.kernels.recent import rows_of_prefill
 from lightning_attention.kernels.triton import dispatch, nvidia, tiling
 from lightning_attention.kernels.triton import prefill as without_rings
-from lightning_attention.kernels.triton.decode import columns, narrower, over_states, tile_constants
+from lightning_attention.kernels.triton.decode import columns, narrower, over_states
 from lightning_attention.kernels.triton.recording import recorded
 from lightning_attention.kernels.triton.ring import (
     RingTile,
@@ -19,8 +19,7 @@ from lightning_attention.kernels.triton.ring import (
     part_kernel,
     verify_recent_kernel,
 )
-from lightning_attention.kernels.triton.ring_commit import commit_ring_kernel
-from lightning_attention.kernels.triton.ring_decode import COLUMNS, decode_ring_kernel
+from lightning_attention.kernels.triton.ring_decode import decode_ring_kernel
 
 PROGRAMS = 1 << 15  # of a slot, that its count has room for
 WHOLE = 128  # columns, of a program that has all of a state's
@@ -186,18 +185,13 @@ def commit(
     strides, (ring, constants) = state.stride(), _ring(ring_k, ring_v, count)
     before = k, *k.stride()[:2], v, *v.stride()[:2], state
     after = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous(), *ring
-    is_plain = E in (32, 64, 128, 256) and k.dtype == ring_k.dtype
-    if is_plain and low is None and nvidia.takes(N, k, k, v, state, low, state_scale, constants[0]):
-        args, tile = (*before, *strides[:2], *after), tile_constants(D, E, H // Hk, COLUMNS.value, True, False)
-        dispatch.run(
-            commit_ring_kernel, (H, N, 1), args, tile + constants, E // COLUMNS.value, state.get_device(),
-            registers=lambda _: nvidia.REGISTERS["commit"],
-        )  # fmt: skip
+    sizes, is_alike = (N, H, D, E, H // Hk), k.dtype == ring_k.dtype
+    if is_alike and nvidia.takes_accepted(N, k, v, state, low, constants[0]):
+        nvidia.commit(sizes, (*before, *strides[:2], *after), constants, state)
         return
     args = (*before, *strides, *after, *_planes(low, state_scale), H)
     over_states(
-        commit_recent_kernel, (N, H, D, E, H // Hk), args, state, strides, TILE, written=low, ring=constants,
-        programs=N * H,
+        commit_recent_kernel, sizes, args, state, strides, TILE, written=low, ring=constants, programs=N * H
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def commit(
     strides, sizes = state.stride(), (N, H, D, E, H // Hk)
     before = k, *k.stride()[:2], v, *v.stride()[:2], state
     after = dispatch.dense(slots), dispatch.dense(log_decay), cu_seqlens.contiguous(), accepted.contiguous()
-    if nvidia.takes_accepted(N, k, v, state):
-        nvidia.commit(sizes, (*before, *strides[:2], *after), state)
+    if nvidia.takes_accepted(N, k, v, state, None, None):
+        nvidia.commit(sizes, (*before, *strides[:2], *after), (None,), state)
         return
     over_states(commit_kernel, sizes, (*before, *strides, *after, H), state, strides, TILE)

@@ -113,7 +113,7 @@ STEPS = ("decode", "decode", "decode", "verify", "commit", "commit", "fold")
     ids=lambda of: f"{of.rate}-{of.H}-{of.R}-{of.E}",
 )
 def test_walks(interpreter: Interpreter, of: Walk):
-    interpreter.call(walk, of, 16, 0, "triton", "cpu", 1.5e-2, 10, 3e-4)
+    interpreter.call(walk, of, 16, "triton", "cpu", 1.5e-2, 10, 3e-4)
 
 
 def _stepped(backend: str) -> list[Tensor]:

@@ -39,20 +39,20 @@ NO_PREFILL = ("decode", "decode", "decode", "verify", "commit", "commit", "fold"
     ids=lambda of: f"{of.rate}-{of.H}-{of.R}-{of.E}",
 )
 def test_walks(interpreter: Interpreter, of: Walk):
-    interpreter.call(walk, of, 16, 0, "triton", "cpu", 5e-6, 8)
+    interpreter.call(walk, of, 16, "triton", "cpu", 5e-6, 8)
 
 
 @interpreted
 def test_a_walk_with_prompts(interpreter: Interpreter):
     operations = ("decode", "decode", "prefill", "commit")
     of = Walk(H=2, R=3, operations=operations, lengths=(0, 1, 1, 1, 3, 20))
-    interpreter.call(walk, of, 16, 0, "triton", "cpu", 5e-6, 4)
+    interpreter.call(walk, of, 16, "triton", "cpu", 5e-6, 4)
 
 
 @interpreted
 def test_float16(interpreter: Interpreter):
     of = Walk(H=2, R=3, dtype=FP16, ring_dtype=FP16, operations=NO_PREFILL)
-    interpreter.call(walk, of, 16, 0, "triton", "cpu", 1e-3, 8)
+    interpreter.call(walk, of, 16, "triton", "cpu", 1e-3, 8)
 
 
 def _both_ways(spoilt: bool) -> dict[str, list[Tensor]]:
