@@ -57,20 +57,19 @@ _PAIRS = "'1B dp 4|385M sp 1 x (524288|1245184)'"
 #: What the environment of every record has.
 _MEASURED_ON = {"date", "commit", "device", "device_type"}
 
-#: By name. Times of host, serve, serving, shapes, lengths and numerics are measured; others are guesses.
+#: By name. Times of training, quality, scaling, cases and lrpe are guesses; the others are measured.
 STEPS = {
     "shapes": Step("h200-shapes", f"shapes {_PAPERS},linghe", 355),
     "lengths": Step("h200-lengths", f"lengths {_PAPERS}", 170),
-    "packed-constancy": Step("h200-packed-constancy", "packed constancy", 120),
+    "packed-constancy": Step("h200-packed-constancy", "packed constancy", 40),
     "cases": Step("h200-cases", "cases", 300),
-    "host": Step("h200-host", "host --peers sdpa", 20),
+    "host": Step("h200-host", "host", 35),
     "lrpe": Step("h200-lrpe", "lrpe", 90),
-    "minimax": Step("h200-minimax", "minimax", 90),
+    "minimax": Step("h200-minimax", "minimax", 45),
     "products": Step("h200-products", "products", 60),
     "serving": Step("h200-serving", "serving --peers seg_la,fla,vllm,cula", 80),
     "serving-rings": Step("h200-serving-rings", "serving --peers seg_la,vllm_layer,engines", 75),
-    "serve": Step("h200-serve", "serve", 105),
-    "serve-rings": Step("h200-serve-rings", "serve --only '^transnormer.*batch (1|256),'", 50),
+    "serve": Step("h200-serve", "serve", 170),
     "training-385M": Step("h200-training", f"training --only {_385M}", 420),
     "training-1B": Step("h200-training", f"training --only {_1B}", 300),
     "training-3B": Step("h200-training", f"training --only {_3B}", 300),

@@ -15,6 +15,7 @@ ROOT = RESULTS.parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 NAMED = re.compile(r"\b((?:h200|cpu)-[\w-]+)\.json\b")
 SEVERAL = {"h200-training"}  # records of more than one step
+OLDER = {"h200-minimax", "h200-training"}  # made before there were steps, by commands of the time
 
 
 def chosen(step: Step) -> list[str]:
@@ -45,6 +46,11 @@ def test_a_step_is_a_command_that_there_is_and_takes_less_than_nine_minutes():
             assert all(find.case(name).ranks == (step.gpus > 1) for name in cases)
         recorded = Report.read(RESULTS / f"{step.record}.json").environment
         assert recorded["device_type"] == "cuda"
+
+
+def test_a_record_was_made_by_its_step():
+    made = {step.record: Report.read(RESULTS / f"{step.record}.json").environment["command"] for step in STEPS.values()}
+    assert {step.record for step in STEPS.values() if made[step.record] != step.command} == OLDER
 
 
 @pytest.mark.parametrize("record", ["h200-training", "h200-scaling"])
