@@ -15,8 +15,8 @@ import torch
 Call = Callable[[], object]
 
 #: Written between repetitions so that none finds its inputs in the L2 cache (60 MB on an H200, 126 MB on a B200).
-#: It also keeps the GPU busy for about 0.1 ms while the host enqueues the call, so launches cost as in a model.
-FLUSH_BYTES = 1 << 30  # also 0.25 ms in which the host gets ahead: a launch is then no part of what is timed
+#: It also keeps the GPU busy for 0.25 ms, in which the host gets ahead: a launch is then no part of what is timed.
+FLUSH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
