@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's hues, which stay apart for colour-blind readers, two of them darkened so that text in them has
 # contrast enough; the markers differ too, for print without colour.
 OUR_STYLE = ("#0072B2", "o")
-STYLES = (("#009E73", "s"), ("#A84F82", "^"), ("#D55E00", "D"), ("#B07800", "v"))  # the others, as they come
+#: The others, as they come.
+STYLES = (("#009E73", "s"), ("#A84F82", "^"), ("#D55E00", "D"), ("#B07800", "v"), ("#6A5ACD", "P"), ("#222222", "*"))
 INK, FAINT, RULE = "#222222", "#6b6b6b", "#e4e4e4"
 OTHER_STYLE = (FAINT, "x")  # when those are used up
 LEFT = 0.08  # of the width, where axes and text begin: room for 100,000 and the name of the axis

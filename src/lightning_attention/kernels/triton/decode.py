@@ -28,9 +28,9 @@ def columns(D: int, E: int, dtype: torch.dtype, states: int = 1) -> int:
 def narrower(widest: int, N: int, H: int, state_dtype: torch.dtype) -> int:
     """Columns where N · H states may be too few for programs of ``widest`` columns.
 
-    Measured on an H200, H 64, D 128, in µs at N 1, 8, 64, 256, L2 cold. float32: 4.3, 26.0, 199, 799 with 16 columns;
-    4.9, 21.1, 148, 576 with 32; 5.1, 21.5, 139, 537 with 64. bfloat16: 4.0, 15.9, 132, 602; 3.7, 13.2, 108, 438; 4.2,
-    13.4, 80, 299.
+    The kernel alone on an H200, H 64, D 128, in µs at N 1, 8, 64, 256, L2 cold. float32: 4.3, 26.0, 199, 799 with 16
+    columns; 4.9, 21.1, 148, 576 with 32; 5.1, 21.5, 139, 537 with 64. bfloat16: 4.0, 15.9, 132, 602; 3.7, 13.2, 108,
+    438; 4.2, 13.4, 80, 299.
     """
     if N * H >= 2048:
         return widest

@@ -116,7 +116,7 @@ def test_whom_a_spoilt_draft_reaches():
 
 @pytest.mark.parametrize("width", [(64, 32), (128, 128), (128, 256)])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-def test_commit_and_verify_have_the_bits_of_decoding(dtype: torch.dtype, width: tuple[int, int]):
+def test_commit_has_the_bits_of_decoding_and_verify_its_numbers(dtype: torch.dtype, width: tuple[int, int]):
     D, E = width
     call = moved(make_call([6, 6], [6, 2], D=D, E=E, H=8, dtype=dtype, accepted=[True] * 12), DEVICE)
     _, committed = with_operations("commit", call)
