@@ -105,21 +105,24 @@ def matmul_kernel(x, x_stride, weight, weight_stride, second, second_stride, res
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     twins = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, K, WIDTH):
-        if K % WIDTH == 0:
-            a, b = tl.load(xs + first), tl.load(weights + first)
-        else:
-            a = tl.load(xs + first, mask=(first + at < K)[None, :], other=0.0)
-            b = tl.load(weights + first, mask=(first + at < K)[:, None], other=0.0)
-        sums = tl.dot(a, b, sums)
+        IS_WHOLE: tl.constexpr = K % WIDTH == 0
+        exists = first + at < K
+        a = load_part(xs + first, exists[None, :], IS_WHOLE)
+        sums = tl.dot(a, load_part(weights + first, exists[:, None], IS_WHOLE), sums)
         if second is not None:
-            if K % WIDTH == 0:
-                c = tl.load(seconds + first)
-            else:
-                c = tl.load(seconds + first, mask=(first + at < K)[:, None], other=0.0)
-            twins = tl.dot(a, c, twins)
+            twins = tl.dot(a, load_part(seconds + first, exists[:, None], IS_WHOLE), twins)
     if second is not None:
         sums *= twins
     finish(sums, row, col, residual, residual_stride, out, N, O, SILU)
+
+
+@triton.jit
+def load_part(where, exists, IS_WHOLE: tl.constexpr):
+    if IS_WHOLE:
+        part = tl.load(where)
+    else:
+        part = tl.load(where, mask=exists, other=0.0)
+    return part
 
 
 @triton.jit

@@ -85,6 +85,23 @@ def accepted_from(accepted, block, last, most: gl.constexpr, LANES: gl.constexpr
 
 
 @gluon.jit
+def any_accepted(accepted, bits, last, most: gl.constexpr, LANES: gl.constexpr):
+    """Whether a draft is; ``bits``: those of the first ``most``."""
+    found = bits
+    for block in range(most, last, most):
+        found |= accepted_from(accepted, block, last, most, LANES)
+    return found != 0
+
+
+@gluon.jit
+def drafts_of(cu_seqlens, slots, n):
+    """A sequence's first draft, how many it has, and its row of the pool."""
+    first = gl.load(cu_seqlens + n).to(gl.int64)
+    length = (gl.load(cu_seqlens + n + 1) - first).to(gl.int32)
+    return first, length, slot_of(slots, n)
+
+
+@gluon.jit
 def in_order(bits, LANES: gl.constexpr):
     """Which drafts are accepted, one after the other, in four bits each."""
     i = gl.arange(0, PLACES, layout=LANES)
@@ -152,9 +169,7 @@ def commit_ring_kernel(
     VALUES: gl.constexpr = gl.DotOperandLayout(1, MMA, 1)
     head = gl.program_id(0)
     n = gl.program_id(1)
-    first = gl.load(cu_seqlens + n).to(gl.int64)
-    length = (gl.load(cu_seqlens + n + 1) - first).to(gl.int32)
-    slot = slot_of(slots, n)
+    first, length, slot = drafts_of(cu_seqlens, slots, n)
     if (slot < 0) | (length <= 0):
         return
     k += first * k_token_stride + head // TILE.group * k_head_stride
@@ -165,10 +180,7 @@ def commit_ring_kernel(
     bits = accepted_from(accepted, 0, length, RING.places, LANES)
     new_keys = draft_rows(k, k_token_stride, 0, length, D, KEY_ROWS)
     new_values = draft_rows(v, v_token_stride, 0, length, E, VALUE_ROWS)
-    found = bits
-    for block in range(RING.places, length, RING.places):
-        found |= accepted_from(accepted, block, length, RING.places, LANES)
-    if found == 0:
+    if not any_accepted(accepted, bits, length, RING.places, LANES):
         return
     # Rows of a lane's neighbours, which are copied with its own, lie in other banks.
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(4 * WIDTH, 1, 2, [1, 0])

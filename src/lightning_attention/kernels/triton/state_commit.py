@@ -9,8 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from lightning_attention.kernels.triton import dispatch
 from lightning_attention.kernels.triton.numerics import natural_decay, whole_and_rest
-from lightning_attention.kernels.triton.recurrent import slot_of
-from lightning_attention.kernels.triton.ring_commit import accepted_from, ones_of
+from lightning_attention.kernels.triton.ring_commit import accepted_from, any_accepted, drafts_of, ones_of
 from lightning_attention.kernels.triton.ring_decode import width_of
 
 AHEAD = gl.constexpr(4)  # drafts, of which keys and values are loaded before the first is used
@@ -43,17 +42,12 @@ def commit_state_kernel(
     head = gl.program_id(0) // (TILE.D // ROWS)
     row = gl.program_id(0) % (TILE.D // ROWS) * ROWS
     n = gl.program_id(1)
-    first = gl.load(cu_seqlens + n).to(gl.int64)
-    length = (gl.load(cu_seqlens + n + 1) - first).to(gl.int32)
-    slot = slot_of(slots, n)
+    first, length, slot = drafts_of(cu_seqlens, slots, n)
     if (slot < 0) | (length <= 0):
         return
     accepted += first
     bits = accepted_from(accepted, 0, length, BLOCK, LANES)
-    found = bits
-    for block in range(BLOCK, length, BLOCK):
-        found |= accepted_from(accepted, block, length, BLOCK, LANES)
-    if found == 0:
+    if not any_accepted(accepted, bits, length, BLOCK, LANES):
         return
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, E, layout=gl.SliceLayout(0, LAYOUT))
