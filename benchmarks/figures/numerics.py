@@ -30,8 +30,8 @@ def draw(path: Path, numerics: Report) -> None:
             by_length(lengths, sorted({r["T"] for r in records}), f"tokens, log_decay {slow:g}".replace("-", "−"))
             curves(decays, [(-r["log_decay"], r) for r in of_type if r["T"] == longest])
             decays.set(xscale="log", xlabel=f"−log_decay, {longest:,} tokens")
-        axes[0].set(ylabel="relative error of the output")
-        axes[len(dtypes)].set(ylabel="relative error of the output")
+        for ax in axes[:: len(dtypes)]:
+            ax.set(ylabel="relative error of the output")
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=5, labelcolor="linecolor")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness.pool import DECODE, PREFILL, SPECULATE, Batch, Bound
 from benchmarks.peers._checkout import checkout
+from benchmarks.peers._slopes import slopes_of
 from lightning_attention.bench.peers import ATTENTION, PACKED_ATTENTION, Forward, Peer
 
 
@@ -21,7 +22,7 @@ def _attention(cu_seqlens: Tensor | None = None) -> Forward:
     cula = _cula()
 
     def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-        slopes = torch.zeros(q.shape[2], device=q.device) if log_decay is None else -log_decay
+        slopes = slopes_of(log_decay, q.shape[2], q.device)
         if cu_seqlens is None:
             out: Tensor = cula.lightning_attn_fwd(q, k, v, slopes, scale=1.0)[0]
         else:

@@ -2,9 +2,9 @@
 
 from importlib import import_module
 
-import torch
 from torch import Tensor
 
+from benchmarks.peers._slopes import slopes_of
 from lightning_attention.bench.peers import ATTENTION, Forward, Peer
 
 
@@ -12,8 +12,7 @@ def _attention() -> Forward:
     lightning_attn_func = import_module("lightning_attn.ops").lightning_attn_func
 
     def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-        slopes = torch.zeros(q.shape[1], device=q.device) if log_decay is None else -log_decay
-        out: Tensor = lightning_attn_func(q, k, v, slopes.view(-1, 1, 1))
+        out: Tensor = lightning_attn_func(q, k, v, slopes_of(log_decay, q.shape[1], q.device).view(-1, 1, 1))
         return out
 
     return forward

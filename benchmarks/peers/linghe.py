@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers._checkout import checkout
+from benchmarks.peers._slopes import slopes_of
 from lightning_attention.bench.peers import ATTENTION, Forward, Peer
 
 WIDTH, LENGTH = 128, 32  # what head widths and lengths must be multiples of; its kernels do not look at widths
@@ -35,8 +36,7 @@ def _attention() -> Forward:
         T, H, D = q.shape[1:]
         if D % WIDTH or T % LENGTH or v.shape != q.shape:
             raise ValueError(f"linghe wants D = E, a multiple of {WIDTH}, and T of {LENGTH}")
-        slopes = torch.zeros(H, device=q.device) if log_decay is None else -log_decay
-        out: Tensor = _Attention.apply(la, q, k, v, slopes)
+        out: Tensor = _Attention.apply(la, q, k, v, slopes_of(log_decay, H, q.device))
         return out
 
     return forward
