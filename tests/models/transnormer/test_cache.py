@@ -108,14 +108,19 @@ def read(model: TransnormerForCausalLM, cache: TransnormerCache, ids: Tensor, *l
     return torch.cat([model(piece, cache=cache).logits for piece in ids.split(lengths, 1)], 1)
 
 
+def of_inference_mode(model: TransnormerForCausalLM, ids: Tensor, recent_tokens: int) -> TransnormerCache:
+    """A cache that has read 22 tokens in inference mode."""
+    cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
+    with torch.inference_mode():
+        read(model, cache, ids[:, :22], 20, 1, 1)
+    return cache
+
+
 @pytest.mark.parametrize("is_reordered", [False, True])
 def test_rings_of_inference_mode_are_read_outside_of_it(
     model: TransnormerForCausalLM, ids: Tensor, is_reordered: bool
 ) -> None:
-    with torch.inference_mode():
-        caches = [TransnormerCache(model.config, recent_tokens=length) for length in (4, 0)]
-        for cache in caches:
-            read(model, cache, ids[:, :22], 20, 1, 1)
+    caches = [of_inference_mode(model, ids, recent_tokens) for recent_tokens in (4, 0)]
     for cache in caches:
         if is_reordered:
             cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -128,9 +133,7 @@ def test_rings_of_inference_mode_are_read_outside_of_it(
 def test_a_cache_of_inference_mode_goes_on_outside_of_it(
     model: TransnormerForCausalLM, ids: Tensor, recent_tokens: int, mode: Any
 ) -> None:
-    cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
-    with torch.inference_mode():
-        read(model, cache, ids[:, :22], 20, 1, 1)
+    cache = of_inference_mode(model, ids, recent_tokens)
     with mode():
         logits = read(model, cache, ids[:, 22:30], 1, 1, 5, 1)
     assert relative_error(logits[:, -1], model(ids[:, :30]).logits[:, -1]) <= 1e-5
@@ -141,9 +144,7 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it(
 def test_a_cache_of_inference_mode_may_be_forgotten_outside_of_it(
     model: TransnormerForCausalLM, ids: Tensor, recent_tokens: int, mode: Any
 ) -> None:
-    cache = TransnormerCache(model.config, recent_tokens=recent_tokens)
-    with torch.inference_mode():
-        read(model, cache, ids[:, :22], 20, 1, 1)
+    cache = of_inference_mode(model, ids, recent_tokens)
     with mode():
         cache.reset()
     with torch.no_grad():
